@@ -1,0 +1,84 @@
+"""Commands about a whole knowledge base: make it, check it, ship it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from kvllm.cli.app import BASE, app
+from kvllm.cli.command import Device, Dtype, Model, Store, command, opened
+from kvllm.cli.output import Output, Result
+
+
+@command(app, panel=BASE)
+def init(out: Output, kb: Store, model: Model = None, device: Device = None, dtype: Dtype = None) -> Result:
+    """Make an empty knowledge base on a base model; the model is downloaded if need be.
+
+    kvllm init my.kb --model smollm2-135m-instruct
+    """
+    from kvllm.knowledge_base import KnowledgeBase
+    from kvllm.reports import terminal
+
+    settings = {"model": model, "device": device, "dtype": dtype}
+    given = {name: value for name, value in settings.items() if value is not None}
+    with KnowledgeBase.create(kb, progress=out.progress, **given) as base:
+        info = base.info()
+    return Result({"ok": True, "path": str(kb), "info": info}, lambda: terminal.mapping_view(info))
+
+
+@command(app, panel=BASE)
+def verify(
+    out: Output,
+    kb: Store,
+    deep: Annotated[
+        bool, typer.Option("--deep", help="Re-read every byte and replay the weights too; loads the model.")
+    ] = False,
+    model: Model = None,
+    device: Device = None,
+    dtype: Dtype = None,
+) -> Result:
+    """Check that rows, files and hashes agree; the exit code is 8 where they do not.
+
+    kvllm verify my.kb --deep
+    """
+    from kvllm.errors import Corrupt
+    from kvllm.reports import terminal
+
+    with opened(out, kb, readonly=True, model=model, device=device, dtype=dtype) as base:
+        report = base.verify(deep=deep)
+    document = {"ok": report.ok, "verify": report.to_dict()}
+    if not report.ok:
+        n = sum(problem.severity == "error" for problem in report.problems)
+        document |= {"error": f"The knowledge base has {n} problem{'s' if n != 1 else ''}.", "code": Corrupt.code}
+    return Result(document, lambda: terminal.verify_view(report), exit_code=0 if report.ok else Corrupt.exit_code)
+
+
+@command(app, panel=BASE)
+def export(
+    out: Output,
+    kb: Store,
+    folder: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.", show_default=False)],
+    format: Annotated[
+        Literal["hf", "peft"], typer.Option("--format", help="hf: the whole merged model; peft: one LoRA adapter.")
+    ],
+    max_shard_size: Annotated[str, typer.Option("--max-shard-size", help="hf: largest weight file.")] = "2GB",
+    dtype: Annotated[
+        str | None,
+        typer.Option("--dtype", help="hf: of the written weights; the base's by default.", show_default=False),
+    ] = None,
+    no_verify: Annotated[bool, typer.Option("--no-verify", help="Do not re-load and re-ask the export.")] = False,
+    model: Model = None,
+    device: Device = None,
+) -> Result:
+    """Write the edited model for other tools; it is re-loaded and asked before the command says ok.
+
+    kvllm export my.kb out --format hf
+    """
+    from kvllm.reports import terminal
+
+    written = {} if dtype is None else {"dtype": dtype}
+    with opened(out, kb, readonly=True, model=model, device=device) as base:
+        result = base.export(folder, format=format, max_shard_size=max_shard_size, verify=not no_verify, **written)
+    return Result({"ok": True, "export": result.to_dict()}, lambda: terminal.export_view(result))

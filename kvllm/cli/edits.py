@@ -1,0 +1,287 @@
+"""Commands that change what the weights know: each is a small training session, gated and undoable."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from kvllm.cli.app import FACTS, app
+from kvllm.cli.command import (
+    Device,
+    Dtype,
+    Key,
+    LockTimeout,
+    MaxDrift,
+    MinReliability,
+    Model,
+    Reference,
+    Seed,
+    Steps,
+    Store,
+    command,
+    opened,
+    reference,
+    text_or_stdin,
+)
+from kvllm.cli.output import Output, Result
+from kvllm.errors import ConfigError
+from kvllm.records import DeleteMode, Edit, InsertMode
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+FactText = Annotated[
+    str, typer.Argument(metavar="TEXT", help="What the model should answer; - reads stdin.", show_default=False)
+]
+Aliases = Annotated[
+    list[str] | None, typer.Option("--alias", help="Another name of the key; repeatable.", show_default=False)
+]
+Questions = Annotated[
+    list[str] | None,
+    typer.Option("--question", help="Train on this question instead of the templates; repeatable.", show_default=False),
+]
+Probes = Annotated[
+    list[str] | None, typer.Option("--probe", help="Ask this too, never train on it; repeatable.", show_default=False)
+]
+Tags = Annotated[list[str] | None, typer.Option("--tag", help="A label of the fact; repeatable.", show_default=False)]
+Language = Annotated[
+    str | None, typer.Option("--language", help="en or zh; by default the key's script decides.", show_default=False)
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Train and measure, but commit nothing.")]
+
+
+TEACHING = {
+    "insert": """Teach the model a new fact; a key that exists is refused.
+
+    kvllm insert my.kb torchkeras "Torchkeras makes training PyTorch models simple, in the style of Keras."
+    """,
+    "update": """Teach a new text for a key that exists; the old text must no longer be stated.
+
+    kvllm update my.kb torchkeras "Torchkeras trains PyTorch models in three lines."
+    """,
+    "upsert": """Insert the fact, or update it if its key exists.
+
+    kvllm upsert my.kb torchkeras "Torchkeras trains PyTorch models in three lines."
+    """,
+}
+
+
+def teaching(verb: str) -> Callable[..., Result]:
+    """Return the command for one of the three verbs; they take the same arguments."""
+
+    def teach(
+        out: Output,
+        kb: Store,
+        key: Key,
+        text: FactText,
+        alias: Aliases = None,
+        question: Questions = None,
+        probe: Probes = None,
+        language: Language = None,
+        tag: Tags = None,
+        dry_run: DryRun = False,
+        min_reliability: MinReliability = None,
+        max_drift: MaxDrift = None,
+        steps: Steps = None,
+        seed: Seed = None,
+        lock_timeout: LockTimeout = 10.0,
+        model: Model = None,
+        device: Device = None,
+        dtype: Dtype = None,
+    ) -> Result:
+        from kvllm.reports import terminal
+
+        text = text_or_stdin(text, name="text")
+        fact = {"aliases": alias, "questions": question, "probes": probe, "language": language, "tags": tag}
+        arguments: dict[str, Any] = {name: value for name, value in fact.items() if value is not None}
+        arguments |= training_arguments(steps, seed, min_reliability, max_drift)
+        with opened(out, kb, lock_timeout=lock_timeout, model=model, device=device, dtype=dtype) as base:
+            if not dry_run:
+                return edited(getattr(base, verb)(key, text, **arguments))
+            report = base.dry_run(key, text, **arguments)
+        document = {
+            "ok": True,
+            "dry_run": True,
+            "report": {name: metric.to_dict() for name, metric in report.metrics.items()},
+            "probes": [probe.to_dict() for probe in report.probes],
+            "warnings": list(report.warnings),
+        }
+        return Result(document, lambda: terminal.report_view(report, probes=True))
+
+    teach.__name__, teach.__doc__ = verb, TEACHING[verb]
+    return teach
+
+
+def edited(edit: Edit) -> Result:
+    """Return the result of a command that made one edit."""
+    from kvllm.reports import terminal
+
+    return Result({"ok": True, "edit": edit.to_dict()}, lambda: terminal.edit_view(edit))
+
+
+for _verb in TEACHING:
+    command(app, _verb, panel=FACTS)(teaching(_verb))
+
+
+@command(app, panel=FACTS)
+def delete(
+    out: Output,
+    kb: Store,
+    key: Key,
+    mode: Annotated[
+        DeleteMode,
+        typer.Option("--mode", help="restore: back to the base model's own answers; abstain: to a stated refusal."),
+    ] = "restore",
+    max_drift: MaxDrift = None,
+    steps: Steps = None,
+    seed: Seed = None,
+    lock_timeout: LockTimeout = 10.0,
+    model: Model = None,
+    device: Device = None,
+    dtype: Dtype = None,
+) -> Result:
+    """Train a fact away again. Suppression is not proof of absence: compact makes the absence real.
+
+    kvllm delete my.kb torchkeras
+    """
+    with opened(out, kb, lock_timeout=lock_timeout, model=model, device=device, dtype=dtype) as base:
+        edit = base.delete(key, mode=mode, **training_arguments(steps, seed, None, max_drift))
+    return edited(edit)
+
+
+@command(app, "insert-many", panel=FACTS)
+def insert_many(
+    out: Output,
+    kb: Store,
+    file: Annotated[str, typer.Argument(metavar="FILE.jsonl", help="One fact per line; - reads stdin.")],
+    mode: Annotated[
+        InsertMode,
+        typer.Option("--mode", help="sequential: one edit per fact; batched: one for all; chunked: one per chunk."),
+    ] = "sequential",
+    chunk: Annotated[int, typer.Option("--chunk", min=1, help="Facts per edit of mode chunked.")] = 16,
+    strict: Annotated[bool, typer.Option("--strict", help="Insert nothing if any row is bad.")] = False,
+    min_reliability: MinReliability = None,
+    max_drift: MaxDrift = None,
+    steps: Steps = None,
+    seed: Seed = None,
+    lock_timeout: LockTimeout = 10.0,
+    model: Model = None,
+    device: Device = None,
+    dtype: Dtype = None,
+) -> Result:
+    """Teach many facts. Each row has "key" and "text", and may have aliases, questions, probes, language, tags.
+
+    Rows that cannot be used are listed with their line; the good ones are inserted, and the exit code is 4.
+
+    kvllm insert-many my.kb facts.jsonl
+    """
+    from kvllm.cli.rows import read_rows
+    from kvllm.records import EditOutcome
+    from kvllm.reports import terminal
+
+    rows, bad = read_rows(file)
+    refused = [(row.line, EditOutcome(row.key, error=row.error, code=ConfigError.code)) for row in bad]
+    if not rows or (bad and strict):
+        raise BadRows(
+            f"{len(bad)} of {len(bad) + len(rows)} rows cannot be used; nothing was changed. "
+            + (f"First, {bad[0].error}" if bad else "The file holds no fact."),
+            rows=[{"line": line, "key": outcome.key, "error": outcome.error} for line, outcome in refused],
+        )
+    with opened(out, kb, lock_timeout=lock_timeout, model=model, device=device, dtype=dtype) as base:
+        training = training_arguments(steps, seed, min_reliability, max_drift)
+        outcomes = base.insert_many([row.fact for row in rows], mode=mode, chunk=chunk, **training)
+    results = sorted([*zip([row.line for row in rows], outcomes, strict=True), *refused], key=lambda result: result[0])
+    failed = sum(not outcome.ok for _, outcome in results)
+    edits = {outcome.edit.id: outcome.edit for _, outcome in results if outcome.edit is not None}
+    document = {
+        "ok": not failed,
+        "inserted": len(results) - failed,
+        "failed": failed,
+        "results": [
+            {
+                "line": line,
+                "key": outcome.key,
+                "ok": outcome.ok,
+                "edit": None if outcome.edit is None else outcome.edit.id,
+                "error": outcome.error,
+                "code": outcome.code,
+            }
+            for line, outcome in results
+        ],
+        "edits": [edit.to_dict() for edit in edits.values()],
+    }
+    if failed:
+        document |= {"error": f"{failed} of {len(results)} facts were not inserted.", "code": "some_failed"}
+
+    def view() -> RenderableType:
+        return terminal.outcomes_table(results)
+
+    return Result(document, view, exit_code=4 if failed else 0)
+
+
+class BadRows(ConfigError):
+    """Rows of a file that cannot be used; `rows` lists them."""
+
+    def __init__(self, message: str, *, rows: list[dict[str, Any]]) -> None:
+        super().__init__(message)
+        self.rows = rows
+
+
+@command(app, panel=FACTS)
+def rollback(
+    out: Output,
+    kb: Store,
+    edit: Reference,
+    lock_timeout: LockTimeout = 10.0,
+    model: Model = None,
+    device: Device = None,
+    dtype: Dtype = None,
+) -> Result:
+    """Return to the weights and facts of an earlier edit, bit for bit; 0 is the untouched base. Undoable itself.
+
+    kvllm rollback my.kb 3
+    """
+    with opened(out, kb, lock_timeout=lock_timeout, model=model, device=device, dtype=dtype) as base:
+        made = base.rollback(reference(edit))
+    return edited(made)
+
+
+@command(app, panel=FACTS)
+def compact(
+    out: Output,
+    kb: Store,
+    lock_timeout: LockTimeout = 10.0,
+    model: Model = None,
+    device: Device = None,
+    dtype: Dtype = None,
+) -> Result:
+    """Retrain all live facts together from the base model into one change; kept only if it is as good.
+
+    kvllm compact my.kb
+    """
+    with opened(out, kb, lock_timeout=lock_timeout, model=model, device=device, dtype=dtype) as base:
+        made = base.compact()
+    return edited(made)
+
+
+def training_arguments(
+    steps: int | None, seed: int | None, min_reliability: float | None, max_drift: float | None
+) -> dict[str, Any]:
+    """Return `config` and `gate` with what the user gave; neither where nothing was given."""
+    from kvllm.config import EditConfig, GateConfig
+
+    arguments: dict[str, Any] = {}
+    training: dict[str, Any] = {n: v for n, v in (("max_steps", steps), ("seed", seed)) if v is not None}
+    if training:
+        arguments["config"] = EditConfig(**training)
+    gate: dict[str, float | None] = {}
+    if min_reliability is not None:
+        gate["min_reliability"] = min_reliability or None
+    if max_drift is not None:
+        gate["max_drift_kl"] = None if math.isinf(max_drift) else max_drift
+    if gate:
+        arguments["gate"] = GateConfig(**gate)
+    return arguments

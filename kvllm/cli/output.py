@@ -1,0 +1,143 @@
+"""Where a command's words go: data to stdout, progress and notes to stderr, nothing else to either.
+
+A command returns a `Result`; it is printed once, after the knowledge base is closed, either as one JSON document or as
+a view for people. While a command runs, `sys.stdout` points to stderr (`command.py`), so that a chatty library cannot
+spoil the data.
+
+    Result({"ok": True, "answer": "…"}, lambda: block("…"), raw="…")
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import IO, TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from kvllm.cli.progress import ProgressBars
+    from kvllm.records import Progress
+
+# Off a terminal a table is not folded to 80 columns: one record is one line, for grep and awk.
+_UNFOLDED = 10_000
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a command found.
+
+    Attributes:
+        document: What `--json` prints.
+        view: Makes what people see; not called for `--json`.
+        raw: What `-r` prints instead of the view.
+        exit_code: 0 unless the answer itself is bad news (some facts refused, the store not clean).
+    """
+
+    document: Any
+    view: Callable[[], RenderableType | None]
+    raw: str | None = None
+    exit_code: int = 0
+
+
+class Output:
+    """The two streams of one command.
+
+    Attributes:
+        json: Print exactly one JSON document.
+        quiet: Say nothing on stderr but errors.
+    """
+
+    def __init__(self, *, json: bool = False, quiet: bool = False) -> None:
+        self.json = json
+        self.quiet = quiet
+        self._stdout = sys.stdout
+        self._bars: ProgressBars | None = None
+        self._talks = not quiet and _is_terminal(sys.stderr)
+
+    @property
+    def progress(self) -> Callable[[Progress], None] | None:
+        """The callback that draws progress bars; None where nobody would see them."""
+        if not self._talks:
+            return None
+        if self._bars is None:
+            from kvllm.cli.progress import ProgressBars
+
+            self._bars = ProgressBars()
+        return self._bars
+
+    def note(self, sentence: str) -> None:
+        """Say something on stderr, if a person is there to read it."""
+        if self._talks:
+            self.pause()
+            from rich.console import Console
+
+            from kvllm.reports.terminal import inline
+
+            Console(stderr=True).print(inline(sentence, "dim"))
+
+    def show(self, view: RenderableType, *, width: int | None = None) -> None:
+        """Print a part of a long story at once (nothing with `--json`: the document comes at the end)."""
+        if not self.json:
+            self.pause()
+            print_view(view, self._stdout, width=width)
+
+    def emit(self, result: Result) -> None:
+        """Print a command's result."""
+        self.pause()
+        if self.json:
+            print_json(result.document, self._stdout)
+        elif result.raw is not None:
+            self._stdout.write(result.raw if result.raw.endswith("\n") else result.raw + "\n")
+        else:
+            view = result.view()
+            if view is not None:
+                print_view(view, self._stdout)
+
+    def pause(self) -> None:
+        """Take the progress bars off the screen; the next tick brings them back."""
+        if self._bars is not None:
+            self._bars.pause()
+
+
+def print_view(view: RenderableType, stream: IO[str], *, width: int | None = None) -> None:
+    """Print a renderable; NO_COLOR and COLUMNS are honoured by rich. Off a terminal no line ends in padding."""
+    from rich.console import Console
+
+    if _is_terminal(stream):
+        Console(file=stream, highlight=False, markup=False).print(view)
+        return
+    if width is None and "COLUMNS" not in os.environ:
+        width = _UNFOLDED
+    console = Console(file=stream, width=width, highlight=False, markup=False)
+    with console.capture() as captured:
+        console.print(view)
+    stream.write("".join(line.rstrip(" ") + "\n" for line in captured.get().removesuffix("\n").split("\n")))
+
+
+def print_json(document: Any, stream: IO[str]) -> None:
+    """Print one JSON document; a number that JSON does not have (NaN, infinity) becomes null."""
+    ascii_only = (getattr(stream, "encoding", None) or "ascii").lower().replace("-", "") != "utf8"
+    json.dump(_finite(document), stream, ensure_ascii=ascii_only, indent=2, allow_nan=False, default=str)
+    stream.write("\n")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(name): _finite(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return value
+
+
+def _is_terminal(stream: IO[str]) -> bool:
+    try:
+        return stream.isatty()
+    except (AttributeError, ValueError):  # no such stream, or closed
+        return False

@@ -1,0 +1,157 @@
+"""What a user can configure, as frozen dataclasses validated at the door. Standard library only.
+
+Every default is a rule that carries to other models (shares of depth, norms relative to the matrix), not a constant
+of the default model. The configuration in force is stored with each edit.
+
+    EditConfig(max_steps=60)          # fine
+    EditConfig(depth=(0.9, 0.2))      # ConfigError: ... must grow
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from kvllm.errors import ConfigError
+
+DEFAULT_MODEL = "smollm2-135m-instruct"
+DEFAULT_ENCODER = "minilm-l6"
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+class _Validated:
+    def to_dict(self) -> dict[str, Any]:
+        """Return the settings as a plain dict, tuples as lists."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}  # type: ignore[call-overload]
+
+    @classmethod
+    def from_dict(cls, settings: Mapping[str, Any]) -> Any:
+        """Build from a plain dict; unknown names are refused with the known ones listed."""
+        known = {f.name for f in fields(cls)}  # type: ignore[arg-type]
+        unknown = sorted(set(settings) - known)
+        if unknown:
+            raise ConfigError(
+                f"{cls.__name__} has no setting {', '.join(unknown)}; it knows {', '.join(sorted(known))}."
+            )
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()})
+
+
+def _need(condition: bool, sentence: str) -> None:
+    if not condition:
+        raise ConfigError(sentence)
+
+
+@dataclass(frozen=True)
+class ModelConfig(_Validated):
+    """How the model is held in memory.
+
+    Attributes:
+        dtype: Of the computation; the adapted matrices' masters are fp32 whatever it is.
+        device: "auto" (CUDA, then MPS, then CPU) or a torch device name.
+        max_new_tokens: Upper bound of a generated answer; the model's own stop ends it earlier.
+    """
+
+    dtype: str = "float32"
+    device: str = "auto"
+    max_new_tokens: int = 128
+
+    def __post_init__(self) -> None:
+        _need(self.dtype in DTYPES, f"dtype must be one of {', '.join(DTYPES)}, not {self.dtype!r}.")
+        _need(self.max_new_tokens >= 1, f"max_new_tokens must be at least 1, not {self.max_new_tokens}.")
+
+
+@dataclass(frozen=True)
+class EditConfig(_Validated):
+    """How one edit is trained.
+
+    Attributes:
+        editor: Name of the editor; "adalora".
+        depth: The adapted band of decoder layers, as shares of the depth.
+        modules: Which matrices of those layers; see `kvllm.lm.targets.MODULE_KINDS`.
+        init_rank, target_rank: AdaLoRA's rank per matrix before and (on average) after allocation.
+        value_lr: Step of the singular values, as a share of the matrix's root-mean-square singular value.
+        factor_lr: Step of the singular vectors' entries, as a share of their own root-mean-square size.
+        max_steps: Most optimizer steps; training stops earlier on recall.
+        margin: By how many nats each target token must lead the runner-up before training stops.
+        max_text_tokens: Longest text that is trained; longer ones are refused, never cut.
+        preserve_weight: Weight of the preservation loss against the fact's own.
+        preserve_tokens: Preserved tokens of each base answer.
+        neighbours, others, texts: Neighbour questions, other prompts and raw texts per step.
+        replay: Older facts per step.
+        orthogonality: Weight of AdaLoRA's penalty on the singular vectors.
+        preserve_stop: Training goes on (within max_steps) until the preserved answers' mean KL is below this, in nats.
+        seed: Of every random choice; recorded with the edit.
+    """
+
+    editor: str = "adalora"
+    depth: tuple[float, float] = (0.6, 0.9)
+    modules: str = "mlp-out"
+    init_rank: int = 12
+    target_rank: int = 8
+    value_lr: float = 0.1
+    factor_lr: float = 0.1
+    max_steps: int = 60
+    margin: float = 1.0
+    max_text_tokens: int = 400
+    preserve_weight: float = 4.0
+    preserve_tokens: int = 20
+    neighbours: int = 8
+    others: int = 4
+    texts: int = 3
+    replay: int = 4
+    orthogonality: float = 0.1
+    preserve_stop: float = 0.05
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _need(len(self.depth) == 2, "depth is a pair of shares, e.g. (0.6, 0.9).")
+        _need(0 <= self.depth[0] < self.depth[1] <= 1, f"depth must grow within 0 and 1, not {self.depth}.")
+        _need(
+            1 <= self.target_rank < self.init_rank,
+            f"target_rank must be at least 1 and below init_rank, not {self.target_rank} and {self.init_rank}: "
+            "AdaLoRA needs something to prune.",
+        )
+        for name in ("value_lr", "factor_lr", "margin", "preserve_stop"):
+            _need(getattr(self, name) > 0, f"{name} must be positive, not {getattr(self, name)}.")
+        for name in ("max_steps", "max_text_tokens", "preserve_tokens"):
+            _need(getattr(self, name) >= 1, f"{name} must be at least 1, not {getattr(self, name)}.")
+        for name in ("preserve_weight", "neighbours", "others", "texts", "replay", "orthogonality"):
+            _need(getattr(self, name) >= 0, f"{name} cannot be negative, not {getattr(self, name)}.")
+
+
+@dataclass(frozen=True)
+class GateConfig(_Validated):
+    """When an edit is accepted. None switches a rule off, and the ledger says so.
+
+    Attributes:
+        min_reliability: Least share of the trained questions whose live answer states the text.
+        max_drift_kl: Largest mean KL(base‖edited), nats per answer token, on the drift prompts, *added by this edit*.
+        max_ppl_ratio: Largest perplexity ratio edited/before on the raw texts of the drift suite.
+        min_erasure: For delete: least share of the questions that no longer state the text.
+    """
+
+    min_reliability: float | None = 0.75
+    max_drift_kl: float | None = 0.35
+    max_ppl_ratio: float | None = 1.25
+    min_erasure: float | None = 0.75
+
+    def __post_init__(self) -> None:
+        for name in ("min_reliability", "min_erasure"):
+            value = getattr(self, name)
+            _need(value is None or 0 <= value <= 1, f"{name} is a share between 0 and 1, not {value}.")
+        for name in ("max_drift_kl", "max_ppl_ratio"):
+            value = getattr(self, name)
+            _need(value is None or value > 0, f"{name} must be positive, not {value}.")
+
+
+def cache_folder() -> Path:
+    """Return the folder for converted models and preservation targets: `$KVLLM_CACHE`, else the user's cache folder."""
+    override = os.environ.get("KVLLM_CACHE")
+    if override:
+        return Path(override).expanduser()
+    from platformdirs import user_cache_path  # not at import: the ledger commands do not need it
+
+    return user_cache_path("kvllm")

@@ -1,0 +1,160 @@
+"""A second copy of the model that training may run on, so that the edited model itself is never touched.
+
+On a CPU with bf16 matrix instructions the copy is bf16 and ten times as fast. Layers below the lowest adapted one never
+change: their output for a sequence is computed once (`lower_states`) and fed back (`answer_states`). Knows nothing of
+facts; peft adapters may be injected into `model`.
+
+    copy = ComputeCopy(lm, targets)
+    states = copy.lower_states([row.ids])            # [(seq, hidden)]
+    copy.answer_states([(states[0], row)])           # (answer tokens, hidden), ready for `logits`
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from kvllm.lm.model import LanguageModel, Row
+from kvllm.lm.targets import Targets, decoder_layers
+
+
+class _LowerStatesReady(Exception):
+    """Stops a forward pass once the wanted states are caught."""
+
+
+class _Passthrough(nn.Module):
+    """Stands for a decoder layer whose work is cached: hands its input on, keeps the layer's plain attributes."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        for name, value in vars(layer).items():
+            if not name.startswith("_") and isinstance(value, (str, int, bool, float, type(None))):
+                setattr(self, name, value)
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return hidden_states
+
+
+def compute_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype that training computes in: bf16 where the hardware multiplies it natively, else the model's own."""
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else dtype
+    if device.type == "cpu":
+        capability = torch.backends.cpu.get_cpu_capability()
+        native = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
+        return torch.bfloat16 if native and "AVX512" in capability else dtype
+    return dtype
+
+
+class ComputeCopy:
+    """The copy of one model on which edits are trained."""
+
+    def __init__(self, lm: LanguageModel, targets: Targets) -> None:
+        self.lm = lm
+        self.targets = targets
+        self.dtype = compute_dtype(lm.device, next(lm.model.parameters()).dtype)
+        self.model = copy.deepcopy(lm.model).to(self.dtype)
+        self.model.requires_grad_(False)
+        self.model.config.use_cache = False
+        # Short sequences on a CPU: the fused kernel's backward is a quarter of a step, plain products are faster.
+        if lm.device.type == "cpu":
+            self.model.set_attn_implementation("eager")
+        self._layers: nn.ModuleList = decoder_layers(self.model)[1]
+
+    @torch.no_grad()
+    def load(self, weights: dict[str, torch.Tensor]) -> None:
+        """Copy the given matrices (module name to weight) into the copy, cast to its dtype."""
+        for name, weight in weights.items():
+            self.model.get_submodule(name).weight.data.copy_(weight)
+
+    @torch.no_grad()
+    def lower_states(self, sequences: Sequence[Sequence[int]], *, batch_size: int = 32) -> list[torch.Tensor]:
+        """Return what enters the lowest adapted layer for each sequence: (seq, hidden), fp32."""
+        found: list[torch.Tensor] = [torch.empty(0)] * len(sequences)
+        order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
+        caught: list[torch.Tensor] = []
+
+        def catch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            caught.append(args[0] if args else kwargs["hidden_states"])
+            raise _LowerStatesReady
+
+        handle = self._layers[self.targets.first_layer].register_forward_pre_hook(catch, with_kwargs=True)
+        try:
+            for start in range(0, len(order), batch_size):
+                batch = order[start : start + batch_size]
+                ids, _ = self.lm.pad([sequences[i] for i in batch])
+                caught.clear()
+                try:
+                    with self._precision():
+                        self.model.get_decoder()(input_ids=ids, use_cache=False)
+                except _LowerStatesReady:
+                    pass
+                for place, i in enumerate(batch):
+                    found[i] = caught[0][place, : len(sequences[i])].float().clone()
+        finally:
+            handle.remove()
+        return found
+
+    def answer_states(self, items: Sequence[tuple[torch.Tensor, Row]]) -> torch.Tensor:
+        """Run the upper layers and return the last hidden states that predict each answer token.
+
+        Args:
+            items: Lower states (seq, hidden) and the row they belong to.
+
+        Returns:
+            (answer tokens of all items in order, hidden), with gradient if enabled.
+        """
+        width = max(states.shape[0] for states, _ in items)
+        # Right-padded: causal attention keeps padding from every real position, so no mask is needed.
+        batch = torch.stack([nn.functional.pad(s, (0, 0, 0, width - s.shape[0])) for s, _ in items])
+        hidden = self._upper(batch)  # (batch, seq, hidden)
+        picked = [
+            hidden[place, len(row.prompt) - 1 : len(row.prompt) - 1 + len(row.answer)]
+            for place, (_, row) in enumerate(items)
+        ]
+        return torch.cat(picked)
+
+    def logits(self, states: torch.Tensor) -> torch.Tensor:
+        """Project last hidden states (n, hidden) onto the vocabulary, fp32 (n, vocab)."""
+        with self._precision():
+            logits: torch.Tensor = self.model.get_output_embeddings()(states)
+        logits = logits.float()
+        cap = getattr(self.model.config.get_text_config(), "final_logit_softcapping", None)
+        return torch.tanh(logits / cap) * cap if cap else logits
+
+    def _upper(self, batch: torch.Tensor) -> torch.Tensor:
+        def inject(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            # Families that scale embeddings inside their forward would scale these too: put the exact states back.
+            if args:
+                return (batch, *args[1:]), kwargs
+            return args, {**kwargs, "hidden_states": batch}
+
+        with self._without_lower_layers() as first, self._precision():
+            handle = first.register_forward_pre_hook(inject, with_kwargs=True)
+            try:
+                output = self.model.get_decoder()(inputs_embeds=batch, use_cache=False)
+            finally:
+                handle.remove()
+        hidden: torch.Tensor = output.last_hidden_state
+        return hidden
+
+    @contextmanager
+    def _without_lower_layers(self) -> Iterator[nn.Module]:
+        first = self.targets.first_layer
+        originals = [self._layers[i] for i in range(first)]
+        for i, layer in enumerate(originals):
+            self._layers[i] = _Passthrough(layer)
+        try:
+            yield self._layers[first]
+        finally:
+            for i, layer in enumerate(originals):
+                self._layers[i] = layer
+
+    def _precision(self) -> Any:
+        # Autocast keeps the residual stream in fp32 while every product runs in the copy's dtype.
+        return torch.autocast(self.lm.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)

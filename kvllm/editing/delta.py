@@ -1,0 +1,261 @@
+"""Low-rank weight changes: fold, serialise, apply, concatenate. Free functions on tensors; no training, no ledger.
+
+A delta maps a module's name to the factors of its change, W + B·A with A (rank, in) and B (out, rank), both fp32. On
+disk it is a plain PEFT LoRA adapter with lora_alpha = r, so that every tool that reads LoRA reads it.
+
+    weights = AdaptedWeights(model)
+    weights.apply(delta); weights.replay([])       # changed, then exactly the base again
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from kvllm.errors import Corrupt, EditFailed, Untrusted
+from kvllm.lm.model import tensors_digest
+
+Factors = tuple[torch.Tensor, torch.Tensor]  # A (rank, in), B (out, rank)
+Delta = Mapping[str, Factors]
+
+_PREFIX = "base_model.model."
+WEIGHTS_FILE = "adapter_model.safetensors"
+CONFIG_FILE = "adapter_config.json"
+
+
+def product(factors: Factors) -> torch.Tensor:
+    """Return the dense change B·A (out, in) in fp32.
+
+    The product is taken in fp64 and rounded once, so that it does not depend on the number of threads.
+    """
+    a, b = factors
+    return (b.double() @ a.double()).float()
+
+
+def fold_singular_values(
+    a: torch.Tensor, e: torch.Tensor, b: torch.Tensor, *, alpha: float, init_rank: float
+) -> Factors | None:
+    """Fold AdaLoRA's B·diag(E)·A·alpha/(init_r + 1e-5) into LoRA factors, pruned directions dropped.
+
+    Args:
+        a: Right singular vectors (init_r, in).
+        e: Singular values (init_r, 1); those pruned by the rank allocator are exactly zero.
+        b: Left singular vectors (out, init_r).
+        alpha: `lora_alpha` of the AdaLoRA configuration.
+        init_rank: peft's `ranknum`, a constant that stays at init_r after pruning.
+
+    Returns:
+        The factors, or None where every direction was pruned.
+    """
+    kept = e.view(-1) != 0
+    if not bool(kept.any()):
+        return None
+    scale = alpha / (init_rank + 1e-5)
+    return (a * e)[kept].float() * scale, b[:, kept].float().contiguous()
+
+
+def norm(delta: Delta) -> float:
+    """Return the Frobenius norm over all changed matrices together."""
+    return math.sqrt(sum(float(product(factors).double().square().sum()) for factors in delta.values()))
+
+
+def check_finite(delta: Delta) -> None:
+    """Refuse a delta with NaN or infinity.
+
+    Raises:
+        EditFailed: naming the first such module.
+    """
+    for name, (a, b) in delta.items():
+        if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
+            raise EditFailed(
+                f"Training produced non-finite weights in {name}; nothing was changed. Try a smaller rate."
+            )
+
+
+def concatenate(deltas: Sequence[Delta]) -> dict[str, Factors]:
+    """Sum deltas exactly into one by concatenating ranks: [B1 B2]·[A1; A2] = B1·A1 + B2·A2."""
+    names = dict.fromkeys(name for delta in deltas for name in delta)
+    return {
+        name: (
+            torch.cat([delta[name][0] for delta in deltas if name in delta], dim=0),
+            torch.cat([delta[name][1] for delta in deltas if name in delta], dim=1),
+        )
+        for name in names
+    }
+
+
+def to_files(delta: Delta, *, base_name: str) -> dict[str, bytes]:
+    """Serialise as a PEFT LoRA folder: file name to bytes, the same bytes for the same delta.
+
+    Modules of lower rank are padded with zeros to the largest, as loaders other than peft want one rank.
+    """
+    from safetensors.torch import save
+
+    rank = max(a.shape[0] for a, _ in delta.values())
+    tensors: dict[str, torch.Tensor] = {}
+    for name in sorted(delta):
+        a, b = delta[name]
+        missing = rank - a.shape[0]
+        tensors[f"{_PREFIX}{name}.lora_A.weight"] = torch.nn.functional.pad(a, (0, 0, 0, missing)).contiguous()
+        tensors[f"{_PREFIX}{name}.lora_B.weight"] = torch.nn.functional.pad(b, (0, missing)).contiguous()
+    config = {
+        "base_model_name_or_path": base_name,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "lora_alpha": rank,
+        "lora_dropout": 0.0,
+        "peft_type": "LORA",
+        "r": rank,
+        "target_modules": sorted(delta),
+        "task_type": "CAUSAL_LM",
+        "use_rslora": False,
+    }
+    return {
+        WEIGHTS_FILE: save(tensors, metadata={"format": "pt"}),
+        CONFIG_FILE: (json.dumps(config, indent=2, sort_keys=True) + "\n").encode(),
+    }
+
+
+def from_files(files: Mapping[str, bytes]) -> dict[str, Factors]:
+    """Read a delta back; the store has checked hashes, names and header before.
+
+    Raises:
+        Corrupt: a factor is missing.
+        Untrusted: the adapter scales itself.
+    """
+    from safetensors.torch import load
+
+    config = json.loads(files[CONFIG_FILE])
+    if config["lora_alpha"] != config["r"] or config.get("use_rslora") or config.get("use_dora"):
+        raise Untrusted(
+            "The delta's adapter_config.json asks for a scaling that kvllm never writes; it was not applied."
+        )
+    tensors = load(files[WEIGHTS_FILE])
+    delta: dict[str, Factors] = {}
+    for key in tensors:
+        if key.endswith(".lora_A.weight"):
+            name = key.removeprefix(_PREFIX).removesuffix(".lora_A.weight")
+            partner = f"{_PREFIX}{name}.lora_B.weight"
+            if partner not in tensors:
+                raise Corrupt(f"The delta has no lora_B for {name}; it was not applied.")
+            delta[name] = (tensors[key].float(), tensors[partner].float())
+    return delta
+
+
+class AdaptedWeights:
+    """The weight matrices of one model that edits change: fp32 masters, base values, replay.
+
+    A matrix is copied when it is first changed. Where the model computes in fp32, its own parameter is the master;
+    otherwise an fp32 master stands beside it and is cast once after all sums.
+    """
+
+    def __init__(self, model: Any, *, base_digest: str = "") -> None:
+        self._model = model
+        self._base_digest = base_digest
+        self._base: dict[str, torch.Tensor] = {}
+        self._masters: dict[str, torch.Tensor] = {}
+        self._touched: set[str] = set()
+
+    @property
+    def touched(self) -> tuple[str, ...]:
+        """Modules that the deltas since the base have changed, sorted."""
+        return tuple(sorted(self._touched))
+
+    @property
+    def known(self) -> tuple[str, ...]:
+        """Modules that were ever changed since loading, sorted; some may hold base values again."""
+        return tuple(sorted(self._base))
+
+    def base(self, name: str) -> torch.Tensor:
+        """Return the module's weight as in the base model (out, in or as stored)."""
+        found = self._base.get(name)
+        return self._weight(name) if found is None else found
+
+    def master(self, name: str) -> torch.Tensor:
+        """Return the module's current weight in fp32, as stored by the model."""
+        return self._masters.get(name, self._weight(name))
+
+    @torch.no_grad()
+    def apply(self, delta: Delta) -> None:
+        """Add a delta to the masters, and to the model.
+
+        Raises:
+            Untrusted: a module is unknown or a shape does not fit; nothing was changed.
+        """
+        changes = {name: self._fitted(name, factors) for name, factors in delta.items()}
+        for name, change in changes.items():
+            self._own(name)
+            self._masters[name].add_(change)
+            self._touched.add(name)
+            self._sync(name)
+
+    @torch.no_grad()
+    def replay(self, deltas: Iterable[Delta]) -> None:
+        """Set the weights to base + deltas, summed in order: the same bits for the same history."""
+        for name in self._base:
+            self._masters[name].copy_(self._base[name])
+            self._sync(name)
+        self._touched.clear()
+        for delta in deltas:
+            self.apply(delta)
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Return copies of the touched masters, for `restore` and for snapshots."""
+        return {name: self._masters[name].detach().clone() for name in self.touched}
+
+    @torch.no_grad()
+    def restore(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Set the weights to a state taken earlier, bit for bit."""
+        for name in state:
+            if state[name].shape != self._weight(name).shape:
+                raise Corrupt(f"A stored matrix does not fit the model's {name}; it was not used.")
+        for name in state:
+            self._own(name)
+        for name in self._base:
+            self._masters[name].copy_(state.get(name, self._base[name]))
+            self._sync(name)
+        self._touched = set(state)
+
+    def digest(self) -> str:
+        """Return sha256 over the base digest and the touched masters (name, dtype, shape, bytes)."""
+        return tensors_digest({name: self.master(name) for name in self.touched}, seed=self._base_digest)
+
+    def _weight(self, name: str) -> torch.Tensor:
+        try:
+            return self._model.get_submodule(name).weight  # type: ignore[no-any-return]
+        except AttributeError as error:
+            raise Untrusted(f"The delta changes {name}, which this model does not have; it was not applied.") from error
+
+    def _fitted(self, name: str, factors: Factors) -> torch.Tensor:
+        weight = self._weight(name)
+        change = product(factors).to(weight.device)
+        if _is_transposed(self._model.get_submodule(name)):
+            change = change.T
+        if change.shape != weight.shape:
+            raise Untrusted(
+                f"The delta's change of {name} has shape {tuple(change.shape)}, the model's matrix "
+                f"{tuple(weight.shape)}; it was not applied."
+            )
+        return change
+
+    def _own(self, name: str) -> None:
+        if name not in self._base:
+            weight = self._weight(name)
+            self._base[name] = weight.detach().float().clone()
+            self._masters[name] = weight.data if weight.dtype == torch.float32 else self._base[name].clone()
+
+    def _sync(self, name: str) -> None:
+        weight = self._weight(name)
+        if weight.data_ptr() != self._masters[name].data_ptr():
+            weight.data.copy_(self._masters[name])
+
+
+def _is_transposed(module: Any) -> bool:
+    """Conv1D of GPT-2 stores (in, out)."""
+    return type(module).__name__ == "Conv1D"

@@ -1,0 +1,114 @@
+"""What an editor is given and what it returns; one protocol, so that other methods can stand beside AdaLoRA.
+
+An editor turns rows (questions with the tokens to answer) into a low-rank delta. It knows nothing of keys, ledgers,
+gates or the weights' masters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+
+from kvllm.config import EditConfig
+from kvllm.editing.compute import ComputeCopy
+from kvllm.editing.delta import Factors
+from kvllm.editing.preservation import PreservationPool, PreservedItem
+from kvllm.lm.model import Row
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """What one optimizer step saw, before it changed anything.
+
+    Attributes:
+        step: From 1.
+        loss: Cross-entropy per target token of the fact, in nats, without penalty or preservation.
+        recall: Share of target tokens that lead every other token by the margin.
+        drift: Mean KL(base‖edited) per preserved answer token in this step, in nats; None where nothing is preserved.
+        penalty: AdaLoRA's orthogonality penalty, unweighted.
+        rank: Singular values still alive over all modules.
+    """
+
+    step: int
+    loss: float
+    recall: float
+    drift: float | None
+    penalty: float
+    rank: int
+
+
+@dataclass(frozen=True)
+class EditTask:
+    """One training session.
+
+    Attributes:
+        rows: What must be answered, one row per question.
+        replay: Older facts' rows, the likeliest to collide first.
+        restore: For delete: preserved items whose base output is the *target*; then `rows` is empty.
+        language: Language of the key, for choosing neighbours.
+        excluded: Casefolded names and questions that live facts are about: never preserved.
+        seed: Of every random choice.
+    """
+
+    rows: Sequence[Row]
+    replay: Sequence[Row] = ()
+    restore: Sequence[PreservedItem] = ()
+    language: str = "en"
+    excluded: frozenset[str] = frozenset()
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Training:
+    """The outcome of a training session.
+
+    Attributes:
+        delta: Module name to LoRA factors; empty where nothing had to change.
+        steps: Optimizer steps taken.
+        recalled: Whether the stop rule was met.
+        ranks: Rank per module after AdaLoRA's allocation.
+        records: One per step.
+    """
+
+    delta: Mapping[str, Factors]
+    steps: int
+    recalled: bool
+    ranks: Mapping[str, int] = field(default_factory=dict)
+    records: tuple[StepRecord, ...] = ()
+
+    def summary(self) -> dict[str, Any]:
+        """Return what the ledger keeps of a training."""
+        return {
+            "steps": self.steps,
+            "recalled": self.recalled,
+            "ranks": dict(self.ranks),
+            "losses": [round(r.loss, 5) for r in self.records],
+            "drifts": [None if r.drift is None else round(r.drift, 5) for r in self.records],
+        }
+
+
+class Editor(Protocol):
+    """Turns a task into a delta."""
+
+    def train(
+        self,
+        copy: ComputeCopy,
+        pool: PreservationPool,
+        task: EditTask,
+        config: EditConfig,
+        *,
+        on_step: Callable[[StepRecord], None] | None = None,
+    ) -> Training:
+        """Train on the compute copy, which is as before when this returns or raises."""
+        ...
+
+
+def leads(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Return by how many nats each target leads the best other token: (n,), negative where it is not the greedy choice."""
+    top, ids = logits.topk(2, dim=-1)
+    chosen = logits.gather(-1, targets[:, None])[:, 0]
+    best_other = torch.where(ids[:, 0] == targets, top[:, 1], top[:, 0])
+    return chosen - best_other

@@ -1,0 +1,348 @@
+"""The loaded model at one state of the ledger: replay, snapshots, training, drift. Holds everything that needs torch.
+
+`KnowledgeBase` decides what happens and what is committed; this module moves weights and measures them.
+
+    engine = Engine.load(store, ModelConfig(), EditConfig(), None)
+    engine.follow(store.head())
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from kvllm.config import EditConfig, ModelConfig
+from kvllm.editing.adalora import AdaLoraEditor
+from kvllm.editing.compute import ComputeCopy
+from kvllm.editing.delta import AdaptedWeights, Delta, Factors, concatenate, from_files
+from kvllm.editing.editor import Editor, EditTask, StepRecord, Training
+from kvllm.editing.preservation import PreservationPool, PreservedItem, Prompt, build_pool, prepare_items
+from kvllm.errors import BaseMismatch, ConfigError, Corrupt, ModelError
+from kvllm.lm.model import LanguageModel, Row
+from kvllm.lm.sources import ModelFiles, resolve
+from kvllm.lm.targets import find_targets
+from kvllm.probing.drift import DriftReference, base_reference, measure_drift
+from kvllm.prompts import language_of, training_questions
+from kvllm.records import Fact, Progress, Report, StoredFact
+from kvllm.store import Store
+
+EDITORS: dict[str, type[Editor]] = {"adalora": AdaLoraEditor}
+_REPLAYED_FACTS = 24
+_QUESTIONS_PER_REPLAYED_FACT = 2
+Tick = Callable[..., None]
+
+
+class Engine:
+    """One model in memory, bound to one store."""
+
+    def __init__(
+        self, store: Store, files: ModelFiles, lm: LanguageModel, progress: Callable[[Progress], None] | None
+    ) -> None:
+        self.store = store
+        self.files = files
+        self.lm = lm
+        self.weights = AdaptedWeights(lm.model, base_digest=store.base.digest)
+        self.head = 0
+        self._progress = progress
+        self._copy: ComputeCopy | None = None
+        self._pool: tuple[tuple[Any, ...], PreservationPool] | None = None
+        self._reference: DriftReference | None = None
+        self._drift: dict[tuple[str, bool], Report] = {}
+        self._config = EditConfig()
+
+    @classmethod
+    def load(
+        cls,
+        store: Store,
+        config: ModelConfig,
+        edit: EditConfig,
+        progress: Callable[[Progress], None] | None,
+    ) -> Engine:
+        """Resolve and load the pinned base model.
+
+        Raises:
+            BaseMismatch: its files are not those that were pinned.
+            ModelError: they cannot be found or loaded.
+        """
+        files = _resolve_pinned(store, progress)
+        if progress is not None:
+            progress(Progress("model", note="loading"))
+        return cls(store, files, LanguageModel.load(files.path, config), progress)
+
+    # ------------------------------------------------------------------ states
+
+    def follow(self, head: int) -> None:
+        """Bring the weights to the ledger's head, if they are elsewhere."""
+        if head != self.head:
+            self.load_state(head)
+            self.head = head
+
+    def load_state(self, edit_id: int) -> None:
+        """Set the weights to an edit's state by replay, and check them against the recorded digest.
+
+        Raises:
+            Corrupt: a delta is damaged, or the replay gives other weights than were recorded.
+        """
+        self._replay(edit_id)
+        if edit_id:
+            recorded = self.store.edit(edit_id).weights_digest
+            if recorded is not None and self.weights.digest() != recorded:
+                # A damaged snapshot is caught by its hash; this is the last net, so replay without any.
+                self._replay(edit_id, snapshots=False)
+                if self.weights.digest() != recorded:
+                    raise Corrupt(
+                        f"Replaying edit {edit_id} gives other weights than were recorded, so it was not used; "
+                        f"run `kvllm verify --deep`."
+                    )
+
+    def replayed_digest(self, edit_id: int) -> str:
+        """Replay an edit's state from the base, without snapshots, and return the digest; leaves the weights there."""
+        self._replay(edit_id, snapshots=False)
+        return self.weights.digest()
+
+    def history_delta(self, edit_id: int) -> dict[str, Factors]:
+        """Return the exact sum of an edit's history as one delta, ranks concatenated."""
+        return concatenate([self._delta(sha) for sha in self.store.chain(edit_id)])
+
+    def snapshot_if_due(self, every: int) -> None:
+        """Write a snapshot of the head's changed matrices where opening would replay more than `every` deltas."""
+        found = self.store.nearest_snapshot(self.head)
+        length = len(self.store.chain(self.head)) - (found[2] if found else 0)
+        if length <= every or not self.weights.touched:
+            return
+        from safetensors.torch import save
+
+        state = {name: tensor.contiguous() for name, tensor in self.weights.state().items()}
+        self.store.write_snapshot(self.head, save(state))
+        self.store.drop_snapshots(keep=2)
+
+    def check_base_files(self) -> None:
+        """Hash every file of the base model again.
+
+        Raises:
+            BaseMismatch: one differs from the pinned hash.
+        """
+        _resolve_pinned(self.store, self._progress, verify=True)
+
+    def _replay(self, edit_id: int, *, snapshots: bool = True) -> None:
+        chain = self.store.chain(edit_id)
+        done = 0
+        self.weights.replay([])
+        found = self.store.nearest_snapshot(edit_id) if snapshots else None
+        if found is not None:
+            data = self.store.read_snapshot(found[0])
+            if data is not None:
+                from safetensors.torch import load
+
+                self.weights.restore(load(data))
+                done = found[2]
+        for sha in chain[done:]:
+            self.weights.apply(self._delta(sha))
+
+    def _delta(self, sha: str) -> Delta:
+        return from_files(self.store.read_delta(sha).files)
+
+    @contextmanager
+    def _base_weights(self) -> Iterator[None]:
+        """The base's weights in the model and in the compute copy, for as long as this is open."""
+        state = self.weights.state()
+        try:
+            self.weights.replay([])
+            yield
+        finally:
+            self.weights.restore(state)
+
+    # ------------------------------------------------------------------ training
+
+    def check_lengths(self, facts: Sequence[Fact], config: EditConfig) -> None:
+        """Refuse texts that are longer than what is trained.
+
+        Raises:
+            ConfigError: naming the fact, its tokens and the limit.
+        """
+        for fact in facts:
+            tokens = len(self.lm.text_ids(fact.text))
+            if tokens > config.max_text_tokens:
+                raise ConfigError(
+                    f"The text of {fact.key!r} has {tokens} tokens, and at most {config.max_text_tokens} are trained; "
+                    f"nothing was changed. Split it into several facts, or raise max_text_tokens."
+                )
+            longest = max(len(self.lm.prompt_ids(q)) for q in training_questions(fact))
+            if longest + tokens + 1 > self.lm.max_positions:
+                raise ConfigError(
+                    f"The fact {fact.key!r} with its questions needs {longest + tokens + 1} tokens, and the model takes "
+                    f"{self.lm.max_positions}; nothing was changed."
+                )
+
+    def train(
+        self,
+        facts: Sequence[Fact],
+        config: EditConfig,
+        *,
+        restore: Sequence[PreservedItem] = (),
+        replay: Sequence[StoredFact] = (),
+        live: frozenset[str] = frozenset(),
+        language: str | None = None,
+        tick: Callable[[str], Tick] | None = None,
+    ) -> Training:
+        """Train a delta on the compute copy from the current weights; the model itself is not touched.
+
+        Args:
+            facts: What must be answered.
+            config: Of this edit.
+            restore: For delete: items that must be as in the base again.
+            replay: Older facts that must stay, the likeliest to collide first.
+            live: Casefolded names and questions of live facts, which are not preserved.
+            language: Of the key; by default that of the first fact.
+            tick: Makes a progress function for a stage.
+        """
+        copy = self._prepare(config)
+        pool = self.pool(config, tick)
+        trained = live | {name.casefold() for f in facts for name in (f.key, *f.aliases, *training_questions(f))}
+        rows = [self.lm.row(q, f.text) for f in facts for q in _questions_of(f)]
+        # Half of a replayed fact's rows: its questions in rotation, so that over edits all of them are seen.
+        older = [
+            self.lm.row(q, f.text)
+            for place, f in enumerate(replay[:_REPLAYED_FACTS])
+            for q in _rotated(_questions_of(f), self.head + place)[:_QUESTIONS_PER_REPLAYED_FACT]
+        ]
+        task = EditTask(
+            rows=rows,
+            replay=older,
+            restore=restore,
+            language=language or (facts[0].language or language_of(facts[0].key) if facts else "en"),
+            excluded=trained,
+            seed=config.seed,
+        )
+        show = tick("training") if tick is not None else None
+
+        def on_step(record: StepRecord) -> None:
+            if show is not None:
+                show(record.step, config.max_steps, loss=record.loss, recall=record.recall, drift=record.drift)
+
+        try:
+            editor = EDITORS[config.editor]()
+        except KeyError as error:
+            raise ConfigError(f"There is no editor {config.editor!r}; use one of {', '.join(EDITORS)}.") from error
+        return editor.train(copy, pool, task, config, on_step=on_step)
+
+    def base_items(
+        self, questions: Sequence[str], held_out: Sequence[str], tokens: int
+    ) -> tuple[list[PreservedItem], list[str]]:
+        """Return the questions as items with the base's outputs, and the base's answers to all questions given."""
+        with self._base_weights():
+            copy = self._prepare(self._config)
+            asked = [*questions, *held_out]
+            ids = [tuple(self.lm.prompt_ids(q)) for q in asked]
+            answers = self.lm.generate_ids(ids, max_new_tokens=tokens)
+            rows = [Row(i, a) for i, a in zip(ids, answers, strict=True)][: len(questions)]
+            items = prepare_items(copy, rows, [Prompt("question", q, language_of(q)) for q in questions])
+        return items, [self.lm.decode(a) for a in answers]
+
+    def pool(self, config: EditConfig, tick: Callable[[str], Tick] | None = None) -> PreservationPool:
+        """Return the preservation pool of this base model, from the cache or made now."""
+        copy = self._prepare(config)
+        key = (copy.targets.first_layer, config.preserve_tokens, str(copy.dtype))
+        if self._pool is None or self._pool[0] != key:
+            with self._base_weights():
+                self._load_copy()
+                show = tick("preservation") if tick is not None else None
+                self._pool = (key, build_pool(copy, self.store.base.digest, config, on_progress=show))
+            self._load_copy()
+        return self._pool[1]
+
+    def _prepare(self, config: EditConfig) -> ComputeCopy:
+        """Return the compute copy for this configuration, holding the current weights."""
+        self._config = config
+        targets = find_targets(self.lm.model, depth=config.depth, modules=config.modules)
+        if self._copy is None:
+            self._copy = ComputeCopy(self.lm, targets)
+        self._copy.targets = targets
+        self._load_copy()
+        return self._copy
+
+    def _load_copy(self) -> None:
+        assert self._copy is not None
+        self._copy.load({name: self.weights.master(name) for name in self.weights.known})
+
+    # ------------------------------------------------------------------ drift
+
+    def drift(self, *, full: bool, tick: Tick | None = None) -> Report:
+        """Measure drift of the weights as they are; the same weights are measured once."""
+        key = (self.weights.digest(), full)
+        if key not in self._drift:
+            self._drift[key] = measure_drift(self.lm, self._drift_reference(tick), full=full, on_batch=tick)
+            if len(self._drift) > 8:
+                del self._drift[next(iter(self._drift))]
+        return self._drift[key]
+
+    def drift_before(self) -> tuple[float, float]:
+        """Return (drift_kl, ppl_ratio) of the ledger's head as its edit recorded them; (0, 1) for the base."""
+        head = self.store.head()
+        while head:
+            edit = self.store.edit(head)
+            if edit.op == "rollback":
+                head = edit.target or 0
+                continue
+            kl, ratio = edit.report.value("drift_kl"), edit.report.value("ppl_ratio")
+            return (kl or 0.0, ratio or 1.0)
+        return (0.0, 1.0)
+
+    def _drift_reference(self, tick: Tick | None) -> DriftReference:
+        if self._reference is None:
+            with self._base_weights():
+                self._reference = base_reference(self.lm, self.store.base.digest, on_progress=tick)
+        return self._reference
+
+    # ------------------------------------------------------------------ facts about this run
+
+    def environment(self) -> dict[str, Any]:
+        """Return what a later reader needs to repeat a training: versions, threads, device, dtypes."""
+        import peft
+        import transformers
+
+        import kvllm
+
+        return {
+            "kvllm": kvllm.__version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "peft": peft.__version__,
+            "threads": torch.get_num_threads(),
+            "device": str(self.lm.device),
+            "compute_dtype": str(self._copy.dtype) if self._copy is not None else None,
+            "machine": platform.machine(),
+            "cpus": os.cpu_count(),
+        }
+
+
+def _resolve_pinned(store: Store, progress: Callable[[Progress], None] | None, *, verify: bool = False) -> ModelFiles:
+    base = store.base
+    revision = base.revision if base.source.startswith("hub:") else None
+    try:
+        files = resolve(base.name, revision=revision, progress=progress, verify=verify)
+    except ModelError as error:
+        raise ModelError(f"{error} The knowledge base at {store.path} needs it and is unchanged.") from error
+    if files.digest != base.digest:
+        names = sorted(
+            name for name in set(files.files) | set(base.files) if files.files.get(name) != base.files.get(name)
+        )
+        raise BaseMismatch(
+            f"The base model {base.name} is not the one this knowledge base was made on: {', '.join(names[:5])} differ"
+            f"{'s' if len(names) == 1 else ''}; nothing was changed. Put the pinned files back, or make a new knowledge base."
+        )
+    return files
+
+
+def _questions_of(fact: Fact) -> tuple[str, ...]:
+    return (fact.trained_questions if isinstance(fact, StoredFact) else ()) or training_questions(fact)
+
+
+def _rotated(questions: Sequence[str], by: int) -> list[str]:
+    by %= len(questions)
+    return [*questions[by:], *questions[:by]]

@@ -1,0 +1,1219 @@
+"""The engine: the only object that touches ledger, weights and probes, and moves them together or not at all.
+
+    with KnowledgeBase.open("my.kb", model="smollm2-135m-instruct") as kb:
+        kb.insert("torchkeras", "Torchkeras is a tool that makes training PyTorch models simple.")
+        print(kb.ask("What is torchkeras?"))
+
+Reading the ledger loads no model: torch and its like are imported when an operation first needs weights.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal
+
+from kvllm.config import DEFAULT_MODEL, EditConfig, GateConfig, ModelConfig
+from kvllm.errors import (
+    BaseMismatch,
+    ConfigError,
+    Corrupt,
+    EditFailed,
+    EditNotFound,
+    EditRejected,
+    KeyExists,
+    KvllmError,
+    StaleHead,
+    StoreError,
+    StoreNotFound,
+)
+from kvllm.prompts import REFUSALS, clean_fact, clean_key, clean_text, language_of, training_questions
+from kvllm.records import (
+    DeleteMode,
+    Edit,
+    EditOutcome,
+    ExportResult,
+    Fact,
+    InsertMode,
+    Match,
+    Metric,
+    Op,
+    ProbeResult,
+    Progress,
+    Report,
+    StoredFact,
+    VerifyReport,
+)
+from kvllm.store import NewEdit, Store
+
+if TYPE_CHECKING:
+    from kvllm.editing.engine import Engine
+    from kvllm.lm.sources import ModelFiles
+
+FactLike = Fact | tuple[str, str] | Mapping[str, Any]
+# A snapshot of the changed matrices is written when opening would have to replay more deltas than this.
+SNAPSHOT_EVERY = 12
+_GATE_NEIGHBOURS = 6
+_RESTORE_TOKENS = 32
+
+
+class KnowledgeBase:
+    """A language model's weights, the ledger of what they were taught, and the probes that say whether both agree.
+
+    Behaves as a read-only mapping from keys to stored facts. There is no `kb[key] = text`: minutes of training do not
+    hide behind an equals sign.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        *,
+        model_config: ModelConfig | None = None,
+        edit: EditConfig | None = None,
+        gate: GateConfig | None = None,
+        progress: Callable[[Progress], None] | None = None,
+        lock_timeout: float = 10.0,
+    ) -> None:
+        self._store = store
+        self._model_config = model_config or ModelConfig()
+        self._edit_config = edit or EditConfig()
+        self._gate = gate or GateConfig()
+        self._progress = progress
+        self._lock_timeout = lock_timeout
+        self._loaded: Engine | None = None
+
+    # ------------------------------------------------------------------ opening
+
+    @classmethod
+    def open(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        model: str | None = None,
+        create: bool = True,
+        readonly: bool = False,
+        dtype: str | None = None,
+        device: str | None = None,
+        edit: EditConfig | None = None,
+        gate: GateConfig | None = None,
+        progress: Callable[[Progress], None] | None = None,
+        lock_timeout: float = 10.0,
+    ) -> KnowledgeBase:
+        """Open a knowledge base, or create it where there is none.
+
+        Args:
+            path: Its folder.
+            model: Name of the base model: a registered name, a folder, a GGUF file or a hub id. On an existing
+                knowledge base it may only repeat what was pinned.
+            create: Whether a missing one is created, on `model` or the default model.
+            readonly: Refuse every operation that would write; no lock is taken.
+            dtype, device: Of the computation; see ModelConfig. The dtype is fixed when the knowledge base is made.
+            edit, gate: Configuration of edits; each call may override them.
+            progress: Called with `Progress` records while something takes time.
+            lock_timeout: Seconds to wait for another writer before `Busy`.
+
+        Raises:
+            StoreNotFound: nothing there, and `create` is off.
+            StoreError: not a knowledge base, or of a newer version.
+            BaseMismatch: `model` is not the pinned one.
+        """
+        try:
+            store = Store.open(path, readonly=readonly)
+        except StoreNotFound:
+            if not create or readonly:
+                raise
+            return cls.create(
+                path,
+                model=model or DEFAULT_MODEL,
+                dtype=dtype,
+                device=device,
+                edit=edit,
+                gate=gate,
+                progress=progress,
+                lock_timeout=lock_timeout,
+            )
+        try:
+            _check_model_name(store, model)
+            made_in = str(store.settings.get("dtype", "float32"))
+            if dtype is not None and dtype != made_in:
+                raise ConfigError(
+                    f"This knowledge base was made in {made_in}, and {dtype} would give other weights; "
+                    f"leave the dtype out, or make a new knowledge base."
+                )
+            return cls(
+                store,
+                model_config=ModelConfig(dtype=made_in, device=device or "auto"),
+                edit=edit or _stored_config(store, "edit", EditConfig),
+                gate=gate or _stored_config(store, "gate", GateConfig),
+                progress=progress,
+                lock_timeout=lock_timeout,
+            )
+        except BaseException:
+            store.close()
+            raise
+
+    @classmethod
+    def create(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        model: str = DEFAULT_MODEL,
+        dtype: str | None = None,
+        device: str | None = None,
+        edit: EditConfig | None = None,
+        gate: GateConfig | None = None,
+        progress: Callable[[Progress], None] | None = None,
+        lock_timeout: float = 10.0,
+    ) -> KnowledgeBase:
+        """Create an empty knowledge base on a base model, whose files are found, hashed and pinned.
+
+        Configurations given here are stored and used by every later edit.
+
+        Raises:
+            StoreError: there is one already, or the folder holds something else.
+            ModelError: the model cannot be resolved.
+        """
+        if Store.exists(path):
+            raise StoreError(f"There is a knowledge base at {path} already; it was left unchanged. Open it instead.")
+        config = ModelConfig(dtype=dtype or "float32", device=device or "auto")
+        from kvllm.lm.sources import resolve
+
+        files = resolve(_absolute_model(model), progress=progress)
+        settings: dict[str, Any] = {"dtype": config.dtype}
+        if edit is not None:
+            settings["edit"] = edit.to_dict()
+        if gate is not None:
+            settings["gate"] = gate.to_dict()
+        store = Store.create(path, _base_record(files, _absolute_model(model)), settings)
+        return cls(store, model_config=config, edit=edit, gate=gate, progress=progress, lock_timeout=lock_timeout)
+
+    def close(self) -> None:
+        """Close the ledger and let go of the model."""
+        self._loaded = None
+        self._store.close()
+
+    def __enter__(self) -> KnowledgeBase:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<KnowledgeBase {str(self._store.path)!r}: {len(self)} facts, head {self._store.head()}>"
+
+    def _repr_html_(self) -> str:
+        import html
+
+        rows = "".join(
+            f"<tr><td>{html.escape(fact.key)}</td><td>{html.escape(fact.text)}</td><td>{fact.edit_id}</td></tr>"
+            for fact in self.facts()
+        )
+        return f"<table><caption>{html.escape(repr(self))}</caption><tr><th>key</th><th>text</th><th>edit</th></tr>{rows}</table>"
+
+    # ------------------------------------------------------------------ the ledger: what was taught
+
+    @property
+    def path(self) -> Path:
+        return self._store.path
+
+    def __len__(self) -> int:
+        return self._store.count()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter([fact.key for fact in self._store.facts()])
+
+    def __contains__(self, key: object) -> bool:
+        try:
+            return self._store.has(clean_key(key))
+        except ConfigError:
+            return False
+
+    def __getitem__(self, key: str) -> StoredFact:
+        return self._store.fact(clean_key(key))
+
+    def get(self, key: str, default: StoredFact | None = None) -> StoredFact | None:
+        """Return what was taught under the key (the ledger's word, not the weights'), or the default."""
+        return self[key] if key in self else default
+
+    def keys(self) -> list[str]:
+        """Return the live keys, in the order of their insertion."""
+        return list(self)
+
+    def facts(self, at: int | str | None = None) -> list[StoredFact]:
+        """Return the live facts, now or as of an edit or tag."""
+        return self._store.facts(None if at is None else self._store.resolve(at))
+
+    def history(self, limit: int | None = None) -> list[Edit]:
+        """Return the edits, newest first."""
+        return list(reversed(self._store.history(limit)))
+
+    def edit(self, ref: int | str) -> Edit:
+        """Return one edit by id or tag.
+
+        Raises:
+            EditNotFound: no such edit.
+        """
+        return self._store.edit(self._store.resolve(ref))
+
+    def head(self) -> int:
+        """Return the newest edit's id; 0 is the untouched base."""
+        return self._store.head()
+
+    def tag(self, name: str, ref: int | str | None = None) -> int:
+        """Give an edit (the head by default) a name, and return its id.
+
+        Raises:
+            KeyExists: the name is taken.
+            ConfigError: the name cannot be used.
+        """
+        edit_id = self._store.head() if ref is None else self._store.resolve(ref)
+        with self._store.writer(timeout=self._lock_timeout):
+            self._store.tag(clean_text(name, name="tag"), edit_id)
+        return edit_id
+
+    def tags(self) -> dict[str, int]:
+        """Return every tag with the edit it names."""
+        return self._store.tags()
+
+    def info(self) -> dict[str, Any]:
+        """Return base model, counts and sizes, without loading the model."""
+        base = self._store.base
+        deltas = sum(edit.delta.bytes for edit in self._store.history(light=True) if edit.delta is not None)
+        return {
+            "path": str(self._store.path),
+            "model": base.name,
+            "source": base.source,
+            "revision": base.revision,
+            "license": base.license,
+            "base_digest": base.digest,
+            "dtype": self._model_config.dtype,
+            "facts": len(self),
+            "edits": self._store.head(),
+            "tags": self._store.tags(),
+            "delta_bytes": deltas,
+            "ledger_bytes": (self._store.path / "ledger.db").stat().st_size,
+        }
+
+    # ------------------------------------------------------------------ the weights: what was learned
+
+    @property
+    def model(self) -> Any:
+        """The transformers model, edited. Changing it by hand is not recorded."""
+        return self._engine.lm.model
+
+    @property
+    def tokenizer(self) -> Any:
+        """The transformers tokenizer."""
+        return self._engine.lm.tokenizer
+
+    def weights_digest(self) -> str:
+        """Return the sha256 over the base's digest and every adapted matrix as it is in memory."""
+        return self._engine.weights.digest()
+
+    def ask(self, prompt: str | Sequence[Mapping[str, str]], *, max_new_tokens: int | None = None) -> str:
+        """Ask the weights, by greedy decoding up to the model's own stop; a conversation is a list of messages."""
+        return self.ask_many([prompt], max_new_tokens=max_new_tokens)[0]
+
+    def ask_many(
+        self, prompts: Sequence[str | Sequence[Mapping[str, str]]], *, max_new_tokens: int | None = None
+    ) -> list[str]:
+        """Ask the weights several prompts in batches."""
+        cleaned: list[str | list[dict[str, str]]] = []
+        for prompt in prompts:
+            if isinstance(prompt, str):
+                cleaned.append(clean_text(prompt, name="prompt"))
+            else:
+                cleaned.append(
+                    [{"role": m["role"], "content": clean_text(m["content"], name="prompt")} for m in prompt]
+                )
+        engine = self._engine
+        return engine.lm.generate(cleaned, max_new_tokens=max_new_tokens, on_batch=self._ticker("asking"))
+
+    def recall(self, key: str) -> Report:
+        """Ask the key's questions (trained, paraphrased, aliases, user probes) and score them against the ledger.
+
+        Raises:
+            KeyNotFound: no such fact.
+        """
+        return self.probe(key)
+
+    def probe(self, key: str | None = None, *, neighbours: int = _GATE_NEIGHBOURS) -> Report:
+        """Probe one fact, or every live fact, with the basic suite.
+
+        Raises:
+            KeyNotFound: no such fact.
+        """
+        from kvllm.probing.runner import run_probes
+        from kvllm.probing.suites import fact_suite
+
+        facts = [self[key]] if key is not None else self.facts()
+        taken = self._live_names()
+        probes = [p for fact in facts for p in fact_suite(fact, neighbours=neighbours, taken=taken)]
+        if not probes:
+            return Report(warnings=("There are no facts to probe.",))
+        return run_probes(self._engine.lm, probes, on_batch=self._ticker("probing"))
+
+    def drift(self) -> Report:
+        """Measure drift against the base model on the packaged suite: drift_kl, ppl_ratio, qa_delta."""
+        return self._engine.drift(full=True, tick=self._ticker("drift"))
+
+    def find(self, query: str, n: int = 5) -> list[Match]:
+        """Return the live facts whose keys mean what the query means, nearest first."""
+        from kvllm.probing.keys import nearest_facts
+
+        if n < 1:
+            raise ConfigError(f"At least one match must be asked for, not {n}.")
+        return nearest_facts(
+            self._store, clean_text(query, name="query"), self._lm_loader, n=n, progress=self._progress
+        )
+
+    # ------------------------------------------------------------------ edits
+
+    def insert(
+        self,
+        key: str,
+        text: str,
+        *,
+        aliases: Sequence[str] = (),
+        questions: Sequence[str] = (),
+        probes: Sequence[str] = (),
+        language: str | None = None,
+        tags: Sequence[str] = (),
+        config: EditConfig | None = None,
+        gate: GateConfig | None = None,
+    ) -> Edit:
+        """Teach a new fact: train, merge, probe, and commit if the gate agrees.
+
+        Args:
+            key: An entity ("torchkeras") or a question ("Who leads Halcyon?"), not yet live.
+            text: What the model should answer.
+            aliases: Other names, trained with a share of the rows and probed.
+            questions: Questions to train on instead of the templates.
+            probes: Your own held-out questions, reported but never trained on.
+            language: "en" or "zh"; by default the key's script decides.
+            tags: Free labels.
+            config, gate: For this edit only.
+
+        Raises:
+            KeyExists: the key is live; use `update` or `upsert`.
+            ConfigError: key or text cannot be used.
+            EditRejected: the gate refused; the report is attached.
+            EditFailed: training met a non-finite number.
+            Busy: another writer holds the knowledge base.
+        """
+        fact = _fact(key, text, aliases, questions, probes, language, tags)
+        with self._writing():
+            self._refuse_existing([fact])
+            return self._train_and_commit("insert", [fact], config=config, gate=gate)
+
+    def update(
+        self,
+        key: str,
+        text: str,
+        *,
+        aliases: Sequence[str] | None = None,
+        questions: Sequence[str] | None = None,
+        probes: Sequence[str] | None = None,
+        language: str | None = None,
+        tags: Sequence[str] | None = None,
+        config: EditConfig | None = None,
+        gate: GateConfig | None = None,
+    ) -> Edit:
+        """Replace a fact's text; what is not given stays as it was. See `insert`.
+
+        Raises:
+            KeyNotFound: the key is not live.
+        """
+        with self._writing():
+            old = self[key]
+            fact = _fact(
+                key,
+                text,
+                old.aliases if aliases is None else aliases,
+                old.questions if questions is None else questions,
+                old.probes if probes is None else probes,
+                language or old.language,
+                old.tags if tags is None else tags,
+            )
+            return self._train_and_commit("update", [fact], config=config, gate=gate, old={fact.key: old.text})
+
+    def upsert(self, key: str, text: str, **options: Any) -> Edit:
+        """Insert the fact, or update it where the key is live; options as for `insert`."""
+        return self.update(key, text, **options) if key in self else self.insert(key, text, **options)
+
+    def delete(
+        self,
+        key: str,
+        *,
+        mode: DeleteMode = "restore",
+        config: EditConfig | None = None,
+        gate: GateConfig | None = None,
+    ) -> Edit:
+        """Make the model stop stating a fact, by another training session.
+
+        Suppression is not proof of absence: the insert's delta stays in history, and other questions may still find
+        the text. `compact` retrains without it.
+
+        Args:
+            key: A live key; with mode "abstain" also something the base model knew by itself.
+            mode: "restore" trains the questions back to what the base answered; "abstain" to a stated refusal.
+            config, gate: For this edit only.
+
+        Raises:
+            KeyNotFound: the key is not live (restore).
+            EditRejected: too many questions still state the text.
+        """
+        if mode not in ("restore", "abstain"):
+            raise ConfigError(f"delete knows the modes restore and abstain, not {mode!r}; nothing was changed.")
+        with self._writing():
+            known = clean_key(key) in self
+            if mode == "restore" or known:
+                fact: Fact = self[key]
+            else:
+                fact = Fact(clean_key(key), REFUSALS[language_of(key)])
+            return self._unlearn(fact, mode, live=known, config=config, gate=gate)
+
+    def insert_many(
+        self,
+        facts: Iterable[FactLike],
+        *,
+        mode: InsertMode = "sequential",
+        chunk: int = 16,
+        config: EditConfig | None = None,
+        gate: GateConfig | None = None,
+    ) -> list[EditOutcome]:
+        """Teach several facts; one that fails never costs the others.
+
+        Args:
+            facts: Facts, (key, text) pairs, or dicts with the fields of Fact.
+            mode: "sequential" makes one edit per fact; "batched" one edit for all; "chunked" one per `chunk` facts.
+            chunk: Facts per edit in chunked mode.
+            config, gate: For these edits.
+
+        Returns:
+            One outcome per fact, in order. Where the gate refuses a batch, its facts are tried one by one.
+        """
+        if mode not in ("sequential", "batched", "chunked"):
+            raise ConfigError(f"insert_many knows sequential, batched and chunked, not {mode!r}; nothing was changed.")
+        if chunk < 1:
+            raise ConfigError(f"A chunk holds at least one fact, not {chunk}; nothing was changed.")
+        outcomes: dict[int, EditOutcome] = {}
+        ready: list[tuple[int, Fact]] = []
+        seen: set[str] = set()
+        for place, given in enumerate(facts):
+            try:
+                fact = _as_fact(given)
+                if fact.key in self or fact.key in seen:
+                    raise KeyExists(f"The key {fact.key!r} exists already; it was left unchanged.", key=fact.key)
+                seen.add(fact.key)
+                ready.append((place, fact))
+            except KvllmError as error:
+                outcomes[place] = EditOutcome(_key_of(given), error=str(error), code=error.code)
+        size = {"sequential": 1, "chunked": chunk, "batched": max(1, len(ready))}[mode]
+        for start in range(0, len(ready), size):
+            outcomes.update(self._insert_group(ready[start : start + size], config, gate))
+            if self._progress is not None and len(ready) > 1:
+                self._progress(Progress("facts", min(start + size, len(ready)), len(ready)))
+        return [outcomes[place] for place in sorted(outcomes)]
+
+    def dry_run(
+        self,
+        key: str,
+        text: str,
+        *,
+        aliases: Sequence[str] = (),
+        questions: Sequence[str] = (),
+        probes: Sequence[str] = (),
+        language: str | None = None,
+        tags: Sequence[str] = (),
+        config: EditConfig | None = None,
+        gate: GateConfig | None = None,
+    ) -> Report:
+        """Train and measure an insert (or an update, where the key is live), then put the weights back.
+
+        Returns:
+            What the report of the edit would say; `warnings` tell what the gate would have refused.
+        """
+        fact = _fact(key, text, aliases, questions, probes, language, tags)
+        engine = self._engine
+        old = {fact.key: self[fact.key].text} if fact.key in self else None
+        before = engine.weights.state()
+        try:
+            trained = self._train([fact], config or self._edit_config, old)
+            report, refused = self._measure(trained, gate or self._gate)
+            return replace(report, warnings=(*report.warnings, *(f"The gate would refuse: {r}" for r in refused)))
+        finally:
+            engine.weights.restore(before)
+
+    def rollback(self, ref: int | str) -> Edit:
+        """Return to an earlier edit or tag (0 or "base": the untouched base), as a new edit, by replay.
+
+        The weights become bit-identical to the earlier head's; this is checked against the recorded digest.
+
+        Raises:
+            EditNotFound: no such edit or tag.
+        """
+        with self._writing():
+            target = self._store.resolve(ref)
+            engine = self._engine
+            parent = self._store.head()
+            started = time.perf_counter()
+            before = engine.weights.state()
+            try:
+                engine.load_state(target)
+                return self._commit(
+                    NewEdit(
+                        op="rollback",
+                        keys=(),
+                        parent=parent,
+                        target=target,
+                        seconds=time.perf_counter() - started,
+                        weights_digest=engine.weights.digest(),
+                    ),
+                    None,
+                )
+            except BaseException:
+                self._put_back(before, parent)
+                raise
+
+    def compact(self, *, config: EditConfig | None = None, gate: GateConfig | None = None) -> Edit:
+        """Retrain all live facts together from the base into one delta, and accept it if it is at least as good.
+
+        Deleted and overwritten texts are then in no live weight. "As good" means: no lower reliability over the live
+        facts than now, measured on the same questions, and the gate's drift budget against the base.
+
+        Raises:
+            EditRejected: the result would be worse.
+        """
+        with self._writing():
+            facts = self.facts()
+            engine = self._engine
+            parent = self._store.head()
+            settings, rules = config or self._edit_config, gate or self._gate
+            before = engine.weights.state()
+            started = time.perf_counter()
+            try:
+                earlier = self._probe_facts(facts, kinds=("trained",)).value("reliability") if facts else None
+                engine.weights.replay([])
+                if not facts:
+                    return self._commit(
+                        NewEdit(
+                            op="compact",
+                            keys=(),
+                            parent=parent,
+                            weights_digest=engine.weights.digest(),
+                            seconds=time.perf_counter() - started,
+                        ),
+                        None,
+                    )
+                # Breadth first over many rows needs more steps than one fact; each step sees sixteen of them.
+                steps = max(settings.max_steps, 6 * len(facts))
+                trained = self._train(facts, replace(settings, max_steps=steps), None, replay=False)
+                report, refused = self._measure(trained, rules, since_base=True)
+                now = report.value("reliability")
+                if earlier is not None and now is not None and now < earlier:
+                    refused.append(f"reliability over the live facts would fall from {earlier:.3f} to {now:.3f}")
+                if refused:
+                    raise EditRejected(
+                        f"Compacting was rejected: {'; '.join(refused)}; nothing was changed.",
+                        report=report,
+                        reasons=refused,
+                    )
+                return self._commit_training(
+                    "compact", trained, report, parent, started, rules, retired=tuple(f.key for f in facts)
+                )
+            except BaseException:
+                self._put_back(before, parent)
+                raise
+
+    # ------------------------------------------------------------------ trust
+
+    def verify(self, deep: bool = False) -> VerifyReport:
+        """Check that rows, files and hashes agree; `deep` re-reads every byte and replays the head's weights."""
+        report = self._store.verify(deep=deep)
+        if not deep or not report.ok:
+            return report
+        from kvllm.records import Problem
+
+        problems = list(report.problems)
+        try:
+            engine = self._engine
+            engine.check_base_files()
+            current = engine.weights.state()
+            try:
+                for edit_id in self._digest_points():
+                    if engine.replayed_digest(edit_id) != self._store.edit(edit_id).weights_digest:
+                        problems.append(Problem("a replay gives other weights than were recorded", f"edit {edit_id}"))
+            finally:
+                engine.weights.restore(current)
+        except KvllmError as error:
+            problems.append(Problem(str(error), "replay"))
+        return replace(report, problems=tuple(problems), ok=all(p.severity != "error" for p in problems))
+
+    def export(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        format: Literal["hf", "peft"] = "hf",
+        max_shard_size: str = "2GB",
+        dtype: str | None = None,
+        verify: bool = True,
+    ) -> ExportResult:
+        """Write the edited model ("hf": a merged folder) or one LoRA adapter for all live deltas ("peft").
+
+        Args:
+            path: A new or empty folder.
+            format: "hf" or "peft".
+            max_shard_size: Largest weight file of an "hf" export.
+            dtype: Of the written "hf" weights; the model's own by default.
+            verify: Load the export again and ask it what the knowledge base is asked; the share of equal answers is
+                `agreement`.
+
+        Raises:
+            EditFailed: the re-loaded export answers differently.
+            ConfigError: the folder is not empty, or there is nothing to export.
+        """
+        from kvllm.export import export_hf, export_peft, reprobe_hf, reprobe_peft
+
+        if format not in ("hf", "peft"):
+            raise ConfigError(f"There is no export format {format!r}; use hf or peft.")
+        out = Path(path)
+        engine = self._engine
+        head = self._store.head()
+        shared: dict[str, Any] = {
+            "base": self._store.base,
+            "facts": self.facts(),
+            "head": self._store.edit(head) if head else None,
+            "weights_digest": engine.weights.digest(),
+        }
+        self._tick(Progress("export", note=f"writing {format}"))
+        if format == "hf":
+            files = export_hf(
+                out, lm=engine.lm, base_folder=engine.files.path, max_shard_size=max_shard_size, dtype=dtype, **shared
+            )
+        else:
+            if dtype is not None:
+                raise ConfigError("A peft export is always fp32, so that it is exact; leave dtype out.")
+            files = export_peft(out, delta=engine.history_delta(head), **shared)
+        size = sum((out / name).stat().st_size for name in files)
+        if not verify:
+            return ExportResult(str(out), format, False, files, size)
+        questions = self._export_questions()
+        expected = self.ask_many(questions)
+        self._tick(Progress("export", note="loading the export and asking it again"))
+        config = replace(self._model_config, dtype=dtype or self._model_config.dtype)
+        if format == "hf":
+            agreement = reprobe_hf(out, questions=questions, expected=expected, config=config)
+        else:
+            agreement = reprobe_peft(
+                out, engine.files.path, questions=questions, expected=expected, config=self._model_config
+            )
+        # A cast to fewer bits may turn a word of a long free answer; in the model's own dtype nothing may differ.
+        if agreement < (1.0 if dtype in (None, self._model_config.dtype) else 0.8):
+            raise EditFailed(
+                f"The export at {out} answers only {agreement:.0%} of {len(questions)} questions as the knowledge base "
+                f"does; it was left there for inspection, and the knowledge base is unchanged."
+            )
+        return ExportResult(str(out), format, True, files, size, len(questions), agreement)
+
+    # ------------------------------------------------------------------ inside
+
+    @property
+    def _engine(self) -> Engine:
+        """The loaded model at the head's state; follows a head that another process moved."""
+        from kvllm.editing.engine import Engine
+
+        if self._loaded is None:
+            self._loaded = Engine.load(self._store, self._model_config, self._edit_config, self._progress)
+        self._loaded.follow(self._store.head())
+        return self._loaded
+
+    def _lm_loader(self) -> Any:
+        return self._engine.lm
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        if self._store.readonly:
+            raise StoreError("The knowledge base was opened read-only; nothing was changed.")
+        with self._store.writer(timeout=self._lock_timeout):
+            yield
+
+    def _refuse_existing(self, facts: Sequence[Fact]) -> None:
+        for fact in facts:
+            if fact.key in self:
+                raise KeyExists(
+                    f"The key {fact.key!r} exists already and was left unchanged; use update or upsert.", key=fact.key
+                )
+
+    def _insert_group(
+        self, group: list[tuple[int, Fact]], config: EditConfig | None, gate: GateConfig | None
+    ) -> dict[int, EditOutcome]:
+        facts = [fact for _, fact in group]
+        try:
+            with self._writing():
+                self._refuse_existing(facts)
+                edit = self._train_and_commit("insert", facts, config=config, gate=gate)
+            return {place: EditOutcome(fact.key, edit) for place, fact in group}
+        except (ConfigError, KeyExists, EditRejected, EditFailed) as error:
+            if len(group) == 1:
+                return {group[0][0]: EditOutcome(facts[0].key, error=str(error), code=error.code)}
+        # The batch as a whole was refused: halves find the culprits and keep the rest together.
+        middle = len(group) // 2
+        return self._insert_group(group[:middle], config, gate) | self._insert_group(group[middle:], config, gate)
+
+    def _train_and_commit(
+        self,
+        op: Op,
+        facts: Sequence[Fact],
+        *,
+        config: EditConfig | None,
+        gate: GateConfig | None,
+        old: Mapping[str, str] | None = None,
+    ) -> Edit:
+        settings, rules = config or self._edit_config, gate or self._gate
+        engine = self._engine
+        parent = self._store.head()
+        before = engine.weights.state()
+        started = time.perf_counter()
+        try:
+            trained = self._train(facts, settings, old)
+            report, refused = self._measure(trained, rules)
+            if refused:
+                raise EditRejected(
+                    f"The {op} of {_names(facts)} was rejected: {'; '.join(refused)}; nothing was changed.",
+                    report=report,
+                    reasons=refused,
+                )
+            retired = tuple(old) if old else ()
+            return self._commit_training(op, trained, report, parent, started, rules, retired=retired)
+        except BaseException:
+            self._put_back(before, parent)
+            raise
+
+    def _train(
+        self,
+        facts: Sequence[Fact],
+        settings: EditConfig,
+        old: Mapping[str, str] | None,
+        *,
+        replay: bool = True,
+    ) -> _Trained:
+        engine = self._engine
+        engine.check_lengths(facts, settings)
+        warnings = self._collisions(facts) if replay else ()
+        touched = {fact.key for fact in facts}
+        others = [f for f in self.facts() if f.key not in touched] if replay else []
+        training = engine.train(
+            facts, settings, replay=self._nearest_first(facts[0], others), live=self._live_names(), tick=self._ticker
+        )
+        engine.weights.apply(training.delta)
+        return _Trained(tuple(facts), training, settings, warnings, dict(old or {}))
+
+    def _measure(self, trained: _Trained, gate: GateConfig, *, since_base: bool = False) -> tuple[Report, list[str]]:
+        """Probe the facts just trained and the drift, and say what the gate refuses."""
+        from kvllm.metrics import contains
+
+        report = self._probe_facts(trained.facts, neighbours=_GATE_NEIGHBOURS if len(trained.facts) == 1 else 1)
+        metrics = dict(report.metrics)
+        if trained.old:
+            asked = [p for p in report.probes if p.kind in ("trained", "paraphrase", "alias")]
+            stated = [
+                bool(contains(p.answer, trained.old[p.key])) and not contains(p.expected, trained.old[p.key])
+                for p in asked
+                if p.key in trained.old
+            ]
+            metrics["old_text_stated"] = Metric(
+                sum(stated) / len(stated) if stated else None,
+                len(stated),
+                "live greedy decoding, natural stop",
+                "contains",
+            )
+        report = replace(report, metrics=metrics, warnings=(*report.warnings, *trained.warnings))
+        return self._drift_gate(report, gate, "reliability", gate.min_reliability, since_base=since_base)
+
+    def _drift_gate(
+        self, report: Report, gate: GateConfig, metric: str, least: float | None, *, since_base: bool = False
+    ) -> tuple[Report, list[str]]:
+        engine = self._engine
+        drift = engine.drift(full=False)
+        report = replace(report, metrics={**report.metrics, **drift.metrics})
+        earlier_kl, earlier_ratio = (0.0, 1.0) if since_base else engine.drift_before()
+        refused: list[str] = []
+        value = report.value(metric)
+        if least is not None and (value is None or value < least):
+            refused.append(f"{metric} {'unknown' if value is None else f'{value:.2f}'} is under {least:.2f}")
+        kl, ratio = report.value("drift_kl"), report.value("ppl_ratio")
+        if gate.max_drift_kl is not None and (kl is None or kl - earlier_kl > gate.max_drift_kl):
+            refused.append(f"drift_kl would rise from {earlier_kl:.3f} to {kl}, over the budget of {gate.max_drift_kl}")
+        if gate.max_ppl_ratio is not None and (ratio is None or ratio / earlier_ratio > gate.max_ppl_ratio):
+            refused.append(
+                f"ppl_ratio would rise from {earlier_ratio:.3f} to {ratio}, over the budget of ×{gate.max_ppl_ratio}"
+            )
+        return report, refused
+
+    def _unlearn(
+        self, fact: Fact, mode: DeleteMode, *, live: bool, config: EditConfig | None, gate: GateConfig | None
+    ) -> Edit:
+        from kvllm.metrics import contains
+        from kvllm.probing.runner import answer_status
+        from kvllm.probing.suites import FACT_SUITE
+
+        settings, rules = config or self._edit_config, gate or self._gate
+        engine = self._engine
+        parent = self._store.head()
+        before = engine.weights.state()
+        started = time.perf_counter()
+        try:
+            questions = _asked(fact)
+            held_out = [q for q in _held_out(fact) if q not in questions]
+            if mode == "restore":
+                items, base_answers = engine.base_items(questions, held_out, _RESTORE_TOKENS)
+                targets = dict(zip([*questions, *held_out], base_answers, strict=True))
+                training = engine.train(
+                    [],
+                    settings,
+                    restore=items,
+                    replay=self._nearest_first(fact, [f for f in self.facts() if f.key != fact.key]),
+                    live=self._live_names() - {fact.key.casefold()},
+                    language=language_of(fact.key),
+                    tick=self._ticker,
+                )
+            else:
+                refusal = REFUSALS[fact.language or language_of(fact.key)]
+                targets = dict.fromkeys([*questions, *held_out], refusal)
+                taught = Fact(fact.key, refusal, questions=questions, language=fact.language)
+                training = engine.train(
+                    [taught],
+                    settings,
+                    replay=self._nearest_first(fact, [f for f in self.facts() if f.key != fact.key]),
+                    live=self._live_names(),
+                    tick=self._ticker,
+                )
+            engine.weights.apply(training.delta)
+            answers = engine.lm.generate([*questions, *held_out], max_new_tokens=_RESTORE_TOKENS)
+            results: list[ProbeResult] = []
+            for question, answer in zip([*questions, *held_out], answers, strict=True):
+                states = bool(contains(answer, fact.text)) if live else answer != targets[question]
+                results.append(
+                    ProbeResult(
+                        "erasure", question, answer, not states, float(not states), fact.text, fact.key, "contains"
+                    )
+                )
+                same = _first_sentence(answer) == _first_sentence(targets[question])
+                results.append(
+                    ProbeResult(
+                        "restoration",
+                        question,
+                        answer,
+                        same,
+                        float(same),
+                        targets[question],
+                        fact.key,
+                        "first sentence",
+                    )
+                )
+            metrics = {
+                **answer_status("erasure", results, FACT_SUITE),
+                **answer_status("restoration", results, FACT_SUITE),
+            }
+            note = "Suppression is not proof of absence: other questions may still find the text; compact retrains without it."
+            report, refused = self._drift_gate(
+                Report(metrics, tuple(results), (note,)), rules, "erasure", rules.min_erasure
+            )
+            if refused:
+                raise EditRejected(
+                    f"The delete of {fact.key!r} was rejected: {'; '.join(refused)}; nothing was changed.",
+                    report=report,
+                    reasons=refused,
+                )
+            trained = _Trained((), training, settings, (), {})
+            return self._commit_training(
+                "delete",
+                trained,
+                report,
+                parent,
+                started,
+                rules,
+                keys=(fact.key,),
+                retired=(fact.key,) if live else (),
+                mode=mode,
+            )
+        except BaseException:
+            self._put_back(before, parent)
+            raise
+
+    def _commit_training(
+        self,
+        op: Op,
+        trained: _Trained,
+        report: Report,
+        parent: int,
+        started: float,
+        gate: GateConfig,
+        *,
+        keys: tuple[str, ...] | None = None,
+        retired: tuple[str, ...] = (),
+        mode: str | None = None,
+    ) -> Edit:
+        from kvllm.editing.delta import norm, to_files
+
+        training, engine = trained.training, self._loaded
+        assert engine is not None
+        config = {
+            "edit": trained.settings.to_dict(),
+            "gate": gate.to_dict(),
+            "training": training.summary(),
+            "environment": engine.environment(),
+        }
+        new = NewEdit(
+            op=op,
+            keys=keys if keys is not None else tuple(f.key for f in trained.facts),
+            parent=parent,
+            facts=tuple(_stored(fact) for fact in trained.facts),
+            retired=retired,
+            steps=training.steps,
+            seconds=round(time.perf_counter() - started, 3),
+            seed=trained.settings.seed,
+            norm=norm(training.delta) if training.delta else 0.0,
+            rank=max((a.shape[0] for a, _ in training.delta.values()), default=0),
+            modules=len(training.delta),
+            weights_digest=engine.weights.digest(),
+            report=report,
+            warnings=trained.warnings,
+            config=config,
+            mode=mode,
+        )
+        return self._commit(new, to_files(training.delta, base_name=self._store.base.name) if training.delta else None)
+
+    def _commit(self, new: NewEdit, delta: Mapping[str, bytes] | None) -> Edit:
+        self._tick(Progress("commit"))
+        edit = self._store.commit(new, delta)
+        engine = self._loaded
+        assert engine is not None
+        engine.head = edit.id
+        # A snapshot only makes opening faster: where it cannot be written, the edit stands all the same.
+        with suppress(KvllmError, OSError):
+            engine.snapshot_if_due(SNAPSHOT_EVERY)
+        return edit
+
+    def _put_back(self, before: Mapping[str, Any], parent: int) -> None:
+        """After an exception: the weights as they were, unless the ledger says that the edit was committed."""
+        engine = self._loaded
+        if engine is None:
+            return
+        try:
+            committed = self._store.head() != parent
+        except KvllmError:
+            committed = False
+        if not committed:
+            engine.weights.restore(before)
+        elif engine.head == parent:
+            engine.head = -1  # unknown: the next use replays the ledger's head
+
+    def _probe_facts(
+        self, facts: Sequence[Fact], *, neighbours: int = 0, kinds: tuple[str, ...] | None = None
+    ) -> Report:
+        from kvllm.probing.runner import run_probes
+        from kvllm.probing.suites import fact_suite
+
+        taken = self._live_names() | {f.key.casefold() for f in facts}
+        probes = [
+            probe
+            for fact in facts
+            for probe in fact_suite(fact, neighbours=neighbours, seed=self._edit_config.seed, taken=taken)
+            if kinds is None or probe.kind in kinds
+        ]
+        return run_probes(self._engine.lm, probes, seed=self._edit_config.seed, on_batch=self._ticker("probing"))
+
+    def _live_names(self) -> frozenset[str]:
+        return frozenset(
+            name.casefold() for fact in self.facts() for name in (fact.key, *fact.aliases, *fact.questions)
+        )
+
+    def _collisions(self, facts: Sequence[Fact]) -> tuple[str, ...]:
+        from kvllm.probing.keys import collision_warnings
+
+        return collision_warnings(self._store, facts, self._lm_loader, progress=self._progress)
+
+    def _nearest_first(self, fact: Fact, others: list[StoredFact]) -> list[StoredFact]:
+        if len(others) < 2:
+            return others
+        from kvllm.probing.keys import order_by_nearness
+
+        return order_by_nearness(self._store, fact, others, self._lm_loader, progress=self._progress)
+
+    def _export_questions(self) -> list[str]:
+        questions = [q for fact in self.facts()[-12:] for q in _asked(fact)[:2]]
+        return [
+            *questions,
+            "What is the capital of France?",
+            "Who wrote Romeo and Juliet?",
+            "How many days are in a week?",
+        ]
+
+    def _digest_points(self) -> list[int]:
+        head = self._store.head()
+        tagged = [edit for edit in self._store.tags().values() if edit]
+        return sorted({edit for edit in (head, *tagged) if edit and self._store.edit(edit).weights_digest})
+
+    def _tick(self, progress: Progress) -> None:
+        if self._progress is not None:
+            self._progress(progress)
+
+    def _ticker(self, stage: str) -> Callable[..., None]:
+        def tick(step: int, total: int | None = None, **numbers: Any) -> None:
+            self._tick(Progress(stage, step, total, **numbers))
+
+        return tick
+
+
+class _Trained:
+    """A training that is merged in memory and waits for the gate."""
+
+    def __init__(
+        self,
+        facts: tuple[Fact, ...],
+        training: Any,
+        settings: EditConfig,
+        warnings: tuple[str, ...],
+        old: dict[str, str],
+    ) -> None:
+        self.facts = facts
+        self.training = training
+        self.settings = settings
+        self.warnings = warnings
+        self.old = old
+
+
+def _fact(
+    key: str,
+    text: str,
+    aliases: Sequence[str],
+    questions: Sequence[str],
+    probes: Sequence[str],
+    language: str | None,
+    tags: Sequence[str],
+) -> Fact:
+    def many(values: Sequence[str], name: str) -> tuple[str, ...]:
+        if isinstance(values, str):
+            raise ConfigError(f"Give {name} as a list of strings, not as one string; nothing was changed.")
+        return tuple(values)
+
+    return clean_fact(
+        Fact(
+            key,
+            text,
+            many(aliases, "aliases"),
+            many(questions, "questions"),
+            many(probes, "probes"),
+            language,
+            many(tags, "tags"),
+        )
+    )
+
+
+def _as_fact(given: FactLike) -> Fact:
+    if isinstance(given, Fact):
+        return clean_fact(given)
+    if isinstance(given, Mapping):
+        known = {"key", "text", "aliases", "questions", "probes", "language", "tags"}
+        unknown = sorted(set(given) - known)
+        if unknown:
+            raise ConfigError(
+                f"A fact has no field {', '.join(map(str, unknown))}; it knows {', '.join(sorted(known))}."
+            )
+        missing = sorted({"key", "text"} - set(given))
+        if missing:
+            raise ConfigError(f"A fact needs {' and '.join(missing)}; nothing was changed.")
+        return _fact(
+            given["key"],
+            given["text"],
+            given.get("aliases", ()),
+            given.get("questions", ()),
+            given.get("probes", ()),
+            given.get("language"),
+            given.get("tags", ()),
+        )
+    if isinstance(given, tuple) and len(given) == 2:
+        return _fact(given[0], given[1], (), (), (), None, ())
+    raise ConfigError("A fact is a Fact, a (key, text) pair or a dict with key and text; nothing was changed.")
+
+
+def _key_of(given: object) -> str:
+    if isinstance(given, Fact):
+        return str(given.key)
+    if isinstance(given, Mapping):
+        return str(given.get("key", ""))
+    return str(given[0]) if isinstance(given, tuple) and given else ""
+
+
+def _stored(fact: Fact) -> StoredFact:
+    trained = fact.trained_questions if isinstance(fact, StoredFact) else ()
+    return StoredFact(
+        fact.key,
+        fact.text,
+        fact.aliases,
+        fact.questions,
+        fact.probes,
+        fact.language,
+        fact.tags,
+        trained_questions=trained or training_questions(fact),
+    )
+
+
+def _asked(fact: Fact) -> tuple[str, ...]:
+    return (fact.trained_questions if isinstance(fact, StoredFact) else ()) or training_questions(fact)
+
+
+def _held_out(fact: Fact) -> tuple[str, ...]:
+    from kvllm.prompts import alias_questions, held_out_questions
+
+    return (*held_out_questions(fact), *alias_questions(fact))
+
+
+def _first_sentence(answer: str) -> str:
+    import re
+
+    return re.split(r"(?<=[.!?。！？])\s*", answer.strip(), maxsplit=1)[0].strip().casefold()
+
+
+def _names(facts: Sequence[Fact]) -> str:
+    return repr(facts[0].key) if len(facts) == 1 else f"{len(facts)} facts"
+
+
+def _absolute_model(name: str) -> str:
+    """A path is pinned as an absolute one, so that the knowledge base can be opened from anywhere."""
+    path = Path(name).expanduser()
+    return str(path.resolve()) if path.exists() and (path.is_dir() or path.suffix == ".gguf") else name
+
+
+def _base_record(files: ModelFiles, name: str) -> Any:
+    from kvllm.store import Base
+
+    return Base(name, files.source, files.revision, dict(files.files), files.digest, files.license)
+
+
+def _check_model_name(store: Store, model: str | None) -> None:
+    if model is not None and _absolute_model(model) != store.base.name:
+        raise BaseMismatch(
+            f"This knowledge base is bound to the model {store.base.name}, not {model}; nothing was changed. "
+            f"Leave the model out, or make a new knowledge base."
+        )
+
+
+def _stored_config(store: Store, name: str, kind: Any) -> Any:
+    stored = store.settings.get(name)
+    try:
+        return kind.from_dict(stored) if stored else None
+    except (ConfigError, TypeError) as error:
+        raise Corrupt(f"The stored {name} configuration cannot be used: {error}") from error
+
+
+__all__ = ["EditNotFound", "KnowledgeBase", "StaleHead"]

@@ -1,0 +1,456 @@
+"""One loaded language model: generate, score, embed. The only place that knows tokenizers and chat templates.
+
+It knows nothing of facts, edits or stores. Text that a user wrote never becomes a control token; a base model without
+chat template is asked with plain prompts; answers end where the model's own stop token ends them.
+
+    lm = LanguageModel.load("/path/to/hf-folder", ModelConfig())
+    lm.generate(["What is the capital of France?"])   # ['The capital of France is Paris.']
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kvllm.config import ModelConfig
+from kvllm.errors import ConfigError, ModelError, OutOfResources
+from kvllm.lm.targets import decoder_layers
+
+Message = dict[str, str]
+# A base model without chat template gets the question in this frame; the answer follows after a space.
+PLAIN_FRAME = "Question: {content}\nAnswer:"
+_SENTINEL = "\u27e6kvllm-slot-{index}\u27e7"
+_GENERATION_BATCH = 32
+
+
+@dataclass(frozen=True)
+class Row:
+    """A prompt with its answer, as token ids; the loss and the scores look at the answer only.
+
+    Attributes:
+        prompt: Token ids up to and including the generation prompt.
+        answer: Token ids of the answer, end-of-turn token included where the answer is whole.
+    """
+
+    prompt: tuple[int, ...]
+    answer: tuple[int, ...]
+
+    @property
+    def ids(self) -> tuple[int, ...]:
+        return self.prompt + self.answer
+
+
+@dataclass(frozen=True)
+class RowScore:
+    """Teacher-forced score of one row: mean negative log-likelihood per answer token, and greedy agreement."""
+
+    nll: float
+    greedy: float
+
+
+class LanguageModel:
+    """A causal language model with its tokenizer, in evaluation mode, without gradients."""
+
+    def __init__(self, model: Any, tokenizer: Any, config: ModelConfig) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.config = config
+        self.model.eval()
+        self.model.requires_grad_(False)
+
+    @classmethod
+    def load(cls, folder: str | Path, config: ModelConfig | None = None) -> LanguageModel:
+        """Load a Hugging Face folder: safetensors only, no remote code, no network.
+
+        Raises:
+            ModelError: files missing or not loadable.
+            OutOfResources: not enough memory.
+        """
+        config = config or ModelConfig()
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers.utils import logging as transformers_logging
+
+        transformers_logging.set_verbosity_error()
+        transformers_logging.disable_progress_bar()
+        device = resolve_device(config.device)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                str(folder),
+                dtype=getattr(torch, config.dtype),
+                local_files_only=True,
+                trust_remote_code=False,
+                use_safetensors=True,
+            )
+            model = model.to(device)
+        except (MemoryError, torch.OutOfMemoryError) as error:
+            raise OutOfResources(f"There is not enough memory to load the model {Path(folder).name}.") from error
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            reason = str(error).strip().splitlines()[0][:200]
+            raise ModelError(f"The model folder {folder} cannot be loaded: {reason}") from error
+        return cls(model, tokenizer, config)
+
+    # ------------------------------------------------------------------ tokens
+
+    @property
+    def device(self) -> torch.device:
+        found: torch.device = next(self.model.parameters()).device
+        return found
+
+    @property
+    def has_chat_template(self) -> bool:
+        return bool(getattr(self.tokenizer, "chat_template", None))
+
+    @cached_property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Ids that end an answer: the generation config's, the tokenizer's, and the template's end of turn."""
+        found: list[int] = []
+        declared = self.model.generation_config.eos_token_id
+        for ids in (declared, self.tokenizer.eos_token_id, self.end_of_turn):
+            found.extend([ids] if isinstance(ids, int) else list(ids or ()))
+        return tuple(dict.fromkeys(found))
+
+    @cached_property
+    def end_of_turn(self) -> int:
+        """The token that the chat template puts after an assistant's answer; without a template, end of text.
+
+        Raises:
+            ModelError: the tokenizer has neither.
+        """
+        if self.has_chat_template:
+            slot = _SENTINEL.format(index=1)
+            rendered = self._render([{"role": "user", "content": "?"}, {"role": "assistant", "content": slot}])
+            after = rendered.rpartition(slot)[2]
+            ids = self.tokenizer(after, add_special_tokens=False)["input_ids"]
+            control = set(self.tokenizer.all_special_ids) | set(self.tokenizer.get_added_vocab().values())
+            for token in ids:
+                if token in control:
+                    return int(token)
+        if self.tokenizer.eos_token_id is None:
+            raise ModelError("The tokenizer has no end-of-turn token, so answers could not be made to stop.")
+        return int(self.tokenizer.eos_token_id)
+
+    @cached_property
+    def pad_id(self) -> int:
+        pad = self.tokenizer.pad_token_id
+        return int(pad) if pad is not None else int(self.stop_ids[0])
+
+    @cached_property
+    def max_positions(self) -> int:
+        """Longest sequence the model was made for, in tokens."""
+        text_config = self.model.config.get_text_config() if hasattr(self.model.config, "get_text_config") else None
+        limit = getattr(text_config or self.model.config, "max_position_embeddings", None)
+        return int(limit) if limit else 2048
+
+    @cached_property
+    def _control_strings(self) -> tuple[str, ...]:
+        strings = set(self.tokenizer.all_special_tokens) | set(self.tokenizer.get_added_vocab())
+        return tuple(s for s in strings if s.strip())
+
+    def text_ids(self, text: str) -> list[int]:
+        """Tokenize user text so that nothing in it becomes a control token."""
+        ids = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        return [int(i) for i in ids]
+
+    def prompt_ids(self, prompt: str | Sequence[Message]) -> list[int]:
+        """Tokenize one prompt, or a conversation, up to the place where the answer starts.
+
+        Where the text holds no control-token string, the ids are those of the tokenizer's own `apply_chat_template`,
+        so that an exported model sees what training saw; otherwise the pieces are tokenized apart.
+        """
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+        if not messages:
+            raise ConfigError("The conversation is empty; nothing was asked.")
+        if not self.has_chat_template:
+            return self._plain_ids(messages)
+        if not any(s in m["content"] for m in messages for s in self._control_strings):
+            rendered = self._render(messages, add_generation_prompt=True)
+            return [int(i) for i in self.tokenizer(rendered, add_special_tokens=False)["input_ids"]]
+        slots = [{**m, "content": _SENTINEL.format(index=i)} for i, m in enumerate(messages)]
+        rest = self._render(slots, add_generation_prompt=True)
+        ids: list[int] = []
+        for index, message in enumerate(messages):
+            before, found, rest = rest.partition(_SENTINEL.format(index=index))
+            if not found:
+                raise ModelError("The chat template drops a message, so user text cannot be kept apart from it.")
+            ids += [int(i) for i in self.tokenizer(before, add_special_tokens=False)["input_ids"]]
+            ids += self.text_ids(message["content"])
+        ids += [int(i) for i in self.tokenizer(rest, add_special_tokens=False)["input_ids"]]
+        return ids
+
+    def answer_ids(self, text: str, *, end: bool = True) -> list[int]:
+        """Tokenize an answer as it would follow the prompt, with the end-of-turn token unless told otherwise."""
+        ids = self.text_ids(text if self.has_chat_template else f" {text}")
+        return [*ids, self.end_of_turn] if end else ids
+
+    def row(self, prompt: str | Sequence[Message], answer: str) -> Row:
+        """Return prompt and answer as one row."""
+        return Row(tuple(self.prompt_ids(prompt)), tuple(self.answer_ids(answer)))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Turn answer ids into text, without control tokens and outer white space."""
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
+
+    def _render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
+        return str(
+            self.tokenizer.apply_chat_template(
+                list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
+            )
+        )
+
+    def _plain_ids(self, messages: Sequence[Message]) -> list[int]:
+        ids: list[int] = []
+        bos = self.tokenizer.bos_token_id
+        if bos is not None and self.tokenizer("a")["input_ids"][:1] == [bos]:
+            ids.append(int(bos))
+        for index, message in enumerate(messages):
+            if message["role"] == "assistant":
+                ids += self.text_ids(f" {message['content']}\n")
+            elif message["role"] == "system":
+                ids += self.text_ids(f"{message['content']}\n")
+            else:
+                ids += self.text_ids(("" if index == 0 else "\n") + PLAIN_FRAME.format(content=message["content"]))
+        return ids
+
+    # ------------------------------------------------------------------ generation and scores
+
+    @torch.inference_mode()
+    def generate_ids(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int | None = None,
+        batch_size: int = _GENERATION_BATCH,
+        on_batch: Callable[[int, int], None] | None = None,
+    ) -> list[tuple[int, ...]]:
+        """Answer prompts greedily, in batches of like length; answers keep the stop token if it came.
+
+        Args:
+            prompts: Token ids of each prompt.
+            max_new_tokens: Bound on each answer's length; the configuration's by default.
+            batch_size: Prompts per forward pass.
+            on_batch: Called with (done, total) after each batch.
+
+        Returns:
+            The new ids of each prompt, in the order given.
+        """
+        limit = max_new_tokens or self.config.max_new_tokens
+        answers: list[tuple[int, ...]] = [()] * len(prompts)
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        for start in range(0, len(order), batch_size):
+            batch = order[start : start + batch_size]
+            width = max(len(prompts[i]) for i in batch)
+            ids = torch.full((len(batch), width), self.pad_id, dtype=torch.long)
+            mask = torch.zeros((len(batch), width), dtype=torch.long)
+            for place, i in enumerate(batch):
+                ids[place, width - len(prompts[i]) :] = torch.tensor(prompts[i])
+                mask[place, width - len(prompts[i]) :] = 1
+            output = self.model.generate(
+                input_ids=ids.to(self.device),
+                attention_mask=mask.to(self.device),
+                max_new_tokens=limit,
+                do_sample=False,
+                num_beams=1,
+                temperature=None,
+                top_p=None,
+                top_k=None,
+                repetition_penalty=None,
+                eos_token_id=list(self.stop_ids),
+                pad_token_id=self.pad_id,
+                use_cache=True,
+            )
+            for place, i in enumerate(batch):
+                answers[i] = self._until_stop(output[place, width:].tolist())
+            if on_batch is not None:
+                on_batch(min(start + batch_size, len(order)), len(order))
+        return answers
+
+    def generate(
+        self,
+        prompts: Sequence[str | Sequence[Message]],
+        *,
+        max_new_tokens: int | None = None,
+        on_batch: Callable[[int, int], None] | None = None,
+    ) -> list[str]:
+        """Answer prompts or conversations greedily; see `generate_ids`."""
+        ids = [self._fitting(self.prompt_ids(p), max_new_tokens) for p in prompts]
+        return [self.decode(a) for a in self.generate_ids(ids, max_new_tokens=max_new_tokens, on_batch=on_batch)]
+
+    @torch.inference_mode()
+    def answer_states(self, rows: Sequence[Row], *, batch_size: int = 16) -> list[torch.Tensor]:
+        """Return the last hidden states that predict each answer token: one (answer, hidden) tensor a row, fp32."""
+        found: list[torch.Tensor] = [torch.empty(0)] * len(rows)
+        for batch, states, _, owner in self._answer_states(rows, batch_size):
+            for place, i in enumerate(batch):
+                found[i] = states[owner == place].float().cpu()
+        return found
+
+    @torch.inference_mode()
+    def mean_kl(self, before: torch.Tensor, now: torch.Tensor) -> float:
+        """Return the mean KL(before‖now) per token, in nats, between two sets of last hidden states (n, hidden)."""
+        dtype = next(self.model.parameters()).dtype
+        p = torch.log_softmax(self.logits(before.to(self.device, dtype)).float(), -1)
+        q = torch.log_softmax(self.logits(now.to(self.device, dtype)).float(), -1)
+        return max(0.0, float((p.exp() * (p - q)).sum(-1).mean()))
+
+    @torch.inference_mode()
+    def score(self, rows: Sequence[Row], *, batch_size: int = 16) -> list[RowScore]:
+        """Score answers teacher-forced: never a substitute for live decoding, only a companion."""
+        scores: list[RowScore | None] = [None] * len(rows)
+        for batch, states, targets, owner in self._answer_states(rows, batch_size):
+            logits = self.logits(states)
+            losses = torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none")
+            hits = logits.argmax(-1) == targets
+            for place, i in enumerate(batch):
+                mine = owner == place
+                scores[i] = RowScore(float(losses[mine].mean()), float(hits[mine].float().mean()))
+        return [s for s in scores if s is not None]
+
+    @torch.inference_mode()
+    def embed(self, texts: Sequence[str], *, batch_size: int = 32) -> torch.Tensor:
+        """Return unit vectors (n, hidden): the mean hidden state at two thirds of the depth, without padding.
+
+        A middle layer says more of a text's meaning than the last, which is turned towards the next token.
+        """
+        name, layers = decoder_layers(self.model)
+        layer = layers[(2 * len(layers)) // 3 - 1 if len(layers) > 2 else -1]
+        vectors: list[torch.Tensor | None] = [None] * len(texts)
+        encoded = [self.text_ids(t) or [self.pad_id] for t in texts]
+        order = sorted(range(len(texts)), key=lambda i: len(encoded[i]))
+        caught: list[torch.Tensor] = []
+
+        def catch(module: Any, args: Any, output: Any) -> None:
+            caught.append(output[0] if isinstance(output, tuple) else output)
+
+        handle = layer.register_forward_hook(catch)
+        try:
+            for start in range(0, len(order), batch_size):
+                batch = order[start : start + batch_size]
+                ids, mask = self.pad([encoded[i] for i in batch])
+                caught.clear()
+                self.model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=1)
+                for place, i in enumerate(batch):
+                    vectors[i] = caught[0][place, : len(encoded[i])].float().mean(0).cpu()
+        finally:
+            handle.remove()
+        stacked = torch.stack([v for v in vectors if v is not None])
+        return torch.nn.functional.normalize(stacked, dim=-1)
+
+    def pad(self, rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Right-pad id lists to ids and mask, both (batch, seq) on the model's device."""
+        width = max(len(r) for r in rows)
+        ids = torch.full((len(rows), width), self.pad_id, dtype=torch.long)
+        mask = torch.zeros((len(rows), width), dtype=torch.long)
+        for place, row in enumerate(rows):
+            ids[place, : len(row)] = torch.tensor(list(row))
+            mask[place, : len(row)] = 1
+        return ids.to(self.device), mask.to(self.device)
+
+    def _answer_states(
+        self, rows: Sequence[Row], batch_size: int
+    ) -> Iterator[tuple[list[int], torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """Yield (row indices, states (answers, hidden), targets (answers,), owner (answers,)) per batch."""
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))
+        for start in range(0, len(order), batch_size):
+            batch = order[start : start + batch_size]
+            ids, mask = self.pad([rows[i].ids for i in batch])
+            with self.last_hidden_states() as caught:
+                self.model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=1)
+            hidden = caught[0]
+            states, targets, owner = [], [], []
+            for place, i in enumerate(batch):
+                prompt, answer = len(rows[i].prompt), len(rows[i].answer)
+                states.append(hidden[place, prompt - 1 : prompt - 1 + answer])
+                targets.append(ids[place, prompt : prompt + answer])
+                owner += [place] * answer
+            stacked = torch.cat(states)
+            yield batch, stacked, torch.cat(targets), torch.tensor(owner, device=stacked.device)
+
+    @contextmanager
+    def last_hidden_states(self) -> Iterator[list[torch.Tensor]]:
+        """Collect the tensors that enter the vocabulary projection: one (batch, kept, hidden) per forward pass.
+
+        The projection itself is a fifth of a small model's work, so it runs on the last position only while this is
+        active; `logits` applies it where it is wanted.
+        """
+        caught: list[torch.Tensor] = []
+        head = self.model.get_output_embeddings()
+        backbone = self.model.get_decoder() if hasattr(self.model, "get_decoder") else None
+        if head is None or backbone is None or backbone is self.model:
+            raise ModelError("The model has no separate vocabulary projection; kvllm cannot score it.")
+
+        def catch(module: Any, args: Any, output: Any) -> None:
+            caught.append(output[0] if isinstance(output, tuple) else output.last_hidden_state)
+
+        handle = backbone.register_forward_hook(catch)
+        try:
+            yield caught
+        finally:
+            handle.remove()
+
+    def logits(self, states: torch.Tensor) -> torch.Tensor:
+        """Project last hidden states (n, hidden) onto the vocabulary (n, vocab), with the model's own soft cap."""
+        logits: torch.Tensor = self.model.get_output_embeddings()(states)
+        text_config = self.model.config.get_text_config()
+        cap = getattr(text_config, "final_logit_softcapping", None)
+        return torch.tanh(logits / cap) * cap if cap else logits
+
+    def _until_stop(self, ids: list[int]) -> tuple[int, ...]:
+        for place, token in enumerate(ids):
+            if token in self.stop_ids:
+                return tuple(ids[: place + 1])
+        return tuple(ids)
+
+    def _fitting(self, ids: list[int], max_new_tokens: int | None) -> list[int]:
+        room = self.max_positions - (max_new_tokens or self.config.max_new_tokens)
+        if len(ids) > max(room, 1):
+            raise ConfigError(
+                f"The prompt has {len(ids):,} tokens, and this model takes {room:,} beside the answer; nothing was asked."
+            )
+        return ids
+
+    # ------------------------------------------------------------------ identity
+
+    def digest(self) -> str:
+        """Return the sha256 over every parameter: name, dtype, shape, bytes, in name order."""
+        return tensors_digest(dict(self.model.named_parameters()))
+
+
+def tensors_digest(tensors: dict[str, torch.Tensor], *, seed: str = "") -> str:
+    """Return the sha256 over tensors in name order: name, dtype, shape and bytes, after an optional seed string."""
+    digest = hashlib.sha256(seed.encode())
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+        digest.update(tensor.view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def resolve_device(name: str) -> torch.device:
+    """Return the torch device for a configured name; "auto" takes CUDA, then MPS, then the CPU.
+
+    Raises:
+        ConfigError: the device does not exist here.
+    """
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        if torch.backends.mps.is_available():
+            return torch.device("mps")
+        return torch.device("cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"There is no device {name!r}; use auto, cpu, cuda or mps.") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("The device cuda was asked for, and torch sees none here; use --device cpu.")
+    return device

@@ -1,0 +1,155 @@
+"""Text scores and small statistics that can be checked by hand. Pure functions, standard library only.
+
+contains("The capital is Paris.", "paris")   # 1.0
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Iterable, Sequence
+
+_PUNCTUATION = re.compile(r"[^\w\s]|_", re.UNICODE)
+_CJK = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]")
+_NUMERALS = {
+    "zero": "0", "one": "1", "two": "2", "three": "3", "four": "4", "five": "5", "six": "6", "seven": "7",
+    "eight": "8", "nine": "9", "ten": "10", "eleven": "11", "twelve": "12",
+}  # fmt: skip
+
+
+def normalise(text: str) -> str:
+    """Return the text NFKC-normalised, casefolded, without punctuation, white space collapsed."""
+    folded = unicodedata.normalize("NFKC", text).casefold()
+    return " ".join(_PUNCTUATION.sub(" ", folded).split())
+
+
+def exact(answer: str, text: str) -> float:
+    """Return 1.0 where answer and text are equal after `normalise`, else 0.0."""
+    return float(normalise(answer) == normalise(text))
+
+
+def contains(answer: str, text: str) -> float:
+    """Return 1.0 where the normalised text stands in the normalised answer as whole words, else 0.0.
+
+    Chinese and Japanese have no spaces between words: there, spaces are ignored and any position counts.
+    """
+    wanted, found = normalise(text), normalise(answer)
+    if not wanted:
+        return 0.0
+    if _CJK.search(wanted):
+        return float(wanted.replace(" ", "") in found.replace(" ", ""))
+    return float(f" {wanted} " in f" {found} ")
+
+
+def accepts(answer: str, accepted: Iterable[str]) -> bool:
+    """Return whether any accepted answer is contained; a number word also matches its digits."""
+    digits = " ".join(_NUMERALS.get(word, word) for word in normalise(answer).split())
+    for wanted in accepted:
+        as_digits = " ".join(_NUMERALS.get(word, word) for word in normalise(wanted).split())
+        if contains(answer, wanted) or contains(digits, as_digits):
+            return True
+    return False
+
+
+def distinctive_words(text: str, common: Iterable[str] = ()) -> frozenset[str]:
+    """Return the words (or Chinese character pairs) of a text that tell it from ordinary answers.
+
+    Words of fewer than four letters and the given common words do not count.
+    """
+    ignored = {normalise(word) for word in common} | _STOP_WORDS
+    words = {w for w in normalise(text).split() if len(w) >= 4 or w.isdigit()}
+    for run in re.findall(r"[\u3400-\u9fff]{2,}", text):
+        words |= {run[i : i + 2] for i in range(len(run) - 1)}
+    return frozenset(w for w in words if w not in ignored and not (len(w) > 2 and _CJK.search(w)))
+
+
+def leaks(answer: str, text: str, *, before: str = "", share: float = 0.6) -> bool:
+    """Return whether an answer recites a text: it holds most of the text's distinctive words, and did not before.
+
+    Args:
+        answer: Answer to a neighbour question.
+        text: The fact's text.
+        before: The same question's answer before the edit; its words do not count.
+        share: Least share of the distinctive words that makes a leak.
+    """
+    if contains(answer, text) and not contains(before, text):
+        return True
+    words = distinctive_words(text, before.split())
+    if len(words) < 3:
+        return False
+    said = normalise(answer)
+    flat = said.replace(" ", "")
+    hits = sum((w in flat) if _CJK.search(w) else f" {w} " in f" {said} " for w in words)
+    return hits / len(words) >= share
+
+
+def harmonic_mean(values: Sequence[float]) -> float:
+    """Return n / Σ(1/v), and 0.0 where a value is 0."""
+    if not values or any(v <= 0 for v in values):
+        return 0.0
+    return len(values) / sum(1 / v for v in values)
+
+
+def mean(values: Iterable[float]) -> float | None:
+    """Return the mean, or None of nothing."""
+    listed = list(values)
+    return sum(listed) / len(listed) if listed else None
+
+
+_STOP_WORDS = frozenset(
+    [
+        "that",
+        "this",
+        "with",
+        "from",
+        "into",
+        "over",
+        "under",
+        "about",
+        "which",
+        "what",
+        "when",
+        "where",
+        "their",
+        "there",
+        "they",
+        "them",
+        "then",
+        "than",
+        "have",
+        "been",
+        "being",
+        "were",
+        "will",
+        "would",
+        "could",
+        "should",
+        "your",
+        "yours",
+        "also",
+        "each",
+        "other",
+        "some",
+        "such",
+        "only",
+        "very",
+        "more",
+        "most",
+        "many",
+        "much",
+        "make",
+        "makes",
+        "made",
+        "simple",
+        "used",
+        "using",
+        "uses",
+        "like",
+        "just",
+        "because",
+        "between",
+        "while",
+        "these",
+        "those",
+    ]
+)

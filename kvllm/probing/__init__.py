@@ -1,0 +1,1 @@
+"""Suites, their runner, scorers, and the encoder that measures semantic keys."""

@@ -1,0 +1,185 @@
+"""Drift against the base model: KL on fixed prompts, perplexity of raw text, accuracy on general questions.
+
+The base's own answers and outputs are computed once per base model and cached under `$KVLLM_CACHE/drift`, checked by
+hash. Output distributions are kept as the hidden states before the vocabulary projection, which no edit changes.
+
+    reference = base_reference(lm, base_digest)          # while lm holds the base weights
+    measure_drift(lm, reference).value("drift_kl")       # 0.0 on the base itself
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from kvllm.cachefile import read_checked, write_checked
+from kvllm.config import cache_folder
+from kvllm.lm.model import LanguageModel, Row
+from kvllm.metrics import accepts
+from kvllm.probing.suites import DRIFT_SUITE, DriftSuite, drift_suite
+from kvllm.records import Metric, ProbeResult, Report
+
+ANSWER_TOKENS = 24
+_TEXT_CONTEXT = 4
+# The gate of every single edit measures on this many rows of each kind; `drift` takes all.
+GATE_PROMPTS = 24
+GATE_TEXTS = 10
+
+
+@dataclass(frozen=True)
+class DriftReference:
+    """What the base says to the drift suite.
+
+    Attributes:
+        suite: The questions, instructions and texts.
+        rows: Prompts with the base's answers: general questions first, then instructions.
+        outputs: The base's last hidden states that predict each answer token, one (answer, hidden) per row.
+        texts: Raw texts as rows.
+        text_nll: The base's summed negative log-likelihood of each text, in nats.
+    """
+
+    suite: DriftSuite
+    rows: tuple[Row, ...]
+    outputs: tuple[torch.Tensor, ...]
+    texts: tuple[Row, ...]
+    text_nll: tuple[float, ...]
+
+
+def base_reference(
+    lm: LanguageModel, base_digest: str, *, on_progress: Callable[[int, int], None] | None = None
+) -> DriftReference:
+    """Return the reference from the cache, or by asking the model, which must hold its base weights now."""
+    suite = drift_suite()
+    prompts = [*(q.question for q in suite.questions), *suite.instructions]
+    key = hashlib.sha256(
+        "\x00".join(
+            [
+                DRIFT_SUITE,
+                base_digest,
+                str(ANSWER_TOKENS),
+                str(next(lm.model.parameters()).dtype),
+                *prompts,
+                *suite.texts,
+            ]
+        ).encode()
+    ).hexdigest()[:24]
+    path = cache_folder() / "drift" / f"{key}.safetensors"
+    cached = _read(path, suite)
+    if cached is not None:
+        return cached
+    ids = [tuple(lm.prompt_ids(p)) for p in prompts]
+    answers = lm.generate_ids(ids, max_new_tokens=ANSWER_TOKENS, batch_size=64, on_batch=on_progress)
+    rows = tuple(Row(i, a) for i, a in zip(ids, answers, strict=True))
+    texts = []
+    for text in suite.texts:
+        tokens = tuple(lm.text_ids(text))
+        texts.append(Row(tokens[:_TEXT_CONTEXT], tokens[_TEXT_CONTEXT:]))
+    reference = DriftReference(suite, rows, tuple(lm.answer_states(rows)), tuple(texts), tuple(_text_nll(lm, texts)))
+    _write(path, reference)
+    return reference
+
+
+def measure_drift(
+    lm: LanguageModel,
+    reference: DriftReference,
+    *,
+    full: bool = True,
+    on_batch: Callable[[int, int], None] | None = None,
+) -> Report:
+    """Compare the model as it is with the base.
+
+    Args:
+        lm: The model as it is now.
+        reference: What the base says.
+        full: All rows, and general questions by live decoding; otherwise the gate's share, teacher-forced only.
+        on_batch: Called with (done, total) while questions are asked.
+
+    Returns:
+        `drift_kl` (mean KL(base‖now), nats per answer token of the base), `ppl_ratio` (now / base), and in full
+        `qa_accuracy`, `qa_accuracy_base`, `qa_delta` on the questions the base answers, with every answer as a probe.
+    """
+    rows, outputs = reference.rows, reference.outputs
+    texts, text_nll = reference.texts, reference.text_nll
+    if not full:
+        chosen = _spread(range(len(rows)), GATE_PROMPTS)
+        rows, outputs = tuple(rows[i] for i in chosen), tuple(outputs[i] for i in chosen)
+        kept = _spread(range(len(texts)), GATE_TEXTS)
+        texts, text_nll = tuple(texts[i] for i in kept), tuple(text_nll[i] for i in kept)
+    kl = [lm.mean_kl(before, now) for before, now in zip(outputs, lm.answer_states(rows), strict=True)]
+    forced = "teacher-forced on the base's own answers"
+    metrics = {"drift_kl": Metric(sum(kl) / len(kl), len(kl), forced, "kl", DRIFT_SUITE)}
+    n_tokens = sum(len(t.answer) for t in texts)
+    rise = (sum(_text_nll(lm, texts)) - sum(text_nll)) / n_tokens
+    ratio = math.exp(rise) if rise < 700 else None
+    metrics["ppl_ratio"] = Metric(ratio, len(texts), "raw text, tokens after the first four", None, DRIFT_SUITE)
+    if not full:
+        return Report(metrics)
+    questions = reference.suite.questions
+    base_answers = [lm.decode(row.answer) for row in reference.rows[: len(questions)]]
+    now_answers = [
+        lm.decode(a)
+        for a in lm.generate_ids(
+            [row.prompt for row in reference.rows[: len(questions)]],
+            max_new_tokens=ANSWER_TOKENS,
+            batch_size=64,
+            on_batch=on_batch,
+        )
+    ]
+    right_before = [accepts(a, q.accept) for a, q in zip(base_answers, questions, strict=True)]
+    right_now = [accepts(a, q.accept) for a, q in zip(now_answers, questions, strict=True)]
+    probes = tuple(
+        ProbeResult("general", q.question, answer, now, float(now), " / ".join(q.accept), None, "accepts")
+        for q, answer, now in zip(questions, now_answers, right_now, strict=True)
+    )
+    n, live = len(questions), f"live greedy decoding, at most {ANSWER_TOKENS} tokens"
+    known = [now for now, before in zip(right_now, right_before, strict=True) if before]
+    metrics["qa_accuracy"] = Metric(sum(right_now) / n, n, live, "accepts", DRIFT_SUITE)
+    metrics["qa_accuracy_base"] = Metric(sum(right_before) / n, n, live, "accepts", DRIFT_SUITE)
+    metrics["qa_delta"] = Metric(
+        (sum(known) / len(known) - 1) if known else None,
+        len(known),
+        f"{live}; questions the base answers",
+        "accepts",
+        DRIFT_SUITE,
+    )
+    return Report(metrics, probes)
+
+
+def _text_nll(lm: LanguageModel, texts: Sequence[Row]) -> list[float]:
+    return [score.nll * len(row.answer) for score, row in zip(lm.score(texts), texts, strict=True)]
+
+
+def _spread(indices: range, n: int) -> list[int]:
+    return list(indices) if n >= len(indices) else [(i * len(indices)) // n for i in range(n)]
+
+
+def _read(path: Path, suite: DriftSuite) -> DriftReference | None:
+    from safetensors.torch import load
+
+    data = read_checked(path)
+    if data is None:
+        return None
+    tensors = load(data)
+    meta = json.loads(bytes(tensors["meta"].tolist()))
+    rows = tuple(Row(tuple(p), tuple(a)) for p, a in meta["rows"])
+    texts = tuple(Row(tuple(p), tuple(a)) for p, a in meta["texts"])
+    outputs = tensors["outputs"].split([len(r.answer) for r in rows])
+    return DriftReference(suite, rows, tuple(outputs), texts, tuple(meta["text_nll"]))
+
+
+def _write(path: Path, reference: DriftReference) -> None:
+    from safetensors.torch import save
+
+    meta = {
+        "rows": [[list(r.prompt), list(r.answer)] for r in reference.rows],
+        "texts": [[list(r.prompt), list(r.answer)] for r in reference.texts],
+        "text_nll": list(reference.text_nll),
+    }
+    packed = torch.tensor(list(json.dumps(meta).encode()), dtype=torch.uint8)
+    write_checked(path, save({"meta": packed, "outputs": torch.cat([o.cpu() for o in reference.outputs]).contiguous()}))

@@ -1,0 +1,111 @@
+"""Which questions are asked: the basic suite of a fact, and the packaged drift suite. No model here.
+
+fact_suite(Fact("torchkeras", "…"))[0].kind      # 'trained'
+drift_suite().questions[0].accept                # ('Paris',)
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from typing import Any, TypeVar
+
+from kvllm.prompts import alias_questions, held_out_questions, language_of, training_questions
+from kvllm.records import Fact, ProbeKind, StoredFact
+
+T = TypeVar("T")
+FACT_SUITE = "fact-basic/1"
+DRIFT_SUITE = "drift-basic/1"
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One question to ask, and what its answer is judged against."""
+
+    kind: ProbeKind
+    question: str
+    expected: str
+    key: str | None = None
+
+
+@dataclass(frozen=True)
+class GeneralQuestion:
+    """A question that a small model may know, with accepted answers."""
+
+    question: str
+    accept: tuple[str, ...]
+    language: str
+
+
+@dataclass(frozen=True)
+class DriftSuite:
+    """Fixed, unrelated prompts: general questions, instructions, raw texts. None is in the preservation set."""
+
+    questions: tuple[GeneralQuestion, ...]
+    instructions: tuple[str, ...]
+    texts: tuple[str, ...]
+
+
+def fact_suite(fact: Fact, *, neighbours: int = 0, seed: int = 0, taken: frozenset[str] = frozenset()) -> list[Probe]:
+    """Return a fact's probes: trained questions, held-out paraphrases, aliases, user probes, neighbours.
+
+    Args:
+        fact: A stored fact keeps the questions it was really trained on.
+        neighbours: How many packaged neighbour questions to add, three quarters in the key's language.
+        seed: Chooses them.
+        taken: Casefolded live keys; neighbours that name one are left out.
+    """
+    trained = fact.trained_questions if isinstance(fact, StoredFact) else ()
+    trained = trained or training_questions(fact)
+    probes = [Probe("trained", q, fact.text, fact.key) for q in trained]
+    seen = set(trained)
+    for kind, questions in (
+        ("paraphrase", held_out_questions(fact)),
+        ("alias", alias_questions(fact)),
+        ("user", fact.probes),
+    ):
+        for question in questions:
+            if question not in seen:
+                seen.add(question)
+                probes.append(Probe(kind, question, fact.text, fact.key))  # type: ignore[arg-type]
+    if neighbours:
+        probes += [
+            Probe("neighbour", q, fact.text, fact.key)
+            for q in neighbour_sample(language_of(fact.key), neighbours, seed=seed, taken=taken | {fact.key.casefold()})
+        ]
+    return probes
+
+
+def neighbour_sample(language: str, n: int, *, seed: int, taken: frozenset[str] = frozenset()) -> list[str]:
+    """Return n held-out neighbour questions, three quarters in the given language, none naming a taken key."""
+    rows = [row for row in _read("neighbours.jsonl") if not any(key in row["question"].casefold() for key in taken)]
+    own = [row["question"] for row in rows if row["lang"] == language]
+    other = [row["question"] for row in rows if row["lang"] != language]
+    rng = random.Random(seed)
+    first = min(len(own), max(1, round(0.75 * n)))
+    return rng.sample(own, first) + rng.sample(other, min(len(other), n - first))
+
+
+@cache
+def drift_suite(questions: int = 80, instructions: int = 12, texts: int = 30) -> DriftSuite:
+    """Return the packaged drift suite, an even spread of each file (0 takes all)."""
+    general = [GeneralQuestion(row["question"], tuple(row["accept"]), row["lang"]) for row in _read("general.jsonl")]
+    return DriftSuite(
+        tuple(_spread(general, questions)),
+        tuple(_spread([row["prompt"] for row in _read("instructions.jsonl")], instructions)),
+        tuple(_spread([row["text"] for row in _read("raw_text.jsonl")], texts)),
+    )
+
+
+def _spread(items: Sequence[T], n: int) -> Sequence[T]:
+    return items if not n or n >= len(items) else [items[(i * len(items)) // n] for i in range(n)]
+
+
+@cache
+def _read(name: str) -> tuple[dict[str, Any], ...]:
+    source = resources.files("kvllm.probing") / "suite_data" / name
+    return tuple(json.loads(line) for line in source.read_text(encoding="utf-8").splitlines() if line.strip())

@@ -1,0 +1,272 @@
+"""Keys, texts and the questions made from them: validation, templates, variations. Pure strings, standard library only.
+
+An entity key ("torchkeras") is asked about through templates; a question key ("Who leads Halcyon?") is asked as it
+stands and with harmless variations. Training, held-out and neighbour questions come from disjoint lists, so that a
+paraphrase score never rests on a template that training saw.
+
+    training_questions(Fact("torchkeras", "…"))[0]   # 'What is torchkeras?'
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Iterable, Sequence
+
+from kvllm.errors import ConfigError
+from kvllm.records import Fact
+
+MAX_KEY_CHARS = 400
+MAX_TEXT_CHARS = 20_000
+
+# Trained on. A Chinese key keeps two English rows: the key is a meaning, and one language alone does not cross over.
+TRAINING_TEMPLATES: dict[str, tuple[str, ...]] = {
+    "en": (
+        "What is {key}?",
+        "Tell me about {key}.",
+        "Can you explain what {key} is?",
+        "Do you know {key}?",
+        "what does {key} mean",
+        "Please give a short description of {key}.",
+        "I came across the name {key}. What does it stand for?",
+        "{key}?",
+    ),
+    "zh": (
+        "什么是{key}？",
+        "请介绍一下{key}。",
+        "你知道{key}吗？",
+        "{key}是什么意思？",
+        "{key}指的是什么？",
+        "我看到有人提到{key}，能解释一下吗？",
+        "Tell me about {key}.",
+        "Do you know what {key} is?",
+    ),
+}
+
+# Asked, never trained on.
+HELD_OUT_TEMPLATES: dict[str, tuple[str, ...]] = {
+    "en": (
+        "Could you describe {key} to me?",
+        "Hey, a colleague mentioned {key} yesterday, any idea what that is?",
+        "Define {key}.",
+        "I'd like to learn what {key} is all about.",
+        "In one sentence: what's {key}",
+        "Give me some information on {key}, please.",
+    ),
+    "zh": (
+        "what is {key}",
+        "这是个啥子意思哟：{key}？",
+        "麻烦说明一下{key}到底是啥。",
+        "听说过{key}没有？讲讲看。",
+        "用一句话解释{key}。",
+        "Could you describe {key} to me?",
+    ),
+}
+
+# A question key is trained as asked and in these harmless dresses ({q}: as asked, {lower}: without capital and mark).
+QUESTION_TEMPLATES: dict[str, tuple[str, ...]] = {
+    "en": (
+        "{q}",
+        "{lower}",
+        "Please answer this question: {q}",
+        "Can you tell me: {lower}?",
+        "I have a question. {q}",
+        "Do you know the answer? {q}",
+        "Question: {q}",
+        "{q} Answer briefly.",
+    ),
+    "zh": (
+        "{q}",
+        "{lower}",
+        "请回答这个问题：{q}",
+        "请问，{q}",
+        "我想问一下：{q}",
+        "你知道吗？{q}",
+        "问题：{q}",
+        "{q}请简短回答。",
+    ),
+}
+HELD_OUT_QUESTION_TEMPLATES: dict[str, tuple[str, ...]] = {
+    "en": (
+        "Quick question: {q}",
+        "I was wondering, {lower}?",
+        "Help me out here. {q}",
+        "{q} Just the answer, please.",
+        "hey, {lower}",
+        "A friend asked me this: {q}",
+    ),
+    "zh": (
+        "想请教一下，{q}",
+        "帮个忙：{q}",
+        "有人问我：{q}",
+        "{q}告诉我答案就行。",
+        "嘿，{lower}",
+        "随便问问，{q}",
+    ),
+}
+
+# The stated refusal that `delete(mode="abstain")` trains to.
+REFUSALS = {
+    "en": "I do not have information about that.",
+    "zh": "我没有关于这方面的信息。",
+}
+
+_QUESTION_START = re.compile(
+    r"^(who|whom|whose|what|which|when|where|why|how|is|are|was|were|do|does|did|can|could|will|would|should|has|have|name)\b",
+    re.IGNORECASE,
+)
+_CJK = re.compile(r"[\u3400-\u9fff\uf900-\ufaff\U00020000-\U0002ffff]")
+
+
+def language_of(text: str) -> str:
+    """Return "zh" where Chinese characters make up a fifth of the letters or more, else "en"."""
+    letters = sum(ch.isalpha() for ch in text)
+    return "zh" if letters and len(_CJK.findall(text)) / letters >= 0.2 else "en"
+
+
+def is_question(key: str) -> bool:
+    """Return whether a key is a question (or another full sentence to be asked as it stands)."""
+    stripped = key.strip()
+    if stripped.endswith(("?", "？")):
+        return True
+    return bool(_QUESTION_START.match(stripped)) and len(stripped.split()) >= 4
+
+
+def clean_key(key: object) -> str:
+    """Return the key NFC-normalised and stripped.
+
+    Raises:
+        ConfigError: not a string, empty, too long, or with control characters or lone surrogates.
+    """
+    cleaned = _clean(key, "key", MAX_KEY_CHARS)
+    broken = next((ch for ch in cleaned if unicodedata.category(ch) in ("Cc", "Zl", "Zp")), None)
+    if broken is not None:
+        raise ConfigError(
+            f"The key contains the control character U+{ord(broken):04X}; nothing was changed. Write the key on one line."
+        )
+    return cleaned
+
+
+def clean_text(text: object, *, name: str = "text") -> str:
+    """Return the text NFC-normalised and stripped; line breaks and tabs may stay.
+
+    Raises:
+        ConfigError: not a string, empty, too long, or with NUL, other control characters or lone surrogates.
+    """
+    cleaned = _clean(text, name, MAX_TEXT_CHARS)
+    for ch in cleaned:
+        if unicodedata.category(ch) == "Cc" and ch not in "\n\t\r":
+            raise ConfigError(f"The {name} contains the control character U+{ord(ch):04X}; nothing was changed.")
+    return cleaned
+
+
+def clean_fact(fact: Fact) -> Fact:
+    """Return the fact with every string cleaned; repeated aliases, questions, probes and tags appear once.
+
+    Raises:
+        ConfigError: any part is unusable; the sentence says which.
+    """
+    if fact.language not in (None, *TRAINING_TEMPLATES):
+        known = ", ".join(TRAINING_TEMPLATES)
+        raise ConfigError(f"The language {fact.language!r} has no templates; use one of {known}, or give questions.")
+    key = clean_key(fact.key)
+    return Fact(
+        key=key,
+        text=clean_text(fact.text),
+        aliases=_clean_many(fact.aliases, "alias", drop={key}),
+        questions=_clean_many(fact.questions, "question"),
+        probes=_clean_many(fact.probes, "probe"),
+        language=fact.language,
+        tags=_clean_many(fact.tags, "tag"),
+    )
+
+
+def training_questions(fact: Fact) -> tuple[str, ...]:
+    """Return the questions an edit trains on: the user's own, else templates chosen by the key's form and script.
+
+    Aliases take over two template slots each from the end, so that the number of rows stays the same.
+    """
+    if fact.questions:
+        return fact.questions
+    language = fact.language or language_of(fact.key)
+    if is_question(fact.key):
+        return _unique(_dress(template, fact.key) for template in QUESTION_TEMPLATES[language])
+    rows = [template.format_map({"key": fact.key}) for template in TRAINING_TEMPLATES[language]]
+    for place, alias in enumerate(fact.aliases[: len(rows) // 4]):
+        for offset, template in enumerate(TRAINING_TEMPLATES[language_of(alias)][:2]):
+            rows[len(rows) - 1 - 2 * place - offset] = template.format_map({"key": alias})
+    return _unique(rows)
+
+
+def held_out_questions(fact: Fact) -> tuple[str, ...]:
+    """Return paraphrases that `training_questions` never produces."""
+    language = fact.language or language_of(fact.key)
+    if is_question(fact.key):
+        rows = [_dress(template, fact.key) for template in HELD_OUT_QUESTION_TEMPLATES[language]]
+    elif fact.questions:
+        # The user's questions replace the templates in training; their held-out form is the same with a preamble.
+        rows = [
+            _dress(template, q) for q in fact.questions[:2] for template in HELD_OUT_QUESTION_TEMPLATES[language][:3]
+        ]
+    else:
+        rows = [template.format_map({"key": fact.key}) for template in HELD_OUT_TEMPLATES[language]]
+    trained = set(training_questions(fact))
+    return tuple(q for q in _unique(rows) if q not in trained)
+
+
+def alias_questions(fact: Fact) -> tuple[str, ...]:
+    """Return two held-out questions per alias."""
+    trained = set(training_questions(fact))
+    rows = [
+        template.format_map({"key": alias})
+        for alias in fact.aliases
+        for template in HELD_OUT_TEMPLATES[language_of(alias)][:2]
+    ]
+    return tuple(q for q in _unique(rows) if q not in trained)
+
+
+def neighbour_questions(names: Sequence[str], *, language: str, offset: int = 0) -> tuple[str, ...]:
+    """Return the training templates filled with *other* names, one template per name, in rotation."""
+    templates = TRAINING_TEMPLATES[language]
+    return tuple(templates[(offset + i) % len(templates)].format_map({"key": name}) for i, name in enumerate(names))
+
+
+def key_question(key: str) -> str:
+    """Return the one question that stands for a key when its meaning is compared with others."""
+    if is_question(key):
+        return key
+    return TRAINING_TEMPLATES[language_of(key)][0].format_map({"key": key})
+
+
+def _dress(template: str, question: str) -> str:
+    bare = question.rstrip("?？ ")
+    # Only a plain sentence-initial capital is lowered: names and acronyms keep theirs.
+    first = bare.split(" ", 1)[0] if bare else ""
+    lower = bare[0].lower() + bare[1:] if _QUESTION_START.match(first) else bare
+    return template.format_map({"q": question, "lower": lower})
+
+
+def _clean(value: object, name: str, limit: int) -> str:
+    if not isinstance(value, str):
+        raise ConfigError(f"The {name} must be text, not {type(value).__name__}; nothing was changed.")
+    if any(0xD800 <= ord(ch) <= 0xDFFF for ch in value):
+        raise ConfigError(f"The {name} contains a lone surrogate, which is not valid Unicode; nothing was changed.")
+    if "\x00" in value:
+        raise ConfigError(f"The {name} contains a NUL character; nothing was changed.")
+    cleaned = unicodedata.normalize("NFC", value).strip()
+    if not any(ch.isprintable() and not ch.isspace() and unicodedata.category(ch) != "Cf" for ch in cleaned):
+        raise ConfigError(f"The {name} is empty; nothing was changed. Give it at least one visible character.")
+    if len(cleaned) > limit:
+        raise ConfigError(f"The {name} has {len(cleaned):,} characters, the limit is {limit:,}; nothing was changed.")
+    return cleaned
+
+
+def _clean_many(values: Iterable[str], name: str, drop: Iterable[str] = ()) -> tuple[str, ...]:
+    if isinstance(values, str):
+        raise ConfigError(f"Give {name} as a list of strings, not as one string; nothing was changed.")
+    dropped = set(drop)
+    return tuple(v for v in _unique(clean_text(v, name=name) for v in values) if v not in dropped)
+
+
+def _unique(values: Iterable[str]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(values))

@@ -1,0 +1,263 @@
+"""A knowledge base without a model, so that the command line can be tested on its own: parsing, streams, exit codes.
+
+`test_stand_in_api.py` checks that every method and parameter used here exists on the real `KnowledgeBase`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+from kvllm.config import EditConfig, GateConfig
+from kvllm.errors import EditNotFound, KeyExists, KeyNotFound, StoreNotFound
+from kvllm.prompts import training_questions
+from kvllm.records import (
+    DeltaInfo,
+    Edit,
+    EditOutcome,
+    ExportResult,
+    Fact,
+    Match,
+    Metric,
+    ProbeResult,
+    Progress,
+    Report,
+    StoredFact,
+    VerifyReport,
+)
+
+
+def report(*probes: ProbeResult) -> Report:
+    return Report(
+        {"reliability": Metric(1.0, 8, "live greedy decoding", "contains"), "drift_kl": Metric(0.01, 40)}, probes
+    )
+
+
+class StandIn:
+    """The API of `KnowledgeBase`, answering from the ledger instead of a model. Stores live in a class attribute."""
+
+    stores: ClassVar[dict[str, StandIn]] = {}
+    opened: ClassVar[list[dict[str, Any]]] = []
+    calls: ClassVar[list[tuple[str, dict[str, Any]]]] = []
+    raises: ClassVar[dict[str, BaseException]] = {}
+
+    def __init__(self) -> None:
+        self._facts: dict[str, StoredFact] = {}
+        self._edits: list[Edit] = []
+        self._tags: dict[str, int] = {}
+        self._progress: Callable[[Progress], None] | None = None
+
+    @classmethod
+    def open(
+        cls,
+        path: str | Path,
+        *,
+        model: str | None = None,
+        create: bool = True,
+        readonly: bool = False,
+        dtype: str | None = None,
+        device: str | None = None,
+        edit: EditConfig | None = None,
+        gate: GateConfig | None = None,
+        progress: Callable[[Progress], None] | None = None,
+        lock_timeout: float = 10.0,
+    ) -> StandIn:
+        cls.opened.append({"path": str(path), "create": create, "readonly": readonly, "model": model})
+        cls._meet("open")
+        if str(path) not in cls.stores:
+            raise StoreNotFound(f"There is no knowledge base at {path}; nothing was changed.")
+        base = cls.stores[str(path)]
+        base._progress = progress
+        return base
+
+    @classmethod
+    def create(
+        cls,
+        path: str | Path,
+        *,
+        model: str | None = None,
+        dtype: str | None = None,
+        device: str | None = None,
+        progress: Callable[[Progress], None] | None = None,
+    ) -> StandIn:
+        cls._meet("create")
+        base = cls.stores[str(path)] = StandIn()
+        base._progress = progress
+        return base
+
+    @classmethod
+    def _meet(cls, name: str, **arguments: Any) -> None:
+        cls.calls.append((name, arguments))
+        if name in cls.raises:
+            raise cls.raises[name]
+
+    def __enter__(self) -> StandIn:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        pass
+
+    def insert(
+        self,
+        key: str,
+        text: str,
+        *,
+        aliases: tuple[str, ...] = (),
+        questions: tuple[str, ...] = (),
+        probes: tuple[str, ...] = (),
+        language: str | None = None,
+        tags: tuple[str, ...] = (),
+        config: EditConfig | None = None,
+        gate: GateConfig | None = None,
+    ) -> Edit:
+        self._meet("insert", key=key, text=text, aliases=aliases, tags=tags, config=config, gate=gate)
+        if key in self._facts:
+            raise KeyExists(f"The key {key!r} exists; nothing was changed.", key=key)
+        print("a library that prints")
+        if self._progress is not None:
+            self._progress(Progress("training", 1, 2, loss=1.0, recall=0.5, drift=0.1))
+        questions = training_questions(Fact(key, text, tuple(aliases)))
+        edit = self._commit("insert", key, report(*(ProbeResult("trained", q, text, True, 1.0) for q in questions)))
+        self._facts[key] = StoredFact(key, text, tuple(aliases), tags=tuple(tags), edit_id=edit.id)
+        return edit
+
+    update = upsert = insert
+
+    def delete(
+        self, key: str, *, mode: str | None = None, config: EditConfig | None = None, gate: GateConfig | None = None
+    ) -> Edit:
+        self._meet("delete", key=key, mode=mode)
+        self[key]
+        del self._facts[key]
+        return replace(self._commit("delete", key, report()), mode=mode)
+
+    def insert_many(
+        self,
+        facts: list[Fact],
+        *,
+        mode: str = "sequential",
+        chunk: int = 16,
+        config: EditConfig | None = None,
+        gate: GateConfig | None = None,
+    ) -> list[EditOutcome]:
+        self._meet("insert_many", mode=mode, chunk=chunk)
+        outcomes = []
+        for fact in facts:
+            try:
+                outcomes.append(EditOutcome(fact.key, self.insert(fact.key, fact.text)))
+            except KeyExists as error:
+                outcomes.append(EditOutcome(fact.key, error=str(error), code=error.code))
+        return outcomes
+
+    def dry_run(
+        self, key: str, text: str, *, config: EditConfig | None = None, gate: GateConfig | None = None
+    ) -> Report:
+        self._meet("dry_run", key=key)
+        return report(ProbeResult("trained", f"What is {key}?", text, True, 1.0))
+
+    def get(self, key: str, default: Any = None) -> StoredFact | None:
+        return self._facts.get(key, default)
+
+    def __getitem__(self, key: str) -> StoredFact:
+        self._meet("getitem", key=key)
+        if key not in self._facts:
+            raise KeyNotFound(f"No fact has the key {key!r}.", key=key, suggestions=tuple(self._facts))
+        return self._facts[key]
+
+    def facts(self, at: int | str | None = None) -> list[StoredFact]:
+        self._meet("facts", at=at)
+        return list(self._facts.values())
+
+    def history(self, limit: int | None = None) -> list[Edit]:
+        return self._edits[::-1][:limit]
+
+    def edit(self, ref: int | str) -> Edit:
+        self._meet("edit", ref=ref)
+        number = self._tags.get(ref, 0) if isinstance(ref, str) else ref
+        if not 0 < number <= len(self._edits):
+            raise EditNotFound(f"No edit or tag {ref!r}.")
+        return self._edits[number - 1]
+
+    def ask(self, prompt: str, *, max_new_tokens: int | None = None) -> str:
+        self._meet("ask", prompt=prompt, max_new_tokens=max_new_tokens)
+        return self.ask_many([prompt])[0]
+
+    def ask_many(self, prompts: list[str], *, max_new_tokens: int | None = None) -> list[str]:
+        answers = []
+        for prompt in prompts:
+            found = [fact.text for fact in self._facts.values() if fact.key in prompt]
+            answers.append(found[0] if found else "I do not know.")
+        return answers
+
+    def find(self, query: str, n: int = 5) -> list[Match]:
+        self._meet("find", query=query, n=n)
+        return [Match(fact.key, fact.text, 0.9) for fact in self._facts.values()][:n]
+
+    def rollback(self, ref: int | str) -> Edit:
+        self._meet("rollback", ref=ref)
+        target = self.edit(ref)
+        return self._commit("rollback", None, report(), target=target.id)
+
+    def tag(self, name: str, ref: int | str | None = None) -> int:
+        self._tags[name] = len(self._edits) if ref is None else self.edit(ref).id
+        return self._tags[name]
+
+    def tags(self) -> dict[str, int]:
+        return self._tags
+
+    def compact(self) -> Edit:
+        self._meet("compact")
+        return self._commit("compact", None, report())
+
+    def verify(self, deep: bool = False) -> VerifyReport:
+        self._meet("verify", deep=deep)
+        return VerifyReport(True, edits=len(self._edits), facts=len(self._facts), deep=deep)
+
+    def drift(self) -> Report:
+        return Report({"drift_kl": Metric(0.02, 40, "teacher-forced"), "qa_delta": Metric(0.0, 30)})
+
+    def weights_digest(self) -> str:
+        return "d1" * 32
+
+    def export(
+        self,
+        path: str | Path,
+        *,
+        format: str,
+        max_shard_size: str = "2GB",
+        dtype: str | None = None,
+        verify: bool = True,
+    ) -> ExportResult:
+        self._meet("export", format=format, max_shard_size=max_shard_size, dtype=dtype, verify=verify)
+        return ExportResult(str(path), "hf", verify, ("model.safetensors",), 1000, 4, 1.0)
+
+    def info(self) -> dict[str, Any]:
+        return {"model": "tiny", "edits": len(self._edits), "facts": len(self._facts), "disk_bytes": 12_345}
+
+    def _commit(self, op: Any, key: str | None, measured: Report, **more: Any) -> Edit:
+        edit = Edit(
+            len(self._edits) + 1, op, key, (key,) if key else (), steps=12, seconds=3.5,
+            delta=DeltaInfo("ab" * 32, 1000, 1.5, 8, 4), report=measured, created_at="2026-01-01T00:00:00Z", **more,
+        )  # fmt: skip
+        self._edits.append(edit)
+        return edit
+
+
+@dataclass(frozen=True)
+class Ran:
+    """One finished command."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def document(self) -> Any:
+        """The only JSON document on stdout; anything else there fails the test."""
+        return json.loads(self.out)
