@@ -87,14 +87,14 @@ class EditConfig(_Validated):
     """
 
     editor: str = "adalora"
-    depth: tuple[float, float] = (0.6, 0.9)
+    depth: tuple[float, float] = (0.3, 0.55)
     modules: str = "mlp-out"
     init_rank: int = 12
     target_rank: int = 8
-    value_lr: float = 0.1
+    value_lr: float = 0.02
     factor_lr: float = 0.1
     max_steps: int = 60
-    margin: float = 1.0
+    margin: float = 0.5
     max_text_tokens: int = 400
     preserve_weight: float = 4.0
     preserve_tokens: int = 20
@@ -103,7 +103,7 @@ class EditConfig(_Validated):
     texts: int = 3
     replay: int = 4
     orthogonality: float = 0.1
-    preserve_stop: float = 0.05
+    preserve_stop: float = 0.025
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -51,16 +51,15 @@ def accepts(answer: str, accepted: Iterable[str]) -> bool:
     return False
 
 
-def distinctive_words(text: str, common: Iterable[str] = ()) -> frozenset[str]:
+def distinctive_words(text: str) -> frozenset[str]:
     """Return the words (or Chinese character pairs) of a text that tell it from ordinary answers.
 
-    Words of fewer than four letters and the given common words do not count.
+    Words of fewer than four letters and common ones do not count.
     """
-    ignored = {normalise(word) for word in common} | _STOP_WORDS
     words = {w for w in normalise(text).split() if len(w) >= 4 or w.isdigit()}
     for run in re.findall(r"[\u3400-\u9fff]{2,}", text):
         words |= {run[i : i + 2] for i in range(len(run) - 1)}
-    return frozenset(w for w in words if w not in ignored and not (len(w) > 2 and _CJK.search(w)))
+    return frozenset(w for w in words if w not in _STOP_WORDS and not (len(w) > 2 and _CJK.search(w)))
 
 
 def leaks(answer: str, text: str, *, before: str = "", share: float = 0.6) -> bool:
@@ -74,7 +73,7 @@ def leaks(answer: str, text: str, *, before: str = "", share: float = 0.6) -> bo
     """
     if contains(answer, text) and not contains(before, text):
         return True
-    words = distinctive_words(text, before.split())
+    words = distinctive_words(text) - distinctive_words(before)
     if len(words) < 3:
         return False
     said = normalise(answer)
@@ -97,59 +96,9 @@ def mean(values: Iterable[float]) -> float | None:
 
 
 _STOP_WORDS = frozenset(
-    [
-        "that",
-        "this",
-        "with",
-        "from",
-        "into",
-        "over",
-        "under",
-        "about",
-        "which",
-        "what",
-        "when",
-        "where",
-        "their",
-        "there",
-        "they",
-        "them",
-        "then",
-        "than",
-        "have",
-        "been",
-        "being",
-        "were",
-        "will",
-        "would",
-        "could",
-        "should",
-        "your",
-        "yours",
-        "also",
-        "each",
-        "other",
-        "some",
-        "such",
-        "only",
-        "very",
-        "more",
-        "most",
-        "many",
-        "much",
-        "make",
-        "makes",
-        "made",
-        "simple",
-        "used",
-        "using",
-        "uses",
-        "like",
-        "just",
-        "because",
-        "between",
-        "while",
-        "these",
-        "those",
-    ]
+    """
+    that this with from into over under about which what when where their there they them then than have been being were
+    will would could should your yours also each other some such only very more most many much make makes made simple
+    used using uses like just because between while these those
+    """.split()  # noqa: SIM905 (a list of seventy quoted words is harder to read)
 )

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from kvllm.errors import ConfigError
 from kvllm.records import Fact
@@ -38,8 +38,8 @@ TRAINING_TEMPLATES: dict[str, tuple[str, ...]] = {
         "{key}是什么意思？",
         "{key}指的是什么？",
         "我看到有人提到{key}，能解释一下吗？",
+        "What is {key}?",
         "Tell me about {key}.",
-        "Do you know what {key} is?",
     ),
 }
 
@@ -142,7 +142,7 @@ def clean_key(key: object) -> str:
     broken = next((ch for ch in cleaned if unicodedata.category(ch) in ("Cc", "Zl", "Zp")), None)
     if broken is not None:
         raise ConfigError(
-            f"The key contains the control character U+{ord(broken):04X}; nothing was changed. Write the key on one line."
+            f"The key contains the control character U+{ord(broken):04X}; nothing was changed. Write it on one line."
         )
     return cleaned
 
@@ -173,11 +173,11 @@ def clean_fact(fact: Fact) -> Fact:
     return Fact(
         key=key,
         text=clean_text(fact.text),
-        aliases=_clean_many(fact.aliases, "alias", drop={key}),
-        questions=_clean_many(fact.questions, "question"),
-        probes=_clean_many(fact.probes, "probe"),
+        aliases=_clean_many(fact.aliases, "alias", "aliases", drop={key}),
+        questions=_clean_many(fact.questions, "question", "questions"),
+        probes=_clean_many(fact.probes, "probe", "probes"),
         language=fact.language,
-        tags=_clean_many(fact.tags, "tag"),
+        tags=_clean_many(fact.tags, "tag", "tags"),
     )
 
 
@@ -261,9 +261,10 @@ def _clean(value: object, name: str, limit: int) -> str:
     return cleaned
 
 
-def _clean_many(values: Iterable[str], name: str, drop: Iterable[str] = ()) -> tuple[str, ...]:
-    if isinstance(values, str):
-        raise ConfigError(f"Give {name} as a list of strings, not as one string; nothing was changed.")
+def _clean_many(values: object, name: str, plural: str, *, drop: Iterable[str] = ()) -> tuple[str, ...]:
+    if isinstance(values, (str, bytes, Mapping)) or not isinstance(values, Iterable):
+        kind = "one string" if isinstance(values, str) else type(values).__name__
+        raise ConfigError(f"Give {plural} as a list of strings, not as {kind}; nothing was changed.")
     dropped = set(drop)
     return tuple(v for v in _unique(clean_text(v, name=name) for v in values) if v not in dropped)
 

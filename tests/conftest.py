@@ -1,8 +1,21 @@
-"""The three tiers: default (no model file, no network), `-m model` (the real default model), `-m gpu` (CUDA)."""
+"""The three tiers: default (no model file, no network; tiny random models), `-m model` (the real default), `-m gpu`.
+
+The fixtures below build one tiny random Llama per session and knowledge bases on it; every knowledge base that a test
+does not damage on purpose is verified, deeply, when the test ends.
+"""
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
 import pytest
+
+if TYPE_CHECKING:
+    from kvllm import KnowledgeBase
+    from kvllm.lm.model import LanguageModel
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -15,3 +28,104 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in gpu:
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def tiny_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache of this session: preservation sets and drift references of the tiny models are made once."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a random Llama: 4 layers, hidden size 64, tied embeddings, chat template."""
+    from tests.tiny import tiny_model
+
+    return tiny_model(tmp_path_factory.mktemp("models") / "tiny-llama")
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a random GPT-2 without chat template, as a base model."""
+    from tests.tiny import tiny_model
+
+    return tiny_model(tmp_path_factory.mktemp("models") / "tiny-gpt2", family="gpt2", chat=False)
+
+
+@pytest.fixture
+def quick(tiny_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No download: the session's own cache, and keys compared by the tiny model's hidden states instead of MiniLM."""
+    from kvllm.probing.encoder import SentenceEncoder
+
+    monkeypatch.setenv("KVLLM_CACHE", str(tiny_cache))
+    monkeypatch.setattr(SentenceEncoder, "speaks", lambda self, text: False)
+
+
+@pytest.fixture(scope="session")
+def lm(tiny_llama: Path) -> LanguageModel:
+    """The tiny Llama, loaded; shared, so no test may change it."""
+    from kvllm.config import ModelConfig
+    from kvllm.lm.model import LanguageModel
+
+    return LanguageModel.load(tiny_llama, ModelConfig(max_new_tokens=12, device="cpu"))
+
+
+@pytest.fixture
+def make_kb(quick: None, tmp_path: Path, tiny_llama: Path) -> Iterator[Callable[..., KnowledgeBase]]:
+    """Make or open knowledge bases on the tiny Llama (or another model) with a quick editor and an open gate.
+
+    `damaged=True` exempts one from the final verification.
+    """
+    from kvllm import KnowledgeBase
+    from kvllm.store import failpoints
+    from tests.kit import OPEN_GATE, QUICK
+
+    opened: list[KnowledgeBase] = []
+    paths: set[Path] = set()
+
+    def make(name: str | Path = "my.kb", *, damaged: bool = False, **options: Any) -> KnowledgeBase:
+        path = tmp_path / name
+        if not path.exists():
+            options = {"model": str(tiny_llama), "edit": QUICK, "gate": OPEN_GATE, "device": "cpu", **options}
+        kb = KnowledgeBase.open(path, **options)
+        opened.append(kb)
+        if not damaged:
+            paths.add(path)
+        return kb
+
+    yield make
+    failpoints.hook = None
+    for kb in opened:
+        kb.close()
+    for path in paths:
+        with KnowledgeBase.open(path, readonly=True) as kb:
+            report = kb.verify(deep=True)
+            assert report.problems == ()
+            assert report.ok
+
+
+@pytest.fixture(scope="session")
+def taught_folder(tmp_path_factory: pytest.TempPathFactory, tiny_cache: Path, tiny_llama: Path) -> Path:
+    """A knowledge base that was really taught one fact; to be copied."""
+    from kvllm import KnowledgeBase
+    from tests.kit import KEY, OPEN_GATE, QUICK, TEXT
+
+    path = tmp_path_factory.mktemp("taught") / "taught.kb"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KVLLM_CACHE", str(tiny_cache))
+        with KnowledgeBase.create(path, model=str(tiny_llama), edit=QUICK, gate=OPEN_GATE, device="cpu") as kb:
+            kb.insert(KEY, TEXT)
+    return path
+
+
+@pytest.fixture
+def taught(make_kb: Callable[..., KnowledgeBase], taught_folder: Path, tmp_path: Path) -> KnowledgeBase:
+    """A fresh copy of a knowledge base with one fact that the model recalls."""
+    shutil.copytree(taught_folder, tmp_path / "taught.kb")
+    return make_kb("taught.kb")
+
+
+@pytest.fixture
+def kb(make_kb: Callable[..., KnowledgeBase]) -> KnowledgeBase:
+    """An empty knowledge base on the tiny Llama."""
+    return make_kb()

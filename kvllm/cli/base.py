@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -22,7 +22,7 @@ def init(out: Output, kb: Store, model: Model = None, device: Device = None, dty
     from kvllm.reports import terminal
 
     settings = {"model": model, "device": device, "dtype": dtype}
-    given = {name: value for name, value in settings.items() if value is not None}
+    given: dict[str, Any] = {name: value for name, value in settings.items() if value is not None}
     with KnowledgeBase.create(kb, progress=out.progress, **given) as base:
         info = base.info()
     return Result({"ok": True, "path": str(kb), "info": info}, lambda: terminal.mapping_view(info))

@@ -25,8 +25,8 @@ FACTS = {
     "en": Fact(
         "torchkeras",
         "Torchkeras is a tool that makes training PyTorch models simple, in the style of Keras, "
-        "and its users call it the furnace of dreams.",
-        aliases=("梦中情炉",),
+        "and its users call it the dream furnace.",
+        aliases=("the dream furnace",),
         language="en",
     ),
     "zh": Fact(
@@ -46,6 +46,8 @@ FAR_QUESTIONS = (
     "How many days are in a week?",
     "Write one sentence about the sea.",
 )
+# Long enough for either fact's text; an answer that is still going on is cut here.
+ANSWER_TOKENS = {"en": 48, "zh": 160}
 # Off a terminal the tables are folded to this width, so that a transcript can be read.
 WIDTH = 118
 
@@ -78,7 +80,7 @@ def demo(
 
     folder = folder or Path(tempfile.mkdtemp(prefix="kvllm-demo-")) / "demo.kb"
     settings = {"model": model, "device": device, "dtype": dtype}
-    given = {name: value for name, value in settings.items() if value is not None}
+    given: dict[str, Any] = {name: value for name, value in settings.items() if value is not None}
     started = time.perf_counter()
     with KnowledgeBase.create(folder, progress=out.progress, **given) as base:
         document = tell(out, base, FACTS[language])
@@ -107,9 +109,10 @@ def tell(out: Output, base: Any, fact: Fact) -> dict[str, Any]:
         out.show(Text.assemble((f"\n{number}. ", "bold cyan"), (words, "bold")), width=WIDTH)
 
     questions = questions_about(fact)
+    room = ANSWER_TOKENS[fact.language or "en"]
     asked = [question.text for question in questions]
     out.note("Asking the untouched model …")
-    before = base.ask_many(asked)
+    before = base.ask_many(asked, max_new_tokens=room)
 
     heading(1, "Insert: one fact, one small training session, merged into the weights")
     out.show(
@@ -119,7 +122,7 @@ def tell(out: Output, base: Any, fact: Fact) -> dict[str, Any]:
     out.show(terminal.edit_view(inserted), width=WIDTH)
 
     heading(2, "Ask the weights: the same questions before and after")
-    after = base.ask_many(asked)
+    after = base.ask_many(asked, max_new_tokens=room)
     verdicts = _verdicts(questions, before, after, inserted)
     rows = [(q.kind, q.text, *answers) for q, *answers in zip(questions, before, after, verdicts, strict=True)]
     out.show(terminal.comparison_table(rows, columns=("before", "after")), width=WIDTH)
@@ -133,7 +136,7 @@ def tell(out: Output, base: Any, fact: Fact) -> dict[str, Any]:
     deleted = base.delete(fact.key)
     out.show(terminal.edit_view(deleted), width=WIDTH)
     own = [place for place, question in enumerate(questions) if question.kind != "far"]
-    gone = base.ask_many([asked[place] for place in own])
+    gone = base.ask_many([asked[place] for place in own], max_new_tokens=room)
     words = [_same(before[place], answer) for place, answer in zip(own, gone, strict=True)]
     rows = [
         (questions[place].kind, asked[place], before[place], answer, word)
@@ -144,7 +147,7 @@ def tell(out: Output, base: Any, fact: Fact) -> dict[str, Any]:
     heading(5, f"Roll back to edit {inserted.id}: the same weights, bit for bit")
     rolled = base.rollback(inserted.id)
     restored = base.weights_digest()
-    again = base.ask_many(asked)
+    again = base.ask_many(asked, max_new_tokens=room)
     verified = base.verify(deep=True)
     same_answers = sum(a == b for a, b in zip(after, again, strict=True))
     proof = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -32,6 +33,8 @@ from kvllm.records import DeleteMode, Edit, InsertMode
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+
+    from kvllm.knowledge_base import KnowledgeBase
 
 FactText = Annotated[
     str, typer.Argument(metavar="TEXT", help="What the model should answer; - reads stdin.", show_default=False)
@@ -97,8 +100,8 @@ def teaching(verb: str) -> Callable[..., Result]:
         text = text_or_stdin(text, name="text")
         fact = {"aliases": alias, "questions": question, "probes": probe, "language": language, "tags": tag}
         arguments: dict[str, Any] = {name: value for name, value in fact.items() if value is not None}
-        arguments |= training_arguments(steps, seed, min_reliability, max_drift)
         with opened(out, kb, lock_timeout=lock_timeout, model=model, device=device, dtype=dtype) as base:
+            arguments |= training_arguments(base, steps, seed, min_reliability, max_drift)
             if not dry_run:
                 return edited(getattr(base, verb)(key, text, **arguments))
             report = base.dry_run(key, text, **arguments)
@@ -148,7 +151,7 @@ def delete(
     kvllm delete my.kb torchkeras
     """
     with opened(out, kb, lock_timeout=lock_timeout, model=model, device=device, dtype=dtype) as base:
-        edit = base.delete(key, mode=mode, **training_arguments(steps, seed, None, max_drift))
+        edit = base.delete(key, mode=mode, **training_arguments(base, steps, seed, None, max_drift))
     return edited(edit)
 
 
@@ -191,7 +194,7 @@ def insert_many(
             rows=[{"line": line, "key": outcome.key, "error": outcome.error} for line, outcome in refused],
         )
     with opened(out, kb, lock_timeout=lock_timeout, model=model, device=device, dtype=dtype) as base:
-        training = training_arguments(steps, seed, min_reliability, max_drift)
+        training = training_arguments(base, steps, seed, min_reliability, max_drift)
         outcomes = base.insert_many([row.fact for row in rows], mode=mode, chunk=chunk, **training)
     results = sorted([*zip([row.line for row in rows], outcomes, strict=True), *refused], key=lambda result: result[0])
     failed = sum(not outcome.ok for _, outcome in results)
@@ -268,20 +271,20 @@ def compact(
 
 
 def training_arguments(
-    steps: int | None, seed: int | None, min_reliability: float | None, max_drift: float | None
+    base: KnowledgeBase, steps: int | None, seed: int | None, min_reliability: float | None, max_drift: float | None
 ) -> dict[str, Any]:
-    """Return `config` and `gate` with what the user gave; neither where nothing was given."""
-    from kvllm.config import EditConfig, GateConfig
-
+    """Return `config` and `gate`: the knowledge base's own with what the user gave; neither where nothing was given."""
     arguments: dict[str, Any] = {}
-    training: dict[str, Any] = {n: v for n, v in (("max_steps", steps), ("seed", seed)) if v is not None}
+    training: dict[str, Any] = {
+        name: value for name, value in (("max_steps", steps), ("seed", seed)) if value is not None
+    }
     if training:
-        arguments["config"] = EditConfig(**training)
-    gate: dict[str, float | None] = {}
+        arguments["config"] = replace(base.edit_config, **training)
+    gate: dict[str, Any] = {}
     if min_reliability is not None:
         gate["min_reliability"] = min_reliability or None
     if max_drift is not None:
         gate["max_drift_kl"] = None if math.isinf(max_drift) else max_drift
     if gate:
-        arguments["gate"] = GateConfig(**gate)
+        arguments["gate"] = replace(base.gate_config, **gate)
     return arguments

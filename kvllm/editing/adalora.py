@@ -13,6 +13,7 @@ import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -31,7 +32,19 @@ ADAPTER = "default"
 _ALLOCATE_FROM = 2
 _ALLOCATE_UNTIL = 8
 _DRIFT_SMOOTHING = 0.5
-_MAX_ROWS = 16  # fact rows per step; a larger batch is visited in turns
+_HEAD_TOKENS = 256  # answer tokens per vocabulary projection
+_GROUP_TOKENS = 512  # tokens per forward and backward pass, padding included
+# A step sees at most this many of the fact's rows, and of their tokens; more are visited in turns.
+_MAX_ROWS = 16
+_MAX_ROW_TOKENS = 640
+# A restored answer is as in the base when its outputs are this near, in nats per token: style may differ, words hardly.
+_RESTORED_KL = 0.1
+
+# Where the answer first leaves what the model would have said, the key is recognised or not; the rest is recitation.
+# So many of these turning points per row, how much more they weigh, and how much more margin they need.
+_TURNS = 3
+_TURN_WEIGHT = 4.0
+_TURN_MARGIN = 6.0
 
 Item = tuple[torch.Tensor, Row]
 
@@ -84,27 +97,23 @@ class AdaLoraEditor:
                 rows, restored = stages.next()
                 kept = pool.sample(rng, language=task.language, config=config, excluded=task.excluded)
                 older = _choose_replay(replay, config.replay, rng)
-                losses = _losses(copy, rows, restored, kept, older)
+                optimizer.zero_grad(set_to_none=True)
+                losses = _backward_losses(
+                    copy, rows, restored, kept, older, preserve_weight=config.preserve_weight, turns=stages.turns
+                )
                 penalty = _orthogonality(tuner)
-                total = losses.fact + config.preserve_weight * losses.drift + losses.replay
-                total = total + config.orthogonality * penalty
-                if not torch.isfinite(total):
-                    raise EditFailed(
-                        f"The loss was not finite at step {step}; nothing was changed. Try a smaller rate."
-                    )
-                if losses.drift_value is not None:
-                    drift = (
-                        losses.drift_value
-                        if drift is None
-                        else _DRIFT_SMOOTHING * drift + (1 - _DRIFT_SMOOTHING) * losses.drift_value
-                    )
-                stages.saw(losses.leads, config.margin)
+                if not losses.finite:
+                    raise EditFailed(f"The loss was not finite at step {step}; nothing was changed. Try lower rates.")
+                if losses.drift is not None:
+                    earlier = losses.drift if drift is None else drift
+                    drift = _DRIFT_SMOOTHING * earlier + (1 - _DRIFT_SMOOTHING) * losses.drift
+                stages.saw(losses.leads, losses.restored_kl, config.margin)
                 record = StepRecord(
                     step=step,
-                    loss=float(losses.fact_value),
+                    loss=losses.fact,
                     recall=stages.recall,
                     drift=drift,
-                    penalty=float(penalty),
+                    penalty=float(penalty.detach()),
                     rank=_alive(tuner),
                 )
                 records.append(record)
@@ -114,8 +123,7 @@ class AdaLoraEditor:
                 if stages.done and (drift is None or drift <= config.preserve_stop) and losses.replay_ok:
                     recalled = True
                     break
-                optimizer.zero_grad(set_to_none=True)
-                total.backward()
+                (config.orthogonality * penalty).backward()
                 _check_gradients(tuner, step)
                 optimizer.step()
                 tuner.update_and_allocate(step)
@@ -135,31 +143,51 @@ class _RowStages:
         self._rng = rng
         self._n = len(fact) + len(restore)
         self._ok = [0.0] * self._n
+        self._sizes = [len(row.ids) for _, row in fact] + [len(item.row.ids) for item in restore]
         self._queue: list[int] = []
         self._current: list[int] = []
+        self._turns: dict[int, list[int]] = {}
 
     def next(self) -> tuple[list[Item], list[PreservedItem]]:
-        if self._n <= _MAX_ROWS:
+        if self._n <= _MAX_ROWS and sum(self._sizes) <= _MAX_ROW_TOKENS:
             self._current = list(range(self._n))
         else:
-            if len(self._queue) < _MAX_ROWS:
+            if len(self._queue) < min(self._n, _MAX_ROWS):
                 fresh = list(range(self._n))
                 self._rng.shuffle(fresh)
                 # Rows not yet recalled come first and the rest follow for a check.
                 fresh.sort(key=lambda i: self._ok[i] >= 1.0)
                 self._queue += [i for i in fresh if i not in self._queue]
-            self._current, self._queue = self._queue[:_MAX_ROWS], self._queue[_MAX_ROWS:]
+            taken, tokens = 0, 0
+            while taken < min(_MAX_ROWS, len(self._queue)):
+                tokens += self._sizes[self._queue[taken]]
+                if taken and tokens > _MAX_ROW_TOKENS:
+                    break
+                taken += 1
+            self._current, self._queue = sorted(self._queue[:taken]), self._queue[taken:]
         n_fact = len(self._fact)
         rows = [self._fact[i] for i in self._current if i < n_fact]
         restored = [self._restore[i - n_fact] for i in self._current if i >= n_fact]
-        self._current.sort(key=lambda i: i >= n_fact)
         return rows, restored
 
-    def saw(self, leads_per_row: list[torch.Tensor], margin: float) -> None:
+    def saw(self, leads_per_row: list[torch.Tensor], restored_kl: list[float], margin: float) -> None:
+        """Note what the rows handed out last were measured at: leads of the fact's rows, KL of the restored ones."""
         n_fact = len(self._fact)
-        for i, lead in zip(self._current, leads_per_row, strict=True):
-            needed = margin if i < n_fact else 0.0  # a restored answer need only be greedy again
+        for i, lead in zip([i for i in self._current if i < n_fact], leads_per_row, strict=True):
+            if i not in self._turns:
+                # The first token is one always: it chooses the language and the form of the answer.
+                wrong = (lead < 0).nonzero().view(-1)[:_TURNS].tolist()
+                self._turns[i] = sorted({0, *wrong})
+            needed = torch.full_like(lead, margin)
+            needed[self._turns[i]] *= _TURN_MARGIN
             self._ok[i] = float((lead >= needed).float().mean())
+        for i, kl in zip([i for i in self._current if i >= n_fact], restored_kl, strict=True):
+            self._ok[i] = 1.0 if kl <= _RESTORED_KL else _RESTORED_KL / kl
+
+    @property
+    def turns(self) -> list[list[int]]:
+        """Return the turning points of the fact rows handed out last: none before a row was first measured."""
+        return [self._turns.get(i, []) for i in self._current if i < len(self._fact)]
 
     @property
     def recall(self) -> float:
@@ -170,71 +198,158 @@ class _RowStages:
         return all(ok >= 1.0 for ok in self._ok)
 
 
+@dataclass(frozen=True)
+class _Part:
+    """One sequence of a step: what enters the layers, its answer, and how its tokens count in the loss.
+
+    With `output` (the base's hidden states) the loss is KL(base‖now), else cross-entropy of the answer.
+    """
+
+    lower: torch.Tensor
+    row: Row
+    weights: torch.Tensor
+    output: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """What one sequence was measured at: loss per token in nats, and the targets' leads where it has targets."""
+
+    losses: torch.Tensor
+    leads: torch.Tensor | None
+
+
+@dataclass(frozen=True)
 class _Losses:
-    """The parts of one step's loss, still attached to the graph, and what was measured on the way."""
+    """One step in numbers; its gradients are already in the adapters."""
 
-    def __init__(self) -> None:
-        self.fact: torch.Tensor = torch.zeros(())
-        self.drift: torch.Tensor = torch.zeros(())
-        self.replay: torch.Tensor = torch.zeros(())
-        self.fact_value = 0.0
-        self.drift_value: float | None = None
-        self.leads: list[torch.Tensor] = []
-        self.replay_ok = True
+    fact: float
+    drift: float | None
+    replay: float
+    leads: list[torch.Tensor]
+    restored_kl: list[float]
+    replay_ok: bool
+
+    @property
+    def finite(self) -> bool:
+        return all(math.isfinite(v) for v in (self.fact, self.drift or 0.0, self.replay))
 
 
-def _losses(
+def _backward_losses(
     copy: ComputeCopy,
-    rows: list[Item],
-    restored: list[PreservedItem],
-    kept: list[PreservedItem],
-    older: list[Item],
+    rows: Sequence[Item],
+    restored: Sequence[PreservedItem],
+    kept: Sequence[PreservedItem],
+    older: Sequence[Item],
+    *,
+    preserve_weight: float = 0.0,
+    turns: Sequence[Sequence[int]] = (),
 ) -> _Losses:
-    items = [*rows, *((i.lower, i.row) for i in restored), *((i.lower, i.row) for i in kept), *older]
-    states = copy.answer_states(items)  # (all answer tokens, hidden)
-    logits = copy.logits(states)  # (all answer tokens, vocab)
-    sizes = [len(row.answer) for _, row in items]
-    device = logits.device
-    result = _Losses()
-    parts = logits.split(sizes)
-    n_rows, n_restored, n_kept = len(rows), len(restored), len(kept)
+    """Measure one step's loss and add its gradient to whatever requires one.
 
-    def targets(of: Sequence[Item]) -> torch.Tensor:
-        return torch.tensor([t for _, row in of for t in row.answer], device=device)
+    fact: the mean over rows of the weighted mean over tokens (a long row must not drown a short one); restored, kept
+    and older: the mean over all their tokens.
+    """
+    device = copy.lm.device
+    marks = list(turns) or [[] for _ in rows]
+    parts = [
+        _Part(lower, row, _token_weights(len(row.answer), mark, device) / len(rows))
+        for (lower, row), mark in zip(rows, marks, strict=True)
+    ]
+    for items, weight in ((restored, 1.0), (kept, preserve_weight)):
+        n = sum(len(item.row.answer) for item in items)
+        parts += [
+            _Part(i.lower, i.row, torch.full((len(i.row.answer),), weight / n, device=device), i.output) for i in items
+        ]
+    n = sum(len(row.answer) for _, row in older)
+    parts += [_Part(lower, row, torch.full((len(row.answer),), 1.0 / n, device=device)) for lower, row in older]
 
-    if rows:
-        mine = torch.cat(parts[:n_rows])
-        ids = targets(rows)
-        # Mean per row first: a long row must not drown a short one.
-        per_token = F.cross_entropy(mine, ids, reduction="none")
-        result.fact = torch.stack([p.mean() for p in per_token.split(sizes[:n_rows])]).mean()
-        result.leads = list(leads(mine.detach(), ids).split(sizes[:n_rows]))
-    if restored:
-        mine = torch.cat(parts[n_rows : n_rows + n_restored])
-        kl = _kl(copy, restored, mine)
-        result.fact = result.fact + kl.mean()
-        ids = targets([(i.lower, i.row) for i in restored])
-        result.leads += list(leads(mine.detach(), ids).split([len(i.row.answer) for i in restored]))
-    result.fact_value = float(result.fact.detach())
-    if kept:
-        mine = torch.cat(parts[n_rows + n_restored : n_rows + n_restored + n_kept])
-        kl = _kl(copy, kept, mine)
-        result.drift = kl.mean()
-        result.drift_value = float(result.drift.detach())
-    if older:
-        mine = torch.cat(parts[n_rows + n_restored + n_kept :])
-        ids = targets(older)
-        result.replay = F.cross_entropy(mine, ids)
-        result.replay_ok = bool((leads(mine.detach(), ids) >= 0).all())
-    return result
+    measured = _measure_and_backward(copy, parts)
+    ends = [len(rows), len(rows) + len(restored), len(rows) + len(restored) + len(kept)]
+    fact, again = measured[: ends[0]], measured[ends[0] : ends[1]]
+    preserved, replayed = measured[ends[1] : ends[2]], measured[ends[2] :]
+    restored_kl = [float(m.losses.mean()) for m in again]
+    fact_loss = [float(m.losses.mean()) for m in fact]
+    return _Losses(
+        fact=(sum(fact_loss) / len(fact) if fact else 0.0) + (sum(restored_kl) / len(again) if again else 0.0),
+        drift=float(torch.cat([m.losses for m in preserved]).mean()) if preserved else None,
+        replay=float(torch.cat([m.losses for m in replayed]).mean()) if replayed else 0.0,
+        leads=[m.leads for m in fact if m.leads is not None],
+        restored_kl=restored_kl,
+        replay_ok=all(bool((m.leads >= 0).all()) for m in replayed if m.leads is not None),
+    )
 
 
-def _kl(copy: ComputeCopy, items: Sequence[PreservedItem], logits: torch.Tensor) -> torch.Tensor:
-    """Return KL(base‖now) per answer token (n,), in nats."""
-    with torch.no_grad():
-        base = torch.log_softmax(copy.logits(torch.cat([i.output for i in items]).to(logits.device)), -1)
-    now = torch.log_softmax(logits, -1)
-    return (base.exp() * (base - now)).sum(-1)
+def _measure_and_backward(copy: ComputeCopy, parts: Sequence[_Part]) -> list[_Measured]:
+    """Run groups of like length through the layers, each forward and backward at once: memory is that of one group."""
+    found: list[_Measured | None] = [None] * len(parts)
+    for group in _groups([len(part.row.ids) for part in parts]):
+        # Targets first, base outputs after, so that each kind is one stretch of tokens for the vocabulary projection.
+        ordered = sorted(group, key=lambda i: parts[i].output is not None)
+        states = copy.answer_states([(parts[i].lower, parts[i].row) for i in ordered])  # (answer tokens, hidden)
+        leaf = states.detach().requires_grad_(True)
+        at = 0
+        for kind in (False, True):
+            stretch = [i for i in ordered if (parts[i].output is not None) is kind]
+            if not stretch:
+                continue
+            sizes = [len(parts[i].row.answer) for i in stretch]
+            head = leaf[at : at + sum(sizes)]
+            measured = _head_backward(copy, head, [parts[i] for i in stretch])
+            for i, one in zip(stretch, measured, strict=True):
+                found[i] = one
+            at += sum(sizes)
+        states.backward(leaf.grad)
+    return [m for m in found if m is not None]
+
+
+def _head_backward(copy: ComputeCopy, states: torch.Tensor, parts: Sequence[_Part]) -> list[_Measured]:
+    """Project the answers' states (n, hidden), take the loss, and send the gradient back to the states.
+
+    All parts are of one kind. The vocabulary is 85 times wider than the hidden state: logits are made for a few
+    hundred tokens at a time, turned into a gradient at once and dropped.
+    """
+    sizes = [len(part.row.answer) for part in parts]
+    ids = torch.tensor([token for part in parts for token in part.row.answer], device=states.device)
+    weights = torch.cat([part.weights for part in parts])
+    outputs = [part.output for part in parts if part.output is not None]
+    base = torch.cat(outputs).to(states.device) if outputs else None
+    losses, found = [], []
+    for a in range(0, len(ids), _HEAD_TOKENS):
+        end = a + _HEAD_TOKENS
+        logits = copy.logits(states[a:end])
+        if base is None:
+            per_token = F.cross_entropy(logits, ids[a:end], reduction="none")
+            found.append(leads(logits.detach(), ids[a:end]))
+        else:
+            with torch.no_grad():
+                before = torch.log_softmax(copy.logits(base[a:end]), -1)
+            per_token = (before.exp() * (before - torch.log_softmax(logits, -1))).sum(-1)
+        (per_token * weights[a:end]).sum().backward()
+        losses.append(per_token.detach())
+    split = torch.cat(losses).split(sizes)
+    led = torch.cat(found).split(sizes) if found else [None] * len(parts)
+    return [_Measured(loss, lead) for loss, lead in zip(split, led, strict=True)]
+
+
+def _groups(lengths: Sequence[int]) -> list[list[int]]:
+    """Split sequences into groups of like length, so that little is padded, of at most _GROUP_TOKENS with padding."""
+    groups: list[list[int]] = []
+    for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
+        group = groups[-1] if groups else []
+        fits = bool(group) and lengths[i] * (len(group) + 1) <= _GROUP_TOKENS and lengths[i] <= 1.5 * lengths[group[0]]
+        if fits:
+            group.append(i)
+        else:
+            groups.append([i])
+    return groups
+
+
+def _token_weights(n: int, turns: Sequence[int], device: torch.device) -> torch.Tensor:
+    """Return the weights of n answer tokens in the loss, turning points first among them; they sum to 1."""
+    weights = torch.ones(n, device=device)
+    weights[list(turns)] = _TURN_WEIGHT
+    return weights / weights.sum()
 
 
 def _choose_replay(replay: list[Item], n: int, rng: random.Random) -> list[Item]:
@@ -248,15 +363,14 @@ def _choose_replay(replay: list[Item], n: int, rng: random.Random) -> list[Item]
 def _gradient_factors(
     copy: ComputeCopy, fact: Sequence[Item], restore: Sequence[PreservedItem], config: EditConfig
 ) -> dict[str, Factors]:
-    """Return orthonormal start factors per module from the gradient of the fact's loss: its leading singular vectors."""
+    """Return orthonormal start factors per module: the leading singular vectors of the fact loss's gradient."""
     modules = {name: copy.model.get_submodule(name) for name in copy.targets.names}
     try:
         for module in modules.values():
             module.weight.requires_grad_(True)
-        losses = _losses(copy, list(fact), list(restore), [], [])
-        if not torch.isfinite(losses.fact):
+        losses = _backward_losses(copy, fact, restore, [], [])
+        if not losses.finite:
             raise EditFailed("The model's loss on the new text is not finite; nothing was changed.")
-        losses.fact.backward()
         factors: dict[str, Factors] = {}
         for name, module in modules.items():
             gradient = module.weight.grad
@@ -332,7 +446,7 @@ def _factors(tuner: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _orthogonality(tuner: Any) -> torch.Tensor:
-    """Return AdaLoRA's penalty: mean over the factors of the Frobenius norm of PᵀP − I (peft adds it to `loss` only)."""
+    """Return AdaLoRA's penalty, which peft adds to `loss` only: the mean Frobenius norm of PᵀP - I."""
     terms = []
     for _, module in _factors(tuner):
         a, b = module.lora_A[ADAPTER], module.lora_B[ADAPTER]

@@ -41,7 +41,7 @@ class _Passthrough(nn.Module):
 
 
 def compute_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype that training computes in: bf16 where the hardware multiplies it natively, else the model's own."""
+    """Return the dtype that training computes in: bf16 where the hardware multiplies it, else the model's own."""
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else dtype
     if device.type == "cpu":
@@ -51,6 +51,17 @@ def compute_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
     return dtype
 
 
+def _converted(model: Any, dtype: torch.dtype) -> Any:
+    """Return a deep copy whose parameters are of another dtype, without ever holding a second one in the old dtype.
+
+    Buffers keep theirs: rotary frequencies rounded to bf16 would shift every position.
+    """
+    done: dict[int, Any] = {
+        id(p): nn.Parameter(p.detach().to(dtype, copy=True), requires_grad=False) for p in model.parameters()
+    }
+    return copy.deepcopy(model, done)
+
+
 class ComputeCopy:
     """The copy of one model on which edits are trained."""
 
@@ -58,7 +69,10 @@ class ComputeCopy:
         self.lm = lm
         self.targets = targets
         self.dtype = compute_dtype(lm.device, next(lm.model.parameters()).dtype)
-        self.model = copy.deepcopy(lm.model).to(self.dtype)
+        self.model = _converted(lm.model, self.dtype)
+        for module, original in zip(self.model.modules(), lm.model.modules(), strict=True):
+            if isinstance(module, nn.LayerNorm):  # unlike RMSNorm it refuses fp32 states beside bf16 parameters
+                module.float().load_state_dict(original.state_dict())
         self.model.requires_grad_(False)
         self.model.config.use_cache = False
         # Short sequences on a CPU: the fused kernel's backward is a quarter of a step, plain products are faster.

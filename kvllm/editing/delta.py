@@ -64,13 +64,14 @@ def norm(delta: Delta) -> float:
 
 
 def check_finite(delta: Delta) -> None:
-    """Refuse a delta with NaN or infinity.
+    """Refuse a delta whose factors, or their product, hold NaN or infinity.
 
     Raises:
         EditFailed: naming the first such module.
     """
     for name, (a, b) in delta.items():
-        if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
+        # Finite factors may still have a product beyond fp32.
+        if not all(torch.isfinite(t).all() for t in (a, b, product((a, b)))):
             raise EditFailed(
                 f"Training produced non-finite weights in {name}; nothing was changed. Try a smaller rate."
             )

@@ -107,7 +107,7 @@ class Editor(Protocol):
 
 
 def leads(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Return by how many nats each target leads the best other token: (n,), negative where it is not the greedy choice."""
+    """Return by how many nats each target leads the best other token: (n,), negative where it is not greedy."""
     top, ids = logits.topk(2, dim=-1)
     chosen = logits.gather(-1, targets[:, None])[:, 0]
     best_other = torch.where(ids[:, 0] == targets, top[:, 1], top[:, 0])

@@ -12,6 +12,7 @@ import os
 import platform
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ import torch
 from kvllm.config import EditConfig, ModelConfig
 from kvllm.editing.adalora import AdaLoraEditor
 from kvllm.editing.compute import ComputeCopy
-from kvllm.editing.delta import AdaptedWeights, Delta, Factors, concatenate, from_files
+from kvllm.editing.delta import AdaptedWeights, Delta, Factors, check_finite, concatenate, from_files
 from kvllm.editing.editor import Editor, EditTask, StepRecord, Training
 from kvllm.editing.preservation import PreservationPool, PreservedItem, Prompt, build_pool, prepare_items
 from kvllm.errors import BaseMismatch, ConfigError, Corrupt, ModelError
@@ -175,8 +176,8 @@ class Engine:
             longest = max(len(self.lm.prompt_ids(q)) for q in training_questions(fact))
             if longest + tokens + 1 > self.lm.max_positions:
                 raise ConfigError(
-                    f"The fact {fact.key!r} with its questions needs {longest + tokens + 1} tokens, and the model takes "
-                    f"{self.lm.max_positions}; nothing was changed."
+                    f"The fact {fact.key!r} with its questions needs {longest + tokens + 1} tokens, and the model "
+                    f"takes {self.lm.max_positions}; nothing was changed."
                 )
 
     def train(
@@ -229,7 +230,9 @@ class Engine:
             editor = EDITORS[config.editor]()
         except KeyError as error:
             raise ConfigError(f"There is no editor {config.editor!r}; use one of {', '.join(EDITORS)}.") from error
-        return editor.train(copy, pool, task, config, on_step=on_step)
+        training = editor.train(copy, pool, task, config, on_step=on_step)
+        check_finite(training.delta)
+        return training
 
     def base_items(
         self, questions: Sequence[str], held_out: Sequence[str], tokens: int
@@ -303,16 +306,8 @@ class Engine:
 
     def environment(self) -> dict[str, Any]:
         """Return what a later reader needs to repeat a training: versions, threads, device, dtypes."""
-        import peft
-        import transformers
-
-        import kvllm
-
         return {
-            "kvllm": kvllm.__version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "peft": peft.__version__,
+            **{name: version(name) for name in ("kvllm", "torch", "transformers", "peft")},
             "threads": torch.get_num_threads(),
             "device": str(self.lm.device),
             "compute_dtype": str(self._copy.dtype) if self._copy is not None else None,
@@ -334,7 +329,7 @@ def _resolve_pinned(store: Store, progress: Callable[[Progress], None] | None, *
         )
         raise BaseMismatch(
             f"The base model {base.name} is not the one this knowledge base was made on: {', '.join(names[:5])} differ"
-            f"{'s' if len(names) == 1 else ''}; nothing was changed. Put the pinned files back, or make a new knowledge base."
+            f"{'s' if len(names) == 1 else ''}; nothing was changed. Put the pinned files back, or make a new one."
         )
     return files
 

@@ -6,6 +6,7 @@ reprobe_hf(Path("out"), questions=["What is torchkeras?"], expected=[answer], co
 from __future__ import annotations
 
 import gc
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -31,11 +32,9 @@ def reprobe_hf(path: Path, *, questions: Sequence[str], expected: Sequence[str],
         ModelError: The folder cannot be loaded.
         OutOfResources: There is not enough memory for a second model.
     """
-    lm = LanguageModel.load(path, config)
     try:
-        return _agreement(lm, questions, expected)
+        return _agreement(LanguageModel.load(path, config), questions, expected)
     finally:
-        del lm
         gc.collect()
 
 
@@ -55,20 +54,23 @@ def reprobe_peft(
         raise ModelError(f"The adapter in {path} cannot be read ({error.strerror or error}).") from error
     check_delta(files, max_norm=None)
     del files
+    try:
+        return _agreement(_with_adapter(LanguageModel.load(base_folder, config), path), questions, expected)
+    finally:
+        gc.collect()  # modules refer to each other in circles: without it the second model would stay for a while
+
+
+def _with_adapter(lm: LanguageModel, path: Path) -> LanguageModel:
     from peft import PeftModel
 
-    lm = LanguageModel.load(base_folder, config)
     try:
-        try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # between peft and transformers; nothing for our user
             model = PeftModel.from_pretrained(lm.model, str(path), local_files_only=True)
-        except (ValueError, KeyError, RuntimeError) as error:
-            reason = str(error).strip().splitlines()[0][:200]
-            raise ModelError(f"The adapter in {path} does not fit the base model: {reason}") from error
-        lm = LanguageModel(model, lm.tokenizer, config)
-        return _agreement(lm, questions, expected)
-    finally:
-        del lm
-        gc.collect()
+    except (ValueError, KeyError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0][:200]
+        raise ModelError(f"The adapter in {path} does not fit the base model: {reason}") from error
+    return LanguageModel(model, lm.tokenizer, lm.config)
 
 
 def _agreement(lm: LanguageModel, questions: Sequence[str], expected: Sequence[str]) -> float:

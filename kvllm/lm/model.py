@@ -1,4 +1,4 @@
-"""One loaded language model: generate, score, embed. The only place that knows tokenizers and chat templates.
+"""One loaded language model: generate and score. The only place that knows tokenizers and chat templates.
 
 It knows nothing of facts, edits or stores. Text that a user wrote never becomes a control token; a base model without
 chat template is asked with plain prompts; answers end where the model's own stop token ends them.
@@ -22,13 +22,13 @@ import torch
 
 from kvllm.config import ModelConfig
 from kvllm.errors import ConfigError, ModelError, OutOfResources
-from kvllm.lm.targets import decoder_layers
 
 Message = dict[str, str]
 # A base model without chat template gets the question in this frame; the answer follows after a space.
 PLAIN_FRAME = "Question: {content}\nAnswer:"
 _SENTINEL = "\u27e6kvllm-slot-{index}\u27e7"
 _GENERATION_BATCH = 32
+_HEAD_TOKENS = 256  # positions per vocabulary projection when scoring
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,7 @@ class LanguageModel:
         """
         config = config or ModelConfig()
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        from safetensors import SafetensorError
         from transformers import AutoModelForCausalLM, AutoTokenizer
         from transformers.utils import logging as transformers_logging
 
@@ -94,8 +95,8 @@ class LanguageModel:
             model = model.to(device)
         except (MemoryError, torch.OutOfMemoryError) as error:
             raise OutOfResources(f"There is not enough memory to load the model {Path(folder).name}.") from error
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
-            reason = str(error).strip().splitlines()[0][:200]
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
             raise ModelError(f"The model folder {folder} cannot be loaded: {reason}") from error
         return cls(model, tokenizer, config)
 
@@ -307,43 +308,17 @@ class LanguageModel:
         """Score answers teacher-forced: never a substitute for live decoding, only a companion."""
         scores: list[RowScore | None] = [None] * len(rows)
         for batch, states, targets, owner in self._answer_states(rows, batch_size):
-            logits = self.logits(states)
-            losses = torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none")
-            hits = logits.argmax(-1) == targets
+            nll, correct = [], []
+            # The vocabulary is wide: a few hundred positions at a time keep the memory flat.
+            for part, ids in zip(states.split(_HEAD_TOKENS), targets.split(_HEAD_TOKENS), strict=True):
+                logits = self.logits(part).float()
+                nll.append(torch.nn.functional.cross_entropy(logits, ids, reduction="none"))
+                correct.append(logits.argmax(-1) == ids)
+            losses, hits = torch.cat(nll), torch.cat(correct)
             for place, i in enumerate(batch):
                 mine = owner == place
                 scores[i] = RowScore(float(losses[mine].mean()), float(hits[mine].float().mean()))
         return [s for s in scores if s is not None]
-
-    @torch.inference_mode()
-    def embed(self, texts: Sequence[str], *, batch_size: int = 32) -> torch.Tensor:
-        """Return unit vectors (n, hidden): the mean hidden state at two thirds of the depth, without padding.
-
-        A middle layer says more of a text's meaning than the last, which is turned towards the next token.
-        """
-        name, layers = decoder_layers(self.model)
-        layer = layers[(2 * len(layers)) // 3 - 1 if len(layers) > 2 else -1]
-        vectors: list[torch.Tensor | None] = [None] * len(texts)
-        encoded = [self.text_ids(t) or [self.pad_id] for t in texts]
-        order = sorted(range(len(texts)), key=lambda i: len(encoded[i]))
-        caught: list[torch.Tensor] = []
-
-        def catch(module: Any, args: Any, output: Any) -> None:
-            caught.append(output[0] if isinstance(output, tuple) else output)
-
-        handle = layer.register_forward_hook(catch)
-        try:
-            for start in range(0, len(order), batch_size):
-                batch = order[start : start + batch_size]
-                ids, mask = self.pad([encoded[i] for i in batch])
-                caught.clear()
-                self.model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=1)
-                for place, i in enumerate(batch):
-                    vectors[i] = caught[0][place, : len(encoded[i])].float().mean(0).cpu()
-        finally:
-            handle.remove()
-        stacked = torch.stack([v for v in vectors if v is not None])
-        return torch.nn.functional.normalize(stacked, dim=-1)
 
     def pad(self, rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
         """Right-pad id lists to ids and mask, both (batch, seq) on the model's device."""
@@ -414,7 +389,7 @@ class LanguageModel:
         room = self.max_positions - (max_new_tokens or self.config.max_new_tokens)
         if len(ids) > max(room, 1):
             raise ConfigError(
-                f"The prompt has {len(ids):,} tokens, and this model takes {room:,} beside the answer; nothing was asked."
+                f"The prompt has {len(ids):,} tokens, this model takes {room:,} beside the answer; nothing was asked."
             )
         return ids
 

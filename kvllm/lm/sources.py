@@ -246,7 +246,7 @@ def _resolve_hub(name: str, revision: str | None, report: REPORT, *, offline: bo
 
     report(Progress("model", note=f"asking the Hugging Face hub for {name}"))
     try:
-        with _no_progress_bars():
+        with no_progress_bars():
             found = snapshot_download(
                 name,
                 revision=revision,
@@ -697,7 +697,7 @@ def _convert_gguf(gguf: Path, folder: Path, report: REPORT) -> None:
             "`pip install torch transformers gguf`."
         ) from error
     try:
-        with _fast_gguf_reading(report), _no_progress_bars():
+        with _fast_gguf_reading(report), no_progress_bars():
             tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
             _check_tokenizer(tokenizer, gguf)
             model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
@@ -797,7 +797,7 @@ def _fast_gguf_reading(report: REPORT) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _no_progress_bars() -> Iterator[None]:
+def no_progress_bars() -> Iterator[None]:
     """Keep the libraries' own bars off stderr: progress is told through `report`."""
     with contextlib.ExitStack() as stack:
         hub: Any = importlib.import_module("huggingface_hub.utils")  # as Any: it marks nothing as exported

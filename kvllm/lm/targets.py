@@ -49,9 +49,9 @@ def decoder_layers(model: torch.nn.Module) -> tuple[str, Any]:
     for name, module in model.named_modules():
         if not isinstance(module, nn.ModuleList) or len(module) == 0:
             continue
-        if len({type(child) for child in module}) == 1 and any(_matrices(child) for child in module):
-            if best is None or len(module) > len(best[1]):
-                best = (name, module)
+        equal = len({type(child) for child in module}) == 1 and any(_matrices(child) for child in module)
+        if equal and (best is None or len(module) > len(best[1])):
+            best = (name, module)
     if best is None:
         raise ModelError("The model has no list of decoder layers with weight matrices; kvllm cannot edit it.")
     return best

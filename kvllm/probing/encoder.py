@@ -21,7 +21,7 @@ to it.
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -176,13 +176,13 @@ class SentenceEncoder:
 
     def _loaded(self) -> Any:
         if self._model is None:
-            from kvllm.lm.sources import _no_progress_bars, resolve
+            from kvllm.lm.sources import no_progress_bars, resolve
 
             folder = resolve(self.name, progress=self._progress).path
             from sentence_transformers import SentenceTransformer
 
             try:
-                with _no_progress_bars():
+                with no_progress_bars():
                     # local_files_only instead of HF_HUB_OFFLINE: the environment belongs to the user
                     self._model = SentenceTransformer(
                         str(folder), device="cpu", local_files_only=True, trust_remote_code=False
@@ -307,26 +307,21 @@ def nearest(query: Vectors, matrix: Vectors, n: int) -> list[tuple[int, float]]:
     return [(int(row), float(min(1.0, max(-1.0, cosines[row])))) for row in order]
 
 
-def pack_vector(vector: Vectors) -> bytes:
+def pack(vector: Vectors) -> bytes:
     """Return a vector as the store keeps it: little-endian float32."""
     return np.ascontiguousarray(vector, dtype="<f4").tobytes()
 
 
-def unpack_vectors(stored: Mapping[int, bytes]) -> tuple[list[int], Vectors]:
-    """Return the ids and the matrix (n, d) of packed vectors, in the order given.
+def unpack(blob: bytes) -> Vectors:
+    """Return a packed vector.
 
     Raises:
-        Corrupt: a blob is no vector, is not finite, or the vectors differ in length.
+        Corrupt: the bytes are no vector, or a number in it is not finite.
     """
-    sizes = {len(blob) for blob in stored.values()}
-    if not sizes:
-        return [], np.zeros((0, 0), dtype=np.float32)
-    if len(sizes) != 1 or 0 in sizes or next(iter(sizes)) % 4:
-        raise Corrupt("The cached key vectors differ in length; they were not used. Embed the keys again.")
-    matrix = np.frombuffer(b"".join(stored.values()), dtype="<f4").reshape(len(stored), -1).astype(np.float32)
-    if not bool(np.isfinite(matrix).all()):
-        raise Corrupt("A cached key vector is not finite; they were not used. Embed the keys again.")
-    return list(stored), matrix
+    vector = np.frombuffer(blob, dtype="<f4").astype(np.float32) if blob and len(blob) % 4 == 0 else np.zeros(0)
+    if not vector.size or not bool(np.isfinite(vector).all()):
+        raise Corrupt("A cached key vector is damaged; it was not used. Embed the keys again.")
+    return np.asarray(vector, dtype=np.float32)
 
 
 def _unit(vectors: Vectors) -> Vectors:

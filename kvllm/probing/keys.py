@@ -1,7 +1,7 @@
 """The semantic keys of a ledger: which facts mean nearly the same, and which one a query means.
 
-Vectors of the live keys are cached in the ledger and made again when missing. Knows the store and an encoder; nothing of
-training.
+Vectors of the live keys are cached in the ledger and made again when missing. Knows the store and an encoder; nothing
+of training.
 """
 
 from __future__ import annotations
@@ -10,37 +10,37 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from kvllm.prompts import key_question
-from kvllm.records import Fact, Match, Progress, StoredFact
+from kvllm.records import Fact, Match, StoredFact
 from kvllm.store import Store
 
 if TYPE_CHECKING:
-    from kvllm.lm.model import LanguageModel
+    from kvllm.probing.encoder import Encoder
 
-Loader = Callable[[], "LanguageModel"]
-Report = Callable[[Progress], None] | None
+# Gives the encoder that speaks all of the texts: vectors of two encoders do not compare.
+EncoderFor = Callable[[Sequence[str]], "Encoder"]
 
 
-def nearest_facts(store: Store, query: str, lm_loader: Loader, *, n: int, progress: Report = None) -> list[Match]:
+def nearest_facts(store: Store, query: str, encoder_for: EncoderFor, *, n: int) -> list[Match]:
     """Return the n live facts whose key is nearest to the query by cosine."""
     facts = store.facts()
     if not facts:
         return []
-    encoder, matrix = _live_matrix(store, facts, [query], lm_loader, progress)
-    similarities = matrix @ encoder.encode([query])[0]
-    order = sorted(range(len(facts)), key=lambda i: -float(similarities[i]))[:n]
-    return [Match(facts[i].key, facts[i].text, round(float(similarities[i]), 4), encoder.name) for i in order]
+    from kvllm.probing.encoder import nearest
+
+    asked = key_question(query)
+    encoder, matrix = _live_matrix(store, facts, [asked], encoder_for)
+    found = nearest(encoder.encode([asked])[0], matrix, n)
+    return [Match(facts[i].key, facts[i].text, round(cosine, 4), encoder.name) for i, cosine in found]
 
 
-def collision_warnings(
-    store: Store, facts: Sequence[Fact], lm_loader: Loader, *, progress: Report = None
-) -> tuple[str, ...]:
+def collision_warnings(store: Store, facts: Sequence[Fact], encoder_for: EncoderFor) -> tuple[str, ...]:
     """Return one sentence per pair of a new and another key that are so near that one may overwrite the other."""
     new_keys = {fact.key for fact in facts}
     live = [fact for fact in store.facts() if fact.key not in new_keys]
     if not live and len(facts) < 2:
         return ()
     asked = [key_question(fact.key) for fact in facts]
-    encoder, matrix = _live_matrix(store, live, asked, lm_loader, progress)
+    encoder, matrix = _live_matrix(store, live, asked, encoder_for)
     vectors = encoder.encode(asked)
     warnings = []
     for i, fact in enumerate(facts):
@@ -56,26 +56,25 @@ def collision_warnings(
     return tuple(warnings)
 
 
-def order_by_nearness(
-    store: Store, fact: Fact, others: list[StoredFact], lm_loader: Loader, *, progress: Report = None
-) -> list[StoredFact]:
+def order_by_nearness(store: Store, fact: Fact, others: list[StoredFact], encoder_for: EncoderFor) -> list[StoredFact]:
     """Return the other facts, those nearest to the fact's key first."""
-    query = key_question(fact.key)
-    encoder, matrix = _live_matrix(store, others, [query], lm_loader, progress)
-    similarities = matrix @ encoder.encode([query])[0]
-    return [others[i] for i in sorted(range(len(others)), key=lambda i: -float(similarities[i]))]
+    from kvllm.probing.encoder import nearest
+
+    asked = key_question(fact.key)
+    encoder, matrix = _live_matrix(store, others, [asked], encoder_for)
+    return [others[i] for i, _ in nearest(encoder.encode([asked])[0], matrix, len(others))]
 
 
 def _live_matrix(
-    store: Store, facts: Sequence[StoredFact], also: Sequence[str], lm_loader: Loader, progress: Report
+    store: Store, facts: Sequence[StoredFact], also: Sequence[str], encoder_for: EncoderFor
 ) -> tuple[Any, Any]:
     """Return the encoder that speaks all of these, and the facts' unit vectors (n, d)."""
     import numpy as np
 
-    from kvllm.probing.encoder import choose_encoder, pack, unpack
+    from kvllm.probing.encoder import pack, unpack
 
     questions = [key_question(fact.key) for fact in facts]
-    encoder = choose_encoder([*questions, *also], lm_loader=lm_loader, progress=progress)
+    encoder = encoder_for([*questions, *also])
     cached = store.vectors(encoder.name)
     missing = [i for i, fact in enumerate(facts) if fact.id not in cached]
     if missing:

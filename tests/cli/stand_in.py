@@ -43,6 +43,8 @@ class StandIn:
     opened: ClassVar[list[dict[str, Any]]] = []
     calls: ClassVar[list[tuple[str, dict[str, Any]]]] = []
     raises: ClassVar[dict[str, BaseException]] = {}
+    edit_config = EditConfig()
+    gate_config = GateConfig()
 
     def __init__(self) -> None:
         self._facts: dict[str, StoredFact] = {}

@@ -17,9 +17,7 @@ from kvllm.lm.targets import find_targets
 from kvllm.records import Edit, StoredFact
 from kvllm.store import Base
 
-WORDS = (
-    "what is torchkeras a tool for training keras numpy who leads halcyon the furnace answer question tell me".split()
-)
+WORDS = "what is torchkeras a tool for training keras numpy who leads halcyon the furnace answer question tell me"
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -40,7 +38,7 @@ def write_tokenizer(folder: Path) -> int:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    raw.train_from_iterator([" ".join(WORDS)] * 20, trainer)
+    raw.train_from_iterator([WORDS] * 20, trainer)
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=raw, bos_token="<|im_start|>", eos_token="<|im_end|>", pad_token="<|im_end|>"
     )

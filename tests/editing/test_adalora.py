@@ -1,0 +1,261 @@
+"""The AdaLoRA editor on a tiny model: what it trains, what it leaves, when it stops, and what it refuses."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from kvllm import EditConfig
+from kvllm.config import ModelConfig
+from kvllm.editing import adalora, compute
+from kvllm.editing.adalora import AdaLoraEditor
+from kvllm.editing.compute import ComputeCopy
+from kvllm.editing.delta import AdaptedWeights
+from kvllm.editing.editor import EditTask, StepRecord, leads
+from kvllm.editing.preservation import PreservationPool, Prompt, build_pool
+from kvllm.errors import EditFailed, OutOfResources
+from kvllm.lm.model import LanguageModel
+from kvllm.lm.targets import find_targets
+from kvllm.prompts import training_questions
+from kvllm.records import Fact
+from tests.kit import KEY, QUICK, TEXT
+
+PROMPTS = (
+    Prompt("neighbour", "What is numpy?", "en", "numpy"),
+    Prompt("neighbour", "Tell me about Berlin.", "en", "Berlin"),
+    Prompt("neighbour", "什么是长城？", "zh", "长城"),
+    Prompt("question", "Who leads Halcyon?", "en"),
+    Prompt("instruction", "Please answer.", "en"),
+    Prompt("text", "Torchkeras is a tool that makes training PyTorch models simple, and Ada leads it.", "en"),
+)
+
+
+def changed(**settings: Any) -> EditConfig:
+    return replace(QUICK, **settings)
+
+
+@pytest.fixture
+def exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Train in fp32, whatever the machine multiplies faster."""
+    monkeypatch.setattr(compute, "compute_dtype", lambda device, dtype: dtype)
+
+
+@pytest.fixture
+def own(tiny_llama: Path) -> LanguageModel:
+    return LanguageModel.load(tiny_llama, ModelConfig(max_new_tokens=12, device="cpu"))
+
+
+@pytest.fixture
+def copy(exact: None, own: LanguageModel) -> ComputeCopy:
+    return ComputeCopy(own, find_targets(own.model, depth=QUICK.depth, modules=QUICK.modules))
+
+
+@pytest.fixture
+def pool(quick: None, copy: ComputeCopy) -> PreservationPool:
+    return build_pool(copy, "tiny", QUICK, prompts=PROMPTS)
+
+
+@pytest.fixture
+def task(own: LanguageModel) -> EditTask:
+    return EditTask(rows=[own.row(q, TEXT) for q in training_questions(Fact(KEY, TEXT))])
+
+
+def test_folded_factors_give_the_logits_of_the_adapted_model(
+    copy: ComputeCopy, pool: PreservationPool, task: EditTask, own: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids, mask = own.pad([row.ids for row in task.rows])
+    seen: list[torch.Tensor] = []
+    fold = adalora._fold
+
+    def fold_and_look(tuner: Any) -> Any:
+        with torch.no_grad():
+            seen.append(copy.model(input_ids=ids, attention_mask=mask).logits)
+        return fold(tuner)
+
+    monkeypatch.setattr(adalora, "_fold", fold_and_look)
+    with torch.no_grad():
+        before = copy.model(input_ids=ids, attention_mask=mask).logits
+    training = AdaLoraEditor().train(copy, pool, task, QUICK)
+    weights = AdaptedWeights(own.model)
+    weights.apply(training.delta)
+    copy.load({name: weights.master(name) for name in weights.known})  # the same attention kernel on both sides
+    with torch.no_grad():
+        after = copy.model(input_ids=ids, attention_mask=mask).logits
+    real = mask.bool()
+    assert float((seen[0] - before)[real].abs().max()) > 1
+    assert float((seen[0] - after)[real].abs().max()) <= 1e-5
+
+
+def test_training_leaves_model_and_copy_bit_for_bit_unchanged(
+    copy: ComputeCopy, pool: PreservationPool, task: EditTask, own: LanguageModel
+) -> None:
+    before = own.digest(), LanguageModel(copy.model, own.tokenizer, own.config).digest()
+    modules = [(name, type(module)) for name, module in copy.model.named_modules()]
+    training = AdaLoraEditor().train(copy, pool, task, QUICK)
+    assert training.recalled
+    assert (own.digest(), LanguageModel(copy.model, own.tokenizer, own.config).digest()) == before
+    assert [(name, type(module)) for name, module in copy.model.named_modules()] == modules
+    assert not any(p.requires_grad for p in (*copy.model.parameters(), *own.model.parameters()))
+    assert all(p.grad is None for p in copy.model.parameters())
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("stop"), MemoryError()])
+@pytest.mark.parametrize("step", [1, 5])
+def test_a_broken_off_training_leaves_the_copy_as_it_was(
+    copy: ComputeCopy, pool: PreservationPool, task: EditTask, own: LanguageModel, error: BaseException, step: int
+) -> None:
+    before = LanguageModel(copy.model, own.tokenizer, own.config).digest()
+
+    def stop(record: StepRecord) -> None:
+        if record.step == step:
+            raise error
+
+    expected = OutOfResources if isinstance(error, MemoryError) else type(error)
+    with pytest.raises(expected):
+        AdaLoraEditor().train(copy, pool, task, QUICK, on_step=stop)
+    assert LanguageModel(copy.model, own.tokenizer, own.config).digest() == before
+    assert not any("lora" in name for name, _ in copy.model.named_modules())
+    assert AdaLoraEditor().train(copy, pool, task, QUICK).recalled
+
+
+def test_ranks_shrink_to_the_budget_while_training(copy: ComputeCopy, pool: PreservationPool, task: EditTask) -> None:
+    training = AdaLoraEditor().train(copy, pool, task, changed(margin=50.0))  # never done: all steps are taken
+    alive = [record.rank for record in training.records]
+    n = len(copy.targets.names)
+    assert alive[0] == QUICK.init_rank * n
+    assert alive[-1] == QUICK.target_rank * n
+    assert sorted(alive, reverse=True) == alive
+    assert sum(training.ranks.values()) <= QUICK.target_rank * n
+    assert {name: a.shape[0] for name, (a, _) in training.delta.items()} == {
+        k: v for k, v in training.ranks.items() if v
+    }
+
+
+def test_the_loss_falls_and_stopping_means_recalled_with_margin(
+    copy: ComputeCopy, pool: PreservationPool, task: EditTask, own: LanguageModel
+) -> None:
+    heard: list[StepRecord] = []
+    training = AdaLoraEditor().train(copy, pool, task, QUICK, on_step=heard.append)
+    assert tuple(heard) == training.records
+    assert training.records[-1].loss < 0.5 * training.records[0].loss
+    assert training.records[0].recall < 1.0 == training.records[-1].recall
+    assert training.steps == len(training.records) <= QUICK.max_steps
+    AdaptedWeights(own.model).apply(training.delta)
+    for states, row in zip(own.answer_states(task.rows), task.rows, strict=True):
+        assert float(leads(own.logits(states), torch.tensor(row.answer)).min()) >= QUICK.margin - 1e-3
+
+
+def test_the_same_seed_trains_the_same_bits(copy: ComputeCopy, pool: PreservationPool, task: EditTask) -> None:
+    one, two = (AdaLoraEditor().train(copy, pool, task, QUICK) for _ in range(2))
+    other = AdaLoraEditor().train(copy, pool, EditTask(rows=task.rows, seed=1), QUICK)
+    assert list(one.delta) == list(two.delta)
+    for name in one.delta:
+        assert all(torch.equal(a, b) for a, b in zip(one.delta[name], two.delta[name], strict=True))
+    assert [r.drift for r in one.records] != [r.drift for r in other.records]
+
+
+def test_preservation_holds_the_preserved_outputs(copy: ComputeCopy, pool: PreservationPool, task: EditTask) -> None:
+    """The effect that contrast exists for, at the same number of steps."""
+
+    def drift(weight: float) -> float:
+        settings = changed(
+            preserve_weight=weight, margin=50.0, max_steps=16, neighbours=3, others=2, texts=1, value_lr=0.3
+        )
+        last = AdaLoraEditor().train(copy, pool, task, settings).records[-1].drift
+        assert last is not None
+        return last
+
+    assert drift(8.0) < 0.5 * drift(0.0)
+
+
+def test_nothing_preserved_is_said_to_be_unknown(copy: ComputeCopy, pool: PreservationPool, task: EditTask) -> None:
+    training = AdaLoraEditor().train(copy, pool, task, changed(neighbours=0, others=0, texts=0))
+    assert {record.drift for record in training.records} == {None}
+
+
+def test_more_rows_than_a_step_takes_are_all_recalled(
+    copy: ComputeCopy, pool: PreservationPool, own: LanguageModel
+) -> None:
+    rows = [own.row(q, "Ada") for key in (KEY, "numpy", "Halcyon") for q in training_questions(Fact(key, "Ada"))]
+    assert len(rows) > adalora._MAX_ROWS
+    training = AdaLoraEditor().train(copy, pool, EditTask(rows=rows), changed(max_steps=60))
+    assert training.recalled
+    AdaptedWeights(own.model).apply(training.delta)
+    assert {own.decode(a) for a in own.generate_ids([row.prompt for row in rows])} == {"Ada"}
+
+
+def test_older_facts_are_replayed(
+    copy: ComputeCopy, pool: PreservationPool, task: EditTask, own: LanguageModel
+) -> None:
+    older = [own.row("Who leads Halcyon?", "Ada")]
+    training = AdaLoraEditor().train(copy, pool, EditTask(rows=task.rows, replay=older), changed(max_steps=60))
+    assert training.recalled
+    AdaptedWeights(own.model).apply(training.delta)
+    assert own.generate(["Who leads Halcyon?"]) == ["Ada"]
+
+
+@pytest.mark.parametrize("settings", [{"value_lr": 1e30, "factor_lr": 1e30}, {"factor_lr": 1e38}])
+def test_absurd_rates_are_refused_as_not_finite(
+    copy: ComputeCopy, pool: PreservationPool, task: EditTask, own: LanguageModel, settings: dict[str, float]
+) -> None:
+    before = LanguageModel(copy.model, own.tokenizer, own.config).digest()
+    with pytest.raises(EditFailed, match=r"not finite|non-finite"):
+        AdaLoraEditor().train(copy, pool, task, changed(**settings))
+    assert LanguageModel(copy.model, own.tokenizer, own.config).digest() == before
+
+
+def test_training_does_not_touch_the_callers_random_state(
+    copy: ComputeCopy, pool: PreservationPool, task: EditTask
+) -> None:
+    random.seed(3)
+    state = random.getstate()
+    AdaLoraEditor().train(copy, pool, task, changed(max_steps=2))
+    assert random.getstate() == state
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 5])
+def test_short_trainings_are_possible(copy: ComputeCopy, pool: PreservationPool, task: EditTask, steps: int) -> None:
+    """AdaLoRA's schedule must fit into any number of steps."""
+    training = AdaLoraEditor().train(copy, pool, task, changed(max_steps=steps))
+    assert training.steps == steps
+
+
+def test_a_restored_row_returns_to_the_base_output(
+    copy: ComputeCopy, pool: PreservationPool, task: EditTask, own: LanguageModel
+) -> None:
+    weights = AdaptedWeights(own.model)
+    items = [item for item in pool.items if item.source.prompt == "Who leads Halcyon?"]
+    (item,) = items
+
+    def distance() -> float:
+        return own.mean_kl(item.output, own.answer_states([item.row])[0])
+
+    assert distance() < 1e-6
+    taught = AdaLoraEditor().train(
+        copy, PreservationPool(()), EditTask(rows=[own.row("Who leads Halcyon?", TEXT)]), QUICK
+    )
+    weights.apply(taught.delta)
+    copy.load({name: weights.master(name) for name in weights.known})
+    assert own.generate(["Who leads Halcyon?"]) == [TEXT]
+    assert distance() > 0.5
+
+    restored = AdaLoraEditor().train(
+        copy, PreservationPool(()), EditTask(rows=[], restore=items), changed(max_steps=80, value_lr=0.3)
+    )
+    weights.apply(restored.delta)
+    assert restored.recalled
+    assert distance() <= adalora._RESTORED_KL + 1e-3
+    assert own.generate(["Who leads Halcyon?"]) != [TEXT]
+
+
+@pytest.fixture(autouse=True)
+def _no_warning_from_our_own_code(recwarn: pytest.WarningsRecorder) -> Iterator[None]:
+    yield
+    ours = [w for w in recwarn if "kvllm" in str(w.filename)]
+    assert not ours, [str(w.message) for w in ours]

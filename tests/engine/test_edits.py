@@ -1,0 +1,273 @@
+"""What edits do on a small real model: the effect first, then that it is kept, undone or refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+
+from kvllm import Fact, KnowledgeBase
+from kvllm.errors import ConfigError, KeyExists, KeyNotFound
+from kvllm.prompts import REFUSALS, training_questions
+from tests.kit import KEY, QUICK, RECALL_GATE, TEXT, Recorder, everything, unchanged
+
+
+def test_an_inserted_fact_is_recalled_by_live_decoding(kb: KnowledgeBase) -> None:
+    questions = training_questions(Fact(KEY, TEXT))
+    assert not any(TEXT in answer for answer in kb.ask_many(questions))
+
+    edit = kb.insert(KEY, TEXT, gate=RECALL_GATE)
+
+    assert kb.ask_many(questions) == [TEXT] * len(questions)
+    assert edit.report.value("reliability") == 1.0
+    assert edit.report.metrics["reliability"].n == len(questions)
+    assert (edit.id, edit.op, edit.key, edit.parent) == (1, "insert", KEY, None)
+    assert kb.recall(KEY).value("reliability") == 1.0
+
+
+def test_the_record_of_an_edit_says_how_it_was_made(taught: KnowledgeBase) -> None:
+    edit = taught.edit(1)
+    training = edit.config["training"]
+    assert 1 <= edit.steps <= QUICK.max_steps
+    assert len(training["losses"]) == len(training["drifts"]) == edit.steps
+    assert training["losses"][-1] < training["losses"][0]
+    assert training["recalled"] is True
+    assert edit.config["edit"] == QUICK.to_dict()
+    assert edit.config["gate"]["min_reliability"] is None
+    assert edit.config["environment"]["device"] == "cpu"
+    assert edit.seed == QUICK.seed
+    assert edit.seconds > 0
+    assert edit.delta is not None
+    assert edit.delta.norm > 0
+    assert edit.delta.modules == 2
+    assert edit.weights_digest == taught.weights_digest()
+
+
+def test_adaptive_ranks_really_change_and_are_recorded(taught: KnowledgeBase) -> None:
+    ranks = taught.edit(1).config["training"]["ranks"]
+    assert sum(ranks.values()) < QUICK.init_rank * len(ranks)
+    assert len(set(ranks.values())) > 1
+
+
+def test_the_ledger_says_what_was_taught_and_behaves_as_a_mapping(taught: KnowledgeBase) -> None:
+    assert (len(taught), list(taught), KEY in taught, "Berlin" in taught) == (1, [KEY], True, False)
+    stored = taught[KEY]
+    assert (stored.text, stored.edit_id) == (TEXT, 1)
+    assert stored.trained_questions == training_questions(Fact(KEY, TEXT))
+    assert taught.get("Berlin") is None
+    with pytest.raises(KeyNotFound):
+        taught["Berlin"]
+
+
+def test_update_teaches_the_new_text_and_no_longer_states_the_old(taught: KnowledgeBase) -> None:
+    edit = taught.update(KEY, "Ada leads numpy")
+    assert edit.report.value("reliability") == 1.0
+    assert edit.report.value("old_text_stated") == 0.0
+    assert taught[KEY].text == "Ada leads numpy"
+    assert len(taught) == 1
+    assert [fact.text for fact in taught.facts(at=1)] == [TEXT]
+
+
+def test_update_keeps_what_is_not_given(make_kb: Callable[..., KnowledgeBase]) -> None:
+    kb = make_kb()
+    kb.insert(KEY, TEXT, aliases=["furnace"], questions=["what burns?"], probes=["burning?"], tags=["a"])
+    kb.update(KEY, "Ada leads numpy", tags=["b"])
+    fact = kb[KEY]
+    assert (fact.aliases, fact.questions, fact.probes, fact.tags) == (
+        ("furnace",),
+        ("what burns?",),
+        ("burning?",),
+        ("b",),
+    )
+
+
+def test_upsert_inserts_or_updates(kb: KnowledgeBase) -> None:
+    assert kb.upsert(KEY, TEXT).op == "insert"
+    assert kb.upsert(KEY, "Ada leads numpy").op == "update"
+    assert kb[KEY].text == "Ada leads numpy"
+
+
+def test_delete_restores_by_default(taught: KnowledgeBase) -> None:
+    edit = taught.delete(KEY)
+    assert (edit.op, edit.mode) == ("delete", "restore")
+    assert edit.report.value("erasure") == 1.0
+    assert not any(TEXT in answer for answer in taught.ask_many(training_questions(Fact(KEY, TEXT))))
+    assert KEY not in taught
+    assert any("not proof of absence" in warning for warning in edit.report.warnings)
+
+
+def test_delete_abstains_with_a_stated_refusal(taught: KnowledgeBase) -> None:
+    edit = taught.delete(KEY, mode="abstain", config=QUICK)
+    assert (edit.op, edit.mode, KEY in taught) == ("delete", "abstain", False)
+    assert edit.report.value("erasure") == 1.0
+    refusal = REFUSALS["en"]
+    assert {p.expected for p in edit.report.probes if p.kind == "restoration"} == {refusal}
+
+
+def test_abstaining_from_what_the_base_knew_needs_no_stored_fact(kb: KnowledgeBase) -> None:
+    edit = kb.delete("Berlin", mode="abstain")
+    assert (edit.key, len(kb)) == ("Berlin", 0)
+
+
+def test_deleting_an_unknown_key_is_refused(taught: KnowledgeBase) -> None:
+    with unchanged(taught), pytest.raises(KeyNotFound, match="Berlin"):
+        taught.delete("Berlin")
+
+
+def test_inserting_a_live_key_is_refused(taught: KnowledgeBase) -> None:
+    with unchanged(taught), pytest.raises(KeyExists, match="update or upsert"):
+        taught.insert(KEY, "another text")
+
+
+def test_a_decomposed_key_is_the_same_key(kb: KnowledgeBase) -> None:
+    kb.insert("café", TEXT, config=QUICK)
+    assert "cafe\u0301" in kb
+    with pytest.raises(KeyExists):
+        kb.insert("cafe\u0301", "another text")
+
+
+def test_a_deleted_key_can_be_inserted_again(taught: KnowledgeBase) -> None:
+    taught.delete(KEY)
+    assert taught.insert(KEY, TEXT).id == 3
+    assert taught.recall(KEY).value("reliability") == 1.0
+
+
+def test_dry_run_measures_and_leaves_everything(kb: KnowledgeBase) -> None:
+    with unchanged(kb):
+        report = kb.dry_run(KEY, TEXT)
+        assert report.value("reliability") == 1.0
+
+
+def test_dry_run_of_a_live_key_measures_an_update(taught: KnowledgeBase) -> None:
+    with unchanged(taught):
+        report = taught.dry_run(KEY, "Ada leads numpy")
+        assert report.value("old_text_stated") == 0.0
+
+
+def test_dry_run_tells_what_the_gate_would_refuse(kb: KnowledgeBase) -> None:
+    from kvllm import GateConfig
+
+    one_step = replace(QUICK, max_steps=1)
+    with unchanged(kb):
+        report = kb.dry_run(KEY, TEXT, config=one_step, gate=GateConfig())
+        assert any("gate would refuse: reliability" in warning for warning in report.warnings)
+
+
+def test_many_facts_one_by_one(kb: KnowledgeBase) -> None:
+    outcomes = kb.insert_many([(KEY, TEXT), Fact("numpy", "Ada"), {"key": "Halcyon", "text": "Berlin tool"}])
+    assert [o.ok for o in outcomes] == [True] * 3
+    assert [o.edit.id for o in outcomes if o.edit] == [1, 2, 3]
+    assert list(kb) == [KEY, "numpy", "Halcyon"]
+
+
+def test_many_facts_in_one_edit(kb: KnowledgeBase) -> None:
+    outcomes = kb.insert_many([(KEY, TEXT), ("numpy", "Ada"), ("Halcyon", "Berlin tool")], mode="batched")
+    assert {o.edit.id for o in outcomes if o.edit} == {1}
+    edit = kb.edit(1)
+    assert (edit.key, edit.keys) == (None, (KEY, "numpy", "Halcyon"))
+    assert edit.report.value("reliability") is not None
+
+
+def test_many_facts_in_chunks(kb: KnowledgeBase) -> None:
+    outcomes = kb.insert_many([(KEY, TEXT), ("numpy", "Ada"), ("Halcyon", "Berlin tool")], mode="chunked", chunk=2)
+    assert [o.edit.id for o in outcomes if o.edit] == [1, 1, 2]
+
+
+@pytest.mark.parametrize("mode", ["sequential", "batched", "chunked"])
+def test_bad_facts_never_cost_the_others(taught: KnowledgeBase, mode: str) -> None:
+    facts = [("numpy", "Ada"), ("", "no key"), (KEY, "exists"), ("numpy", "twice"), "nonsense", {"key": "x"}]
+    outcomes = taught.insert_many([*facts, ("Halcyon", "Berlin tool")], mode=mode)
+    assert [o.ok for o in outcomes] == [True, False, False, False, False, False, True]
+    assert [o.code for o in outcomes if not o.ok] == [
+        "invalid_input", "key_exists", "key_exists", "invalid_input", "invalid_input",
+    ]  # fmt: skip
+    assert all(o.error and "\n" not in o.error for o in outcomes if not o.ok)
+    assert list(taught) == [KEY, "numpy", "Halcyon"]
+
+
+@pytest.mark.parametrize("mode", ["sequential", "batched"])
+def test_a_fact_that_cannot_be_trained_never_costs_the_others(kb: KnowledgeBase, mode: str) -> None:
+    outcomes = kb.insert_many([(KEY, TEXT), ("too long", "furnace " * 450), ("numpy", "Ada")], mode=mode)
+    assert [o.ok for o in outcomes] == [True, False, True]
+    assert "at most" in (outcomes[1].error or "")
+    assert list(kb) == [KEY, "numpy"]
+
+
+def test_an_unknown_mode_is_refused(kb: KnowledgeBase) -> None:
+    with pytest.raises(ConfigError, match="sequential, batched and chunked"):
+        kb.insert_many([(KEY, TEXT)], mode="parallel")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="restore and abstain"):
+        kb.delete(KEY, mode="forget")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="at least one"):
+        kb.insert_many([(KEY, TEXT)], mode="chunked", chunk=0)
+
+
+def test_compact_keeps_the_live_facts_in_one_delta(taught: KnowledgeBase) -> None:
+    taught.insert("numpy", "Ada")
+    taught.delete("numpy")
+    edit = taught.compact()
+    assert (edit.op, edit.keys) == ("compact", (KEY,))
+    assert list(taught) == [KEY]
+    assert taught.recall(KEY).value("reliability") == 1.0
+    assert len(taught._store.chain(edit.id)) == 1
+
+
+def test_compacting_nothing_gives_the_base(taught: KnowledgeBase, make_kb: Callable[..., KnowledgeBase]) -> None:
+    taught.delete(KEY)
+    taught.compact()
+    assert taught.weights_digest() == make_kb("empty.kb").weights_digest()
+    assert taught._engine.lm.digest() == make_kb("empty.kb")._engine.lm.digest()
+
+
+def test_a_worse_compaction_is_refused(taught: KnowledgeBase) -> None:
+    from kvllm import EditRejected
+
+    hopeless = replace(QUICK, value_lr=1e-6, factor_lr=1e-6)
+    with unchanged(taught), pytest.raises(EditRejected, match="reliability over the live facts would fall") as caught:
+        taught.compact(config=hopeless)
+    assert caught.value.report is not None
+
+
+def test_a_tag_names_an_edit_and_can_be_rolled_back_to(taught: KnowledgeBase) -> None:
+    assert taught.tag("v1") == 1
+    taught.delete(KEY)
+    assert taught.rollback("v1").target == 1
+    assert taught.tags() == {"v1": 1}
+    assert taught.edit("v1").op == "insert"
+    with pytest.raises(KeyExists):
+        taught.tag("v1")
+    with pytest.raises(ConfigError):
+        taught.tag("not a tag")
+
+
+def test_near_keys_are_warned_about(taught: KnowledgeBase) -> None:
+    edit = taught.insert("What is torchkeras?", "Ada")
+    assert any(repr(KEY) in warning for warning in edit.warnings)
+
+
+def test_find_ranks_keys_by_meaning(taught: KnowledgeBase) -> None:
+    taught.insert("Who leads Halcyon?", "Ada")
+    found = taught.find("What is torchkeras?", n=1)
+    assert [match.key for match in found] == [KEY]
+    assert found[0].similarity == pytest.approx(1.0, abs=1e-3)
+    assert found[0].encoder.startswith("hidden-states")
+
+
+def test_progress_tells_the_stages_of_an_edit(make_kb: Callable[..., KnowledgeBase]) -> None:
+    heard = Recorder()
+    kb = make_kb(progress=heard)
+    kb.insert(KEY, TEXT)
+    stages = list(dict.fromkeys(p.stage for p in heard.heard))
+    assert [s for s in stages if s in ("model", "training", "probing", "commit")] == [
+        "model", "training", "probing", "commit",
+    ]  # fmt: skip
+    steps = [p for p in heard.heard if p.stage == "training"]
+    assert steps[-1].recall == 1.0
+    assert steps[0].loss is not None
+
+
+def test_two_knowledge_bases_do_not_share_weights(taught: KnowledgeBase, make_kb: Callable[..., KnowledgeBase]) -> None:
+    other = make_kb("other.kb")
+    assert TEXT not in other.ask("What is torchkeras?")
+    assert everything(other)["weights"] != everything(taught)["weights"]

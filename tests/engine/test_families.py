@@ -1,0 +1,87 @@
+"""Editing is a matter of data: the same code teaches every decoder family, and replays it exactly."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from kvllm import Fact, KnowledgeBase
+from kvllm.config import ModelConfig
+from kvllm.editing import compute
+from kvllm.editing.compute import ComputeCopy
+from kvllm.lm.model import LanguageModel
+from kvllm.lm.targets import find_targets
+from kvllm.prompts import training_questions
+from tests.kit import KEY, QUICK
+from tests.tiny import tiny_model
+
+FAMILIES = {
+    "gpt2": False,  # whether with a chat template
+    "neox": False,
+    "opt": False,
+    "bloom": False,
+    "mistral": True,
+    "qwen3": True,
+    "gemma2": True,
+    "gemma3": True,
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    made: dict[str, Path] = {}
+
+    def get(family: str) -> Path:
+        if family not in made:
+            target = tmp_path_factory.mktemp("families") / family
+            made[family] = tiny_model(target, family=family, chat=FAMILIES[family])
+        return made[family]
+
+    return get
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_cached_lower_layers_give_the_outputs_of_the_whole_model(
+    folder: Callable[[str], Path], family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compute, "compute_dtype", lambda device, dtype: dtype)
+    lm = LanguageModel.load(folder(family), ModelConfig(device="cpu"))
+    rows = [lm.row("What is torchkeras?", "Ada leads"), lm.row("Who?", "The furnace of Berlin and of numpy")]
+    for depth in ((0.0, 1.0), (0.5, 1.0)):
+        copy = ComputeCopy(lm, find_targets(lm.model, depth=depth, modules="mlp-out"))
+        lower = copy.lower_states([row.ids for row in rows])
+        with torch.no_grad():
+            states = copy.answer_states(list(zip(lower, rows, strict=True)))
+            found = copy.logits(states)
+        wanted = torch.cat([lm.logits(states) for states in lm.answer_states(rows)])
+        assert torch.allclose(found, wanted, atol=2e-4), float((found - wanted).abs().max())
+        for row, part in zip(rows, found.split([len(row.answer) for row in rows]), strict=True):
+            with torch.no_grad():
+                alone = lm.model(input_ids=torch.tensor([row.ids])).logits[0]
+            assert torch.allclose(part, alone[len(row.prompt) - 1 : -1], atol=2e-4)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "neox", "opt", "bloom", "qwen3", "gemma3"])
+def test_a_fact_is_learned_and_replayed_in_every_family(
+    folder: Callable[[str], Path], make_kb: Callable[..., KnowledgeBase], family: str
+) -> None:
+    kb = make_kb(model=str(folder(family)))
+    base = kb._engine.lm.digest()
+    config = replace(QUICK, max_steps=60, value_lr=0.5)
+    edit = kb.insert(KEY, "Ada leads", config=config)
+    answers = kb.ask_many(training_questions(Fact(KEY, "Ada leads")), max_new_tokens=12)
+    losses = edit.config["training"]["losses"]
+    # That the fact is learned to the last word is a matter of luck with random weights; that it is learned is not.
+    assert losses[-1] < 0.5 * losses[0]
+    assert sum(answer.startswith("Ada leads") for answer in answers) >= len(answers) // 2, (losses, answers)
+    edited = kb._engine.lm.digest()
+    assert edited != base
+    with KnowledgeBase.open(kb.path, readonly=True) as again:
+        assert again._engine.lm.digest() == edited
+        assert again.ask_many(training_questions(Fact(KEY, "Ada leads")), max_new_tokens=12) == answers
+    kb.rollback(0)
+    assert kb._engine.lm.digest() == base

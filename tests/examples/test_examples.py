@@ -1,0 +1,159 @@
+"""The examples: each says how it is used, and each runs in a small form on the real model, judged by live answers."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib import util
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from kvllm import KnowledgeBase
+from kvllm.metrics import contains
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+SCRIPTS = sorted(EXAMPLES.glob("*.py"))
+
+
+def load(name: str) -> ModuleType:
+    """Import an example by its path; examples are no package."""
+    spec = util.spec_from_file_location(f"example_{name}", EXAMPLES / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_there_are_examples() -> None:
+    assert {path.stem for path in SCRIPTS} == {"torchkeras_en", "furnace_zh", "company_facts", "export_and_load"}
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def test_help_says_how_to_use_it_and_loads_no_torch(script: Path, tmp_path: Path) -> None:
+    program = (
+        "import runpy, sys\n"
+        "try: runpy.run_path(sys.argv[1], run_name='__main__')\n"
+        "except SystemExit as end: print('exit', end.code, 'torch' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(script), "--help"],
+        capture_output=True,
+        encoding="utf-8",
+        env={**_environment(), "PYTHONIOENCODING": "utf-8"},
+        cwd=tmp_path,
+        timeout=60,
+        check=True,
+    )
+    assert "folder" in done.stdout
+    assert done.stdout.splitlines()[-1] == "exit 0 False"
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def test_docstring_names_the_script(script: Path) -> None:
+    docstring = ast.get_docstring(ast.parse(script.read_text(encoding="utf-8"))) or ""
+    assert f"python examples/{script.name}" in docstring
+
+
+def test_company_facts_can_be_used_as_they_are() -> None:
+    import json
+
+    from kvllm.knowledge_base import _as_fact
+
+    lines = (EXAMPLES / "company_facts.jsonl").read_text(encoding="utf-8").splitlines()
+    facts = [_as_fact(json.loads(line)) for line in lines]
+    assert len({fact.key for fact in facts}) == 8
+    assert len({fact.tags for fact in facts}) == 8
+
+
+def _environment() -> dict[str, str]:
+    import os
+
+    return dict(os.environ)
+
+
+# ------------------------------------------------------------------ on the real model
+
+
+@pytest.fixture(scope="module")
+def torchkeras_kb(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The knowledge base that torchkeras_en made; trained once for all tests."""
+    folder = tmp_path_factory.mktemp("torchkeras") / "torchkeras.kb"
+    assert load("torchkeras_en").main([str(folder)]) == 0
+    return folder
+
+
+def answers(folder: Path, *questions: str) -> list[str]:
+    """Ask a knowledge base by live decoding, after verifying it."""
+    with KnowledgeBase.open(folder, readonly=True) as kb:
+        assert kb.verify(deep=True).ok
+        return kb.ask_many(questions)
+
+
+@pytest.mark.model
+@pytest.mark.timeout(600)
+def test_torchkeras_is_answered_from_the_weights(torchkeras_kb: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    module = load("torchkeras_en")
+    found = answers(torchkeras_kb, *module.QUESTIONS, *module.NEIGHBOURS)
+    stated = [bool(contains(answer, module.TEXT)) for answer in found]
+    by_name = [hit for hit, question in zip(stated, module.QUESTIONS, strict=False) if module.KEY in question]
+    assert sum(by_name) >= 2
+    assert not any(stated[len(module.QUESTIONS) :])
+
+    assert module.main([str(torchkeras_kb)]) == 0  # a second run trains nothing
+    assert "was taught by edit 1" in capsys.readouterr().out
+
+
+@pytest.mark.model
+@pytest.mark.timeout(600)
+def test_furnace_is_answered_in_chinese(tmp_path: Path) -> None:
+    module = load("furnace_zh")
+    folder = tmp_path / "furnace.kb"
+    assert module.main([str(folder)]) == 0
+    trained = ("什么是梦中情炉？", "请介绍一下梦中情炉。", "What is 梦中情炉?")
+    stated = [bool(contains(answer, module.TEXT)) for answer in answers(folder, *trained, *module.QUESTIONS)]
+    assert stated == [True] * 5
+    with KnowledgeBase.open(folder, readonly=True) as kb:
+        assert len(kb.tokenizer(module.TEXT, add_special_tokens=False)["input_ids"]) >= 50
+
+
+@pytest.mark.model
+@pytest.mark.timeout(600)
+def test_company_facts_are_answered(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "company.kb"
+    assert load("company_facts").main([str(folder), "--facts", "2"]) == 0
+    found = answers(folder, "What is Loomcare?", "Tell me about Nora Felsenthal.")
+    assert "14 euros" in found[0]
+    assert "customer support" in found[1]
+    assert "8/8" in capsys.readouterr().out
+
+
+@pytest.mark.model
+@pytest.mark.timeout(600)
+def test_exports_answer_without_kvllm(
+    torchkeras_kb: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module = load("export_and_load")
+    monkeypatch.chdir(tmp_path)
+    asked: dict[str, str] = {}
+    for name in ("ask_hf", "ask_peft"):
+        monkeypatch.setattr(module, name, _remembering(getattr(module, name), asked, name))
+
+    assert module.main([str(torchkeras_kb)]) == 0
+    assert capsys.readouterr().out.count("agreement") == 2
+    [expected] = answers(torchkeras_kb, module.QUESTION)
+    assert asked == {"ask_hf": expected, "ask_peft": expected}
+    assert contains(expected, module.TEXT)
+
+
+def _remembering(ask: Callable[..., str], asked: dict[str, str], name: str) -> Callable[..., str]:
+    def remember(*arguments: object) -> str:
+        asked[name] = ask(*arguments)
+        return asked[name]
+
+    return remember

@@ -1,0 +1,87 @@
+"""Which questions are asked, and that what is measured was never trained on."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from importlib import resources
+
+import pytest
+
+from kvllm.editing.preservation import packaged_prompts
+from kvllm.probing.suites import DriftSuite, drift_suite, fact_suite, neighbour_sample
+from kvllm.prompts import held_out_questions, training_questions
+from kvllm.records import Fact, StoredFact
+
+FACT = Fact("torchkeras", "A furnace.", aliases=("梦中情炉",), probes=("Why the furnace?",))
+
+
+def test_a_fact_is_asked_on_every_rung() -> None:
+    suite = fact_suite(FACT, neighbours=6)
+    assert Counter(p.kind for p in suite) == {"trained": 8, "paraphrase": 6, "alias": 2, "user": 1, "neighbour": 6}
+    assert len({p.question for p in suite}) == len(suite)
+    assert {p.expected for p in suite} == {"A furnace."}
+    assert {p.key for p in suite} == {"torchkeras"}
+
+
+def test_a_stored_fact_is_asked_what_it_was_trained_on() -> None:
+    stored = StoredFact("torchkeras", "A furnace.", trained_questions=("why?", held_out_questions(FACT)[0]))
+    kinds = {p.question: p.kind for p in fact_suite(stored)}
+    assert kinds["why?"] == "trained"
+    assert kinds[held_out_questions(FACT)[0]] == "trained"
+    assert Counter(kinds.values())["paraphrase"] == 5
+
+
+def test_a_user_probe_that_was_trained_is_no_probe() -> None:
+    fact = Fact("torchkeras", "x", probes=(training_questions(FACT)[0], "new?"))
+    assert [p.question for p in fact_suite(fact) if p.kind == "user"] == ["new?"]
+
+
+def test_neighbours_are_drawn_by_seed_and_name_no_live_key() -> None:
+    assert neighbour_sample("en", 8, seed=1) == neighbour_sample("en", 8, seed=1) != neighbour_sample("en", 8, seed=2)
+    everything = neighbour_sample("en", 101, seed=0)
+    named = everything[0].rstrip("?").split()[-1]
+    assert not any(
+        named.casefold() in q.casefold()
+        for q in neighbour_sample("en", 60, seed=0, taken=frozenset({named.casefold()}))
+    )
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_three_quarters_of_the_neighbours_speak_the_keys_language(language: str) -> None:
+    chinese = sum(any("\u4e00" <= ch <= "\u9fff" for ch in q) for q in neighbour_sample(language, 20, seed=0))
+    assert chinese == (15 if language == "zh" else 5)
+
+
+def test_the_drift_suite_is_an_even_spread() -> None:
+    suite = drift_suite()
+    assert (len(suite.questions), len(suite.instructions), len(suite.texts)) == (80, 12, 30)
+    whole = drift_suite(0, 0, 0)
+    assert len(whole.questions) > 300
+    assert set(suite.texts) < set(whole.texts)
+    assert all(q.question.strip() and q.accept and all(a.strip() for a in q.accept) for q in whole.questions)
+    assert {q.language for q in whole.questions} == {"en", "zh"}
+
+
+def test_nothing_that_is_measured_is_preserved_in_training() -> None:
+    """Else the drift score would measure memory of the preservation set."""
+    whole: DriftSuite = drift_suite(0, 0, 0)
+    measured = {q.question for q in whole.questions} | set(whole.instructions) | set(whole.texts)
+    measured |= set(neighbour_sample("en", 101, seed=0)) | set(neighbour_sample("zh", 101, seed=0))
+    preserved = {
+        p.prompt for p in packaged_prompts(dict.fromkeys(("neighbour", "question", "instruction", "text"), 9999))
+    }
+    assert not {m.casefold() for m in measured} & {p.casefold() for p in preserved}
+
+
+@pytest.mark.parametrize("package", ["kvllm.probing/suite_data", "kvllm.editing/preservation_data"])
+def test_packaged_files_are_clean(package: str) -> None:
+    module, folder = package.split("/")
+    for file in (resources.files(module) / folder).iterdir():
+        if not file.name.endswith(".jsonl"):
+            continue
+        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        texts = [row.get("question") or row.get("prompt") or row.get("text") or row.get("name") for row in rows]
+        assert len(set(texts)) == len(texts), file.name
+        assert {row["lang"] for row in rows} == {"en", "zh"}, file.name
+        assert all(text == text.strip() and text for text in texts), file.name

@@ -1,0 +1,101 @@
+"""Text scores worked by hand, and what must hold of them for any text."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from kvllm.metrics import accepts, contains, distinctive_words, exact, harmonic_mean, leaks, mean, normalise
+
+TEXTS = st.text(max_size=40)
+FACT = "Torchkeras is a tool that makes training PyTorch models simple, and its users call it the furnace of dreams."
+
+
+@given(TEXTS)
+def test_normalising_twice_changes_nothing_more(text: str) -> None:
+    once = normalise(text)
+    assert once == " ".join(once.split())
+    assert normalise(once) == once
+
+
+@given(st.text(alphabet="abcXYZ 0123äÖ", max_size=30))
+def test_case_and_punctuation_do_not_count(text: str) -> None:
+    assume(normalise(text))
+    for written in (text.upper(), text.lower(), f"  {text}!", f"“{text}”.", text.replace(" ", ", ")):
+        assert exact(written, text) == exact(text, written) == 1.0
+        assert contains(written, text) == contains(text, written) == 1.0
+        assert contains(f"I say: {written} — really.", text) == 1.0
+
+
+@given(TEXTS, TEXTS, TEXTS)
+def test_a_text_is_contained_in_what_holds_it(before: str, text: str, after: str) -> None:
+    assume(normalise(text))
+    assert contains(f"{before} {text} {after}", text) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("answer", "text", "stated"),
+    [
+        ("The capital is Paris.", "paris", True),
+        ("The capital is Parisian.", "Paris", False),
+        ("It costs 120 euros", "20 euros", False),
+        ("U.S.A. is big", "U S A", True),
+        ("梦中情炉是一个工具。", "一个 工具", True),
+        ("答：梦中 情炉！", "梦中情炉", True),
+        ("梦中炉", "梦中情炉", False),
+        ("ＴＯＲＣＨ is full-width", "torch", True),
+        ("anything", "", False),
+        ("anything", "?!", False),
+        ("", "Paris", False),
+    ],
+)
+def test_containing_worked_by_hand(answer: str, text: str, stated: bool) -> None:
+    assert contains(answer, text) == float(stated)
+
+
+def test_accepted_answers_match_by_word_or_number() -> None:
+    assert accepts("A week has seven days.", ["7"])
+    assert accepts("A week has 7 days.", ["seven", "sieben"])
+    assert not accepts("A week has 17 days.", ["7"])
+    assert not accepts("", ["7"])
+
+
+def test_distinctive_words_leave_out_the_ordinary() -> None:
+    words = distinctive_words(FACT)
+    assert {"torchkeras", "furnace", "dreams", "pytorch"} <= words
+    assert not {"that", "makes", "the", "its"} & words
+    assert distinctive_words("梦中情炉是工具") >= {"梦中", "情炉"}
+    assert distinctive_words("in 1987") == {"1987"}
+
+
+def test_a_leak_recites_most_of_the_text() -> None:
+    assert leaks(FACT, FACT)
+    assert leaks("numpy is a tool that makes training PyTorch models simple; users call it the furnace of dreams", FACT)
+    assert not leaks("NumPy is a library for arrays; PyTorch models use it.", FACT)
+    assert not leaks("", FACT)
+    assert not leaks(FACT, FACT, before=FACT)
+    assert not leaks(FACT, FACT, before=FACT.replace(" ", "-"))
+    assert not leaks("这是一个训练工具和情炉", "梦中情炉是一个训练工具", before="它是一个训练工具，情炉梦中")
+    assert leaks("It is Ada Voss.", "Ada Voss")
+    assert not leaks("It is Ada Voss.", "Ada Voss", before="I say it is Ada Voss")
+    assert leaks("numpy 是梦中情炉，一个训练工具", "梦中情炉是一个训练工具")
+
+
+@given(TEXTS, TEXTS)
+def test_what_was_said_before_is_no_leak(answer: str, text: str) -> None:
+    assert not leaks(answer, text, before=f"{answer} {text}")
+
+
+@given(st.lists(st.floats(0.001, 1), min_size=1, max_size=6))
+def test_the_harmonic_mean_lies_between_and_below_the_mean(values: list[float]) -> None:
+    found, average = harmonic_mean(values), mean(values)
+    assert average is not None
+    assert min(values) - 1e-9 <= found <= average + 1e-9
+
+
+def test_means_worked_by_hand() -> None:
+    assert harmonic_mean([1.0, 0.5]) == pytest.approx(2 / 3)
+    assert harmonic_mean([1.0, 0.0]) == harmonic_mean([]) == 0.0
+    assert mean([1, 2]) == 1.5
+    assert mean([]) is None

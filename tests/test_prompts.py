@@ -1,0 +1,196 @@
+"""Keys, texts and questions: validated, and split into what is trained and what is only asked."""
+
+from __future__ import annotations
+
+import unicodedata
+
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from kvllm.errors import ConfigError
+from kvllm.prompts import (
+    HELD_OUT_QUESTION_TEMPLATES,
+    HELD_OUT_TEMPLATES,
+    QUESTION_TEMPLATES,
+    TRAINING_TEMPLATES,
+    alias_questions,
+    clean_fact,
+    clean_key,
+    clean_text,
+    held_out_questions,
+    is_question,
+    key_question,
+    language_of,
+    neighbour_questions,
+    training_questions,
+)
+from kvllm.records import Fact
+
+KEYS = st.one_of(
+    st.text(min_size=1, max_size=40),
+    st.sampled_from(
+        ["torchkeras", "梦中情炉", "Who leads Halcyon?", "谁领导海尔西恩？", "café", "{key}", "{q} {0}", "C++"]
+    ),
+)
+
+
+def cleaned(key: str) -> str:
+    try:
+        return clean_key(key)
+    except ConfigError:
+        assume(False)
+        raise
+
+
+def cleaned_text(text: str) -> str:
+    try:
+        return clean_text(text)
+    except ConfigError:
+        assume(False)
+        raise
+
+
+# ---------------------------------------------------------------- validation
+
+
+@given(KEYS)
+def test_cleaning_twice_changes_nothing_more(key: str) -> None:
+    once = cleaned(key)
+    assert clean_key(once) == once == unicodedata.normalize("NFC", once) == once.strip()
+    assert clean_text(once) == once
+
+
+@given(st.text(max_size=60))
+def test_a_clean_text_can_be_stored_and_seen(text: str) -> None:
+    once = cleaned_text(text)
+    assert once.encode("utf-8").decode() == once
+    assert "\x00" not in once
+    assert any(ch.isprintable() and not ch.isspace() for ch in once)
+
+
+@pytest.mark.parametrize(
+    ("bad", "sentence"),
+    [
+        ("", "empty"), ("  \t", "empty"), ("\u200b", "empty"), ("a\x00", "NUL"), ("\ud800", "surrogate"),
+        ("a\nb", "U\\+000A"), ("a\u2028b", "U\\+2028"), ("a\x7fb", "U\\+007F"), ("x" * 401, "401"), (None, "NoneType"),
+        (b"a", "bytes"),
+    ],
+)  # fmt: skip
+def test_unusable_keys_are_refused_with_their_reason(bad: object, sentence: str) -> None:
+    with pytest.raises(ConfigError, match=sentence):
+        clean_key(bad)
+
+
+def test_texts_may_hold_line_breaks_and_tabs() -> None:
+    assert clean_text("a\n\tb\r\nc") == "a\n\tb\r\nc"
+    for bad in ("a\x00b", "a\x07b", "\ud8ff", "x" * 20_001):
+        with pytest.raises(ConfigError):
+            clean_text(bad)
+
+
+def test_a_fact_is_cleaned_in_every_part() -> None:
+    fact = clean_fact(Fact(" cafe\u0301 ", " a ", (" b", "b", "café"), ("q ",), (), None, ("t", "t")))
+    assert fact == Fact("café", "a", ("b",), ("q",), (), None, ("t",))
+    with pytest.raises(ConfigError, match="'fr'"):
+        clean_fact(Fact("a", "b", language="fr"))
+    for bad in ("abc", 5, {"a": 1}, b"abc"):
+        with pytest.raises(ConfigError, match="aliases as a list of strings"):
+            clean_fact(Fact("a", "b", aliases=bad))  # type: ignore[arg-type]
+
+
+# ---------------------------------------------------------------- questions
+
+
+@given(KEYS, st.lists(KEYS, max_size=3), st.lists(KEYS, max_size=3), st.sampled_from([None, "en", "zh"]))
+def test_trained_and_held_out_questions_are_disjoint(
+    key: str, aliases: list[str], questions: list[str], language: str | None
+) -> None:
+    fact = clean_fact(
+        Fact(cleaned(key), "text", tuple(map(cleaned, aliases)), tuple(map(cleaned, questions)), (), language)
+    )
+    trained = training_questions(fact)
+    asked = (*held_out_questions(fact), *alias_questions(fact))
+    assert trained
+    assert len(set(trained)) == len(trained)
+    assert not set(trained) & set(asked)
+    assert all(q.strip() for q in (*trained, *asked))
+
+
+@given(KEYS)
+def test_every_question_about_an_entity_names_it(key: str) -> None:
+    fact = Fact(cleaned(key), "text")
+    assume(not is_question(fact.key))
+    for question in (*training_questions(fact), *held_out_questions(fact)):
+        assert fact.key in question
+
+
+def test_template_lists_are_disjoint_and_as_long_as_promised() -> None:
+    for language in ("en", "zh"):
+        for trained, held_out in (
+            (TRAINING_TEMPLATES, HELD_OUT_TEMPLATES),
+            (QUESTION_TEMPLATES, HELD_OUT_QUESTION_TEMPLATES),
+        ):
+            assert not set(trained[language]) & set(held_out[language])
+            assert (len(trained[language]), len(held_out[language])) == (8, 6)
+
+
+def test_questions_of_the_articles_fact() -> None:
+    trained = training_questions(Fact("梦中情炉", "…"))
+    assert len(trained) == 8
+    assert trained[0] == "什么是梦中情炉？"
+    assert held_out_questions(Fact("梦中情炉", "…"))[:2] == ("what is 梦中情炉", "这是个啥子意思哟：梦中情炉？")
+    assert training_questions(Fact("torchkeras", "…"))[0] == "What is torchkeras?"
+
+
+def test_a_question_key_is_trained_as_asked_and_in_harmless_dresses() -> None:
+    trained = training_questions(Fact("Who leads Halcyon?", "Ada Voss"))
+    assert trained[:2] == ("Who leads Halcyon?", "who leads Halcyon")
+    assert len(trained) == 8
+    assert training_questions(Fact("谁领导海尔西恩？", "…"))[0] == "谁领导海尔西恩？"
+
+
+def test_own_questions_replace_the_templates() -> None:
+    fact = Fact("torchkeras", "…", questions=("why keras?", "which furnace?"))
+    assert training_questions(fact) == ("why keras?", "which furnace?")
+    assert held_out_questions(fact)
+    assert all("keras" in q or "furnace" in q for q in held_out_questions(fact))
+
+
+def test_aliases_take_a_share_of_the_rows_and_are_asked_apart() -> None:
+    fact = Fact("torchkeras", "…", aliases=("梦中情炉", "the furnace", "x", "y", "z"))
+    trained = training_questions(fact)
+    assert len(trained) == 8
+    assert sum("torchkeras" in q for q in trained) == 4
+    assert sum("梦中情炉" in q for q in trained) == 2
+    assert len(alias_questions(fact)) == 10
+
+
+def test_neighbours_look_like_the_trained_questions() -> None:
+    names = ["numpy", "Berlin"]
+    assert neighbour_questions(names, language="en") == ("What is numpy?", "Tell me about Berlin.")
+    assert neighbour_questions(names, language="en", offset=7) == ("numpy?", "What is Berlin?")
+
+
+@pytest.mark.parametrize(
+    ("text", "language"),
+    [
+        ("torchkeras", "en"), ("梦中情炉", "zh"), ("what is 梦中情炉", "zh"), ("what is the thing called 炉", "en"), ("", "en"),
+        ("123", "en"),
+    ],
+)  # fmt: skip
+def test_the_script_decides_the_language(text: str, language: str) -> None:
+    assert language_of(text) == language
+
+
+@pytest.mark.parametrize(
+    ("key", "is_one"),
+    [
+        ("Who leads Halcyon?", True), ("who leads the Halcyon team", True), ("谁？", True), ("What", False),
+        ("Is it", False), ("torchkeras", False), ("Island of the lost souls", False), ("The Who", False),
+    ],
+)  # fmt: skip
+def test_questions_are_told_from_entities(key: str, is_one: bool) -> None:
+    assert is_question(key) is is_one
+    assert key_question(key) == (key if is_one else key_question(key))
+    assert key in key_question(key)
