@@ -103,7 +103,7 @@ class EditConfig(_Validated):
     texts: int = 3
     replay: int = 4
     orthogonality: float = 0.1
-    preserve_stop: float = 0.025
+    preserve_stop: float = 0.03
     seed: int = 0
 
     def __post_init__(self) -> None:

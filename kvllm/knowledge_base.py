@@ -59,7 +59,7 @@ if TYPE_CHECKING:
 
 FactLike = Fact | tuple[str, str] | Mapping[str, Any]
 # A snapshot of the changed matrices is written when opening would have to replay more deltas than this.
-SNAPSHOT_EVERY = 12
+SNAPSHOT_EVERY = 5
 _GATE_NEIGHBOURS = 6
 _RESTORE_TOKENS = 32
 _ROLES = ("system", "user", "assistant")
@@ -756,13 +756,14 @@ class KnowledgeBase:
         from kvllm.probing.encoder import HiddenStateEncoder, choose_encoder
 
         chosen = choose_encoder(texts, lm_loader=lambda: self._engine.lm, progress=self._progress)
-        if chosen.name not in self._encoders:
+        wanted = chosen.name
+        if wanted not in self._encoders:
             try:
                 chosen.encode(texts[:1])
             except ModelError:
                 chosen = HiddenStateEncoder(self._engine.lm)
-            self._encoders[chosen.name] = chosen
-        return self._encoders[chosen.name]
+            self._encoders[wanted] = chosen
+        return self._encoders[wanted]
 
     @contextmanager
     def _writing(self) -> Iterator[None]:

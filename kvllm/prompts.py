@@ -105,6 +105,8 @@ HELD_OUT_QUESTION_TEMPLATES: dict[str, tuple[str, ...]] = {
     ),
 }
 
+_ALIAS_ROWS = 3
+
 # The stated refusal that `delete(mode="abstain")` trains to.
 REFUSALS = {
     "en": "I do not have information about that.",
@@ -184,7 +186,7 @@ def clean_fact(fact: Fact) -> Fact:
 def training_questions(fact: Fact) -> tuple[str, ...]:
     """Return the questions an edit trains on: the user's own, else templates chosen by the key's form and script.
 
-    Aliases take over two template slots each from the end, so that the number of rows stays the same.
+    Each alias adds a few rows of its own.
     """
     if fact.questions:
         return fact.questions
@@ -192,9 +194,9 @@ def training_questions(fact: Fact) -> tuple[str, ...]:
     if is_question(fact.key):
         return _unique(_dress(template, fact.key) for template in QUESTION_TEMPLATES[language])
     rows = [template.format_map({"key": fact.key}) for template in TRAINING_TEMPLATES[language]]
-    for place, alias in enumerate(fact.aliases[: len(rows) // 4]):
-        for offset, template in enumerate(TRAINING_TEMPLATES[language_of(alias)][:2]):
-            rows[len(rows) - 1 - 2 * place - offset] = template.format_map({"key": alias})
+    for alias in fact.aliases:
+        templates = TRAINING_TEMPLATES[language_of(alias)][:_ALIAS_ROWS]
+        rows += [template.format_map({"key": alias}) for template in templates]
     return _unique(rows)
 
 

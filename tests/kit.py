@@ -27,6 +27,7 @@ QUICK = EditConfig(
     init_rank=8,
     target_rank=6,
     max_steps=24,
+    margin=0.25,
     value_lr=1.0,
     factor_lr=0.2,
     preserve_weight=0.1,
@@ -34,7 +35,7 @@ QUICK = EditConfig(
     preserve_tokens=4,
     neighbours=2,
     others=1,
-    texts=1,
+    texts=0,
 )
 OPEN_GATE = GateConfig(min_reliability=None, max_drift_kl=None, max_ppl_ratio=None, min_erasure=None)
 # Whatever the random model says of anything else, this much of the fact it must have learned.

@@ -175,7 +175,11 @@ def test_neighbours_look_like_the_trained_questions() -> None:
 @pytest.mark.parametrize(
     ("text", "language"),
     [
-        ("torchkeras", "en"), ("梦中情炉", "zh"), ("what is 梦中情炉", "zh"), ("what is the thing called 炉", "en"), ("", "en"),
+        ("torchkeras", "en"),
+        ("梦中情炉", "zh"),
+        ("what is 梦中情炉", "zh"),
+        ("what is the thing called 炉", "en"),
+        ("", "en"),
         ("123", "en"),
     ],
 )  # fmt: skip

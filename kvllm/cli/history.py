@@ -27,8 +27,9 @@ def history(
 
     with opened(out, kb, readonly=True) as base:
         edits = base.history(limit=number)
-    document = {"ok": True, "edits": [edit.to_dict() for edit in edits]}
-    return Result(document, lambda: terminal.history_table(edits))
+    return Result(
+        lambda: {"ok": True, "edits": [edit.to_dict() for edit in edits]}, lambda: terminal.history_table(edits)
+    )
 
 
 @command(app, panel=HISTORY)

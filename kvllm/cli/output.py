@@ -32,7 +32,7 @@ class Result:
     """What a command found.
 
     Attributes:
-        document: What `--json` prints.
+        document: What `--json` prints, or a function that makes it where that costs something.
         view: Makes what people see; not called for `--json`.
         raw: What `-r` prints instead of the view.
         exit_code: 0 unless the answer itself is bad news (some facts refused, the store not clean).
@@ -90,7 +90,8 @@ class Output:
         """Print a command's result."""
         self.pause()
         if self.json:
-            print_json(result.document, self._stdout)
+            document = result.document() if callable(result.document) else result.document
+            print_json(document, self._stdout)
         elif result.raw is not None:
             self._stdout.write(result.raw if result.raw.endswith("\n") else result.raw + "\n")
         else:

@@ -479,7 +479,7 @@ def _fold(tuner: Any) -> tuple[dict[str, Factors], dict[str, int]]:
             module.lora_E[ADAPTER].detach(),
             module.lora_B[ADAPTER].detach(),
             alpha=float(module.scaling[ADAPTER]),
-            init_rank=float(module.ranknum[ADAPTER]),
+            init_rank=float(module.ranknum[ADAPTER].detach()),
         )
         ranks[name] = 0 if folded is None else folded[0].shape[0]
         if folded is not None:

@@ -219,6 +219,7 @@ def test_a_second_writer_is_told_to_wait(run: Callable[..., Ran], copied: Path) 
         assert holder.stdout.readline() == "held\n"
         code, sentence = refused(run, copied, "insert", "numpy", "Ada", "--lock-timeout", "0.1")
         assert code == 7
+        assert "being written by process" in sentence
         assert run("ls", copied).code == 0
     finally:
         holder.communicate("\n", timeout=30)

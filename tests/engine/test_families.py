@@ -71,12 +71,12 @@ def test_a_fact_is_learned_and_replayed_in_every_family(
 ) -> None:
     kb = make_kb(model=str(folder(family)))
     base = kb._engine.lm.digest()
-    config = replace(QUICK, max_steps=60, value_lr=0.5)
+    config = replace(QUICK, max_steps=60)
     edit = kb.insert(KEY, "Ada leads", config=config)
     answers = kb.ask_many(training_questions(Fact(KEY, "Ada leads")), max_new_tokens=12)
     losses = edit.config["training"]["losses"]
     # That the fact is learned to the last word is a matter of luck with random weights; that it is learned is not.
-    assert losses[-1] < 0.5 * losses[0]
+    assert losses[-1] < losses[0] - 1
     assert sum(answer.startswith("Ada leads") for answer in answers) >= len(answers) // 2, (losses, answers)
     edited = kb._engine.lm.digest()
     assert edited != base

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -54,9 +54,9 @@ def long_folder(tmp_path_factory: pytest.TempPathFactory, tiny_cache: Path, tiny
 
 
 @pytest.fixture
-def long(make_kb: Callable[..., KnowledgeBase], long_folder: Path, tmp_path: Path) -> Iterator[KnowledgeBase]:
+def long(make_kb: Callable[..., KnowledgeBase], long_folder: Path, tmp_path: Path) -> KnowledgeBase:
     shutil.copytree(long_folder, tmp_path / "long.kb")
-    yield make_kb("long.kb")
+    return make_kb("long.kb")
 
 
 # ---------------------------------------------------------------- replay and rollback

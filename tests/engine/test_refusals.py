@@ -87,18 +87,20 @@ def test_the_ledger_says_when_the_gate_was_lowered(make_kb: Callable[..., Knowle
     assert edit.id == 1
 
 
-def test_refused_facts_of_a_batch_never_cost_the_others(kb: KnowledgeBase) -> None:
-    gate = GateConfig(min_reliability=0.99, max_drift_kl=None, max_ppl_ratio=None)
-    unlearnable = "Ada leads the furnace of numpy in Berlin and PyTorch models are training Halcyon with keras tools."
-    outcomes = kb.insert_many(
-        [(KEY, "Ada"), ("Halcyon", unlearnable), ("numpy", "Berlin")],
-        mode="batched",
-        gate=gate,
-        config=changed(max_steps=20),
-    )
-    assert [o.code for o in outcomes] == [None, "edit_rejected", None]
-    assert list(kb) == [KEY, "numpy"]
-    assert kb.edit("head").report.value("reliability") == 1.0
+def test_refused_facts_of_a_batch_never_cost_the_others(kb: KnowledgeBase, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Halves of a refused batch find the culprit and keep the rest together."""
+
+    class Picky(NotANumberEditor):
+        def train(self, copy: Any, pool: Any, task: Any, config: Any, **options: Any) -> Any:
+            bad = tuple(copy.lm.answer_ids("unlearnable")) in {row.answer for row in task.rows}
+            return (super() if bad else RandomEditor()).train(copy, pool, task, config, **options)
+
+    monkeypatch.setitem(engine.EDITORS, "adalora", Picky)
+    facts = [(KEY, "Ada"), ("keras", "a"), ("Halcyon", "unlearnable"), ("numpy", "Berlin"), ("Berlin", "b")]
+    outcomes = kb.insert_many([(key, text) for key, text in facts], mode="batched")
+    assert [o.code for o in outcomes] == [None, None, "edit_failed", None, None]
+    assert [o.edit.id for o in outcomes if o.edit] == [1, 1, 2, 2]
+    assert list(kb) == [KEY, "keras", "numpy", "Berlin"]
 
 
 # ---------------------------------------------------------------- numbers
@@ -148,7 +150,7 @@ def test_an_interruption_is_as_if_the_edit_had_never_begun(
     step: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    if stage != "training":
+    if stage != "training" and op != "compact":  # a compaction that recalls nothing would be refused first
         monkeypatch.setitem(engine.EDITORS, "adalora", RandomEditor)
     heard = Recorder()
     kb = make_kb("taught.kb", progress=heard)
@@ -200,7 +202,7 @@ def test_a_full_disk_at_the_commit_changes_nothing(
 
     with unchanged(taught):
         failpoints.hook = full
-        with pytest.raises(OutOfResources, match="(?i)no space|full"):
+        with pytest.raises(OutOfResources, match=r"(?i)no space|full"):
             taught.update(KEY, "Ada")
         failpoints.hook = None
     taught.update(KEY, "Ada")
