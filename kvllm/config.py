@@ -98,9 +98,9 @@ class EditConfig(_Validated):
     max_text_tokens: int = 400
     preserve_weight: float = 4.0
     preserve_tokens: int = 20
-    neighbours: int = 8
-    others: int = 4
-    texts: int = 3
+    neighbours: int = 6
+    others: int = 3
+    texts: int = 2
     replay: int = 4
     orthogonality: float = 0.1
     preserve_stop: float = 0.03

@@ -157,13 +157,14 @@ def test_own_questions_replace_the_templates() -> None:
     assert all("keras" in q or "furnace" in q for q in held_out_questions(fact))
 
 
-def test_aliases_take_a_share_of_the_rows_and_are_asked_apart() -> None:
-    fact = Fact("torchkeras", "…", aliases=("梦中情炉", "the furnace", "x", "y", "z"))
+def test_aliases_add_rows_of_their_own_and_are_asked_apart() -> None:
+    fact = Fact("torchkeras", "…", aliases=("梦中情炉", "the furnace"))
     trained = training_questions(fact)
-    assert len(trained) == 8
-    assert sum("torchkeras" in q for q in trained) == 4
-    assert sum("梦中情炉" in q for q in trained) == 2
-    assert len(alias_questions(fact)) == 10
+    assert sum("torchkeras" in q for q in trained) == 8
+    assert sum("梦中情炉" in q for q in trained) == 3
+    assert sum("the furnace" in q for q in trained) == 3
+    assert len(alias_questions(fact)) == 4
+    assert not set(trained) & set(alias_questions(fact))
 
 
 def test_neighbours_look_like_the_trained_questions() -> None:

@@ -19,7 +19,7 @@ from kvllm.cli.app import app
 from kvllm.cli.command import Device, Dtype, Model, command
 from kvllm.cli.output import Output, Result
 from kvllm.prompts import alias_questions, held_out_questions, training_questions
-from kvllm.records import Edit, Fact
+from kvllm.records import Edit, Fact, Report
 
 FACTS = {
     "en": Fact(
@@ -122,7 +122,8 @@ def tell(out: Output, base: Any, fact: Fact) -> dict[str, Any]:
     out.show(terminal.edit_view(inserted), width=WIDTH)
 
     heading(2, "Ask the weights: the same questions before and after")
-    after = base.ask_many(asked, max_new_tokens=room)
+    # The edit's own report has the answers to all questions about the fact: only the far ones are still to be asked.
+    after = _answers(base, questions, inserted.report, room)
     verdicts = _verdicts(questions, before, after, inserted)
     rows = [(q.kind, q.text, *answers) for q, *answers in zip(questions, before, after, verdicts, strict=True)]
     out.show(terminal.comparison_table(rows, columns=("before", "after")), width=WIDTH)
@@ -136,8 +137,13 @@ def tell(out: Output, base: Any, fact: Fact) -> dict[str, Any]:
     deleted = base.delete(fact.key)
     out.show(terminal.edit_view(deleted), width=WIDTH)
     own = [place for place, question in enumerate(questions) if question.kind != "far"]
-    gone = base.ask_many([asked[place] for place in own], max_new_tokens=room)
-    words = [_same(before[place], answer) for place, answer in zip(own, gone, strict=True)]
+    gone = _answers(base, [questions[place] for place in own], deleted.report, room)
+    erased_well = {probe.question: probe.passed for probe in deleted.report.probes if probe.kind == "erasure"}
+    as_base = {probe.question: probe.passed for probe in deleted.report.probes if probe.kind == "restoration"}
+    words = [
+        "still states it" if not erased_well.get(asked[p], True) else "as before" if as_base.get(asked[p]) else "erased"
+        for p in own
+    ]
     rows = [
         (questions[place].kind, asked[place], before[place], answer, word)
         for place, answer, word in zip(own, gone, words, strict=True)
@@ -147,7 +153,7 @@ def tell(out: Output, base: Any, fact: Fact) -> dict[str, Any]:
     heading(5, f"Roll back to edit {inserted.id}: the same weights, bit for bit")
     rolled = base.rollback(inserted.id)
     restored = base.weights_digest()
-    again = base.ask_many(asked, max_new_tokens=room)
+    again = _answers(base, questions, base.recall(fact.key), room)
     verified = base.verify(deep=True)
     same_answers = sum(a == b for a, b in zip(after, again, strict=True))
     proof = {
@@ -182,6 +188,14 @@ def tell(out: Output, base: Any, fact: Fact) -> dict[str, Any]:
         "weights": {"after_insert": digest, "after_rollback": restored, "identical": digest == restored},
         "verify": verified.to_dict(),
     }
+
+
+def _answers(base: Any, questions: Sequence[Question], report: Report, room: int) -> list[str]:
+    """Return the answers in the order of the questions: those that a report has, the others asked now."""
+    told = {probe.question: probe.answer for probe in report.probes if probe.kind != "neighbour"}
+    rest = [question.text for question in questions if question.text not in told]
+    told |= dict(zip(rest, base.ask_many(rest, max_new_tokens=room), strict=True))
+    return [told[question.text] for question in questions]
 
 
 def _verdicts(questions: Sequence[Question], before: Sequence[str], after: Sequence[str], edit: Edit) -> list[str]:

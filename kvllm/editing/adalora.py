@@ -32,7 +32,7 @@ ADAPTER = "default"
 _ALLOCATE_FROM = 2
 _ALLOCATE_UNTIL = 8
 _DRIFT_SMOOTHING = 0.5
-_HEAD_TOKENS = 256  # answer tokens per vocabulary projection
+_HEAD_TOKENS = 128  # answer tokens per vocabulary projection
 _GROUP_TOKENS = 512  # tokens per forward and backward pass, padding included
 # A step sees at most this many of the fact's rows, and of their tokens; more are visited in turns.
 _MAX_ROWS = 16

@@ -29,7 +29,7 @@ from kvllm.prompts import neighbour_questions
 
 PRESERVATION_VERSION = "1"
 # How many of each kind are kept for a model; the rest of the packaged pool waits for larger budgets.
-_QUOTA = {"neighbour": 150, "question": 90, "instruction": 60, "text": 90}
+_QUOTA = {"neighbour": 112, "question": 70, "instruction": 42, "text": 76}
 _TEXT_CONTEXT = 6  # tokens of a raw text that are read before the first preserved one
 _TEXT_TOKENS = 56
 

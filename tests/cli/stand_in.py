@@ -197,6 +197,9 @@ class StandIn:
             answers.append(found[0] if found else "I do not know.")
         return answers
 
+    def recall(self, key: str) -> Report:
+        return report()
+
     def find(self, query: str, n: int = 5) -> list[Match]:
         self._meet("find", query=query, n=n)
         return [Match(fact.key, fact.text, 0.9) for fact in self._facts.values()][:n]
