@@ -91,8 +91,8 @@ class EditConfig(_Validated):
     modules: str = "mlp-out"
     init_rank: int = 12
     target_rank: int = 8
-    value_lr: float = 0.02
-    factor_lr: float = 0.1
+    value_lr: float = 0.03
+    factor_lr: float = 0.15
     max_steps: int = 60
     margin: float = 0.5
     max_text_tokens: int = 400
@@ -103,7 +103,7 @@ class EditConfig(_Validated):
     texts: int = 2
     replay: int = 4
     orthogonality: float = 0.1
-    preserve_stop: float = 0.03
+    preserve_stop: float = 0.04
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -36,7 +36,7 @@ TRAINING_TEMPLATES: dict[str, tuple[str, ...]] = {
         "请介绍一下{key}。",
         "你知道{key}吗？",
         "{key}是什么意思？",
-        "{key}指的是什么？",
+        "这是什么意思：{key}？",
         "我看到有人提到{key}，能解释一下吗？",
         "What is {key}?",
         "Tell me about {key}.",
