@@ -48,6 +48,7 @@ FAR_QUESTIONS = (
 )
 # Long enough for either fact's text; an answer that is still going on is cut here.
 ANSWER_TOKENS = {"en": 48, "zh": 160}
+SHOWN_CHARS = 130
 # Off a terminal the tables are folded to this width, so that a transcript can be read.
 WIDTH = 118
 
@@ -125,7 +126,10 @@ def tell(out: Output, base: Any, fact: Fact) -> dict[str, Any]:
     # The edit's own report has the answers to all questions about the fact: only the far ones are still to be asked.
     after = _answers(base, questions, inserted.report, room)
     verdicts = _verdicts(questions, before, after, inserted)
-    rows = [(q.kind, q.text, *answers) for q, *answers in zip(questions, before, after, verdicts, strict=True)]
+    rows = [
+        (question.kind, question.text, _short(earlier), _short(later), verdict)
+        for question, earlier, later, verdict in zip(questions, before, after, verdicts, strict=True)
+    ]
     out.show(terminal.comparison_table(rows, columns=("before", "after")), width=WIDTH)
 
     heading(3, "Drift: what it cost elsewhere, against the base model")
@@ -144,9 +148,13 @@ def tell(out: Output, base: Any, fact: Fact) -> dict[str, Any]:
         "still states it" if not erased_well.get(asked[p], True) else "as before" if as_base.get(asked[p]) else "erased"
         for p in own
     ]
+    shown: list[int] = []
+    for kind in ("trained", "paraphrase", "alias"):
+        shown += [place for place in own if questions[place].kind == kind][:2]
     rows = [
-        (questions[place].kind, asked[place], before[place], answer, word)
+        (questions[place].kind, asked[place], _short(before[place]), _short(answer), word)
         for place, answer, word in zip(own, gone, words, strict=True)
+        if place in shown
     ]
     out.show(terminal.comparison_table(rows, columns=("before the insert", "after the delete")), width=WIDTH)
 
@@ -208,6 +216,12 @@ def _verdicts(questions: Sequence[Question], before: Sequence[str], after: Seque
         passed = None if question.kind == "far" else judged.get(question.text)
         words.append(_same(earlier, later) if passed is None else "states it" if passed else "does not")
     return words
+
+
+def _short(answer: str) -> str:
+    """Cut an answer for a table; `--json` has it whole."""
+    flat = " ".join(answer.split())
+    return flat if len(flat) <= SHOWN_CHARS else f"{flat[: SHOWN_CHARS - 1].rstrip()}…"
 
 
 def _same(earlier: str, later: str) -> str:
