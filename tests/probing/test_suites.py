@@ -18,7 +18,7 @@ FACT = Fact("torchkeras", "A furnace.", aliases=("梦中情炉",), probes=("Why 
 
 def test_a_fact_is_asked_on_every_rung() -> None:
     suite = fact_suite(FACT, neighbours=6)
-    assert Counter(p.kind for p in suite) == {"trained": 8, "paraphrase": 6, "alias": 2, "user": 1, "neighbour": 6}
+    assert Counter(p.kind for p in suite) == {"trained": 11, "paraphrase": 6, "alias": 2, "user": 1, "neighbour": 6}
     assert len({p.question for p in suite}) == len(suite)
     assert {p.expected for p in suite} == {"A furnace."}
     assert {p.key for p in suite} == {"torchkeras"}
