@@ -82,6 +82,8 @@ class EditConfig(_Validated):
         neighbours, others, texts: Neighbour questions, other prompts and raw texts per step.
         replay: Older facts per step.
         orthogonality: Weight of AdaLoRA's penalty on the singular vectors.
+        input_ridge: Ridge of the input whitening, in units of the mean eigenvalue: smaller keeps the edit farther from
+            directions that ordinary text uses; 0 trains in plain coordinates.
         preserve_stop: Training goes on (within max_steps) until the preserved answers' mean KL is below this, in nats.
         seed: Of every random choice; recorded with the edit.
     """
@@ -91,18 +93,19 @@ class EditConfig(_Validated):
     modules: str = "mlp-out"
     init_rank: int = 12
     target_rank: int = 8
-    value_lr: float = 0.03
-    factor_lr: float = 0.15
+    value_lr: float = 0.05
+    factor_lr: float = 0.1
     max_steps: int = 60
     margin: float = 0.5
     max_text_tokens: int = 400
-    preserve_weight: float = 4.0
+    preserve_weight: float = 32.0
     preserve_tokens: int = 20
-    neighbours: int = 6
-    others: int = 3
-    texts: int = 2
+    neighbours: int = 4
+    others: int = 2
+    texts: int = 1
     replay: int = 4
     orthogonality: float = 0.1
+    input_ridge: float = 0.1
     preserve_stop: float = 0.04
     seed: int = 0
 
@@ -118,7 +121,7 @@ class EditConfig(_Validated):
             _need(getattr(self, name) > 0, f"{name} must be positive, not {getattr(self, name)}.")
         for name in ("max_steps", "max_text_tokens", "preserve_tokens"):
             _need(getattr(self, name) >= 1, f"{name} must be at least 1, not {getattr(self, name)}.")
-        for name in ("preserve_weight", "neighbours", "others", "texts", "replay", "orthogonality"):
+        for name in ("preserve_weight", "neighbours", "others", "texts", "replay", "orthogonality", "input_ridge"):
             _need(getattr(self, name) >= 0, f"{name} cannot be negative, not {getattr(self, name)}.")
 
 

@@ -1,17 +1,18 @@
 """The AdaLoRA editor: an adaptive low-rank training session with contrast, on peft.
 
 P and Q start from the singular vectors of one gradient of the adapted matrices, so that the first step already points
-at the fact; the singular values start at zero. Every step sees the fact's questions, a sample of the preservation set
-against the base's own outputs, and older facts. Training stops when every target token leads by the margin and the
-preserved outputs hold. Source of the method: Zhang et al., "Adaptive Budget Allocation for Parameter-Efficient
-Fine-Tuning", ICLR 2023. Knows nothing of keys and stores.
+at the fact; the singular values start at zero. P is trained in whitened coordinates (`kvllm.editing.inputs`), where a
+step moves least what ordinary text reads. Every step sees some of the fact's questions, those not yet recalled first, a
+sample of the preservation set against the base's own outputs, and older facts. Training stops when every target token
+leads by the margin on all questions and the preserved outputs hold. Source of the method: Zhang et al., "Adaptive
+Budget Allocation for Parameter-Efficient Fine-Tuning", ICLR 2023. Knows nothing of keys and stores.
 """
 
 from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -34,9 +35,12 @@ _ALLOCATE_UNTIL = 8
 _DRIFT_SMOOTHING = 0.5
 _HEAD_TOKENS = 128  # answer tokens per vocabulary projection
 _GROUP_TOKENS = 512  # tokens per forward and backward pass, padding included
-# A step sees at most this many of the fact's rows, and of their tokens; more are visited in turns.
+# A step trains half of the rows, within these bounds: they are paraphrases, and a whole pass costs twice as much. All
+# are looked at again before training ends, in as few steps as these bounds allow.
+_MIN_ROWS = 6
+_EXTRA_ROWS = 2  # recalled rows that go with the last few others, so that those keep most of the weight
 _MAX_ROWS = 16
-_MAX_ROW_TOKENS = 640
+_MAX_ROW_TOKENS = 1024
 # A restored answer is as in the base when its outputs are this near, in nats per token: style may differ, words hardly.
 _RESTORED_KL = 0.1
 
@@ -44,7 +48,7 @@ _RESTORED_KL = 0.1
 # So many of these turning points per row, how much more they weigh, and how much more margin they need.
 _TURNS = 3
 _TURN_WEIGHT = 4.0
-_TURN_MARGIN = 6.0
+_TURN_MARGIN = 4.0
 
 Item = tuple[torch.Tensor, Row]
 
@@ -86,15 +90,16 @@ class AdaLoraEditor:
         lower = copy.lower_states([row.ids for row in (*task.rows, *task.replay)])
         fact = list(zip(lower[: len(task.rows)], task.rows, strict=True))
         replay = list(zip(lower[len(task.rows) :], task.replay, strict=True))
-        start = _gradient_factors(copy, fact[:_MAX_ROWS], task.restore[:_MAX_ROWS], config)
+        start = _gradient_factors(copy, fact[:_MAX_ROWS], task.restore[:_MAX_ROWS], config, task.whitening)
         records: list[StepRecord] = []
         recalled = False
         with _adapter(copy, config, start) as tuner:
-            optimizer = _optimizer(copy, tuner, config)
+            inputs = _InputFactors(copy, task.whitening)
+            optimizer = _optimizer(copy, config, inputs)
             drift: float | None = None
             stages = _RowStages(fact, task.restore, rng)
             for step in range(1, config.max_steps + 1):
-                rows, restored = stages.next()
+                rows, restored = stages.next(check=drift is None or drift <= config.preserve_stop)
                 kept = pool.sample(rng, language=task.language, config=config, excluded=task.excluded)
                 older = _choose_replay(replay, config.replay, rng)
                 optimizer.zero_grad(set_to_none=True)
@@ -125,7 +130,9 @@ class AdaLoraEditor:
                     break
                 (config.orthogonality * penalty).backward()
                 _check_gradients(tuner, step)
+                inputs.pull()
                 optimizer.step()
+                inputs.push()
                 tuner.update_and_allocate(step)
             delta, ranks = _fold(tuner)
         check_finite(delta)
@@ -135,7 +142,10 @@ class AdaLoraEditor:
 
 
 class _RowStages:
-    """Walks over the rows in turns of at most _MAX_ROWS and remembers which of them were last seen recalled."""
+    """Hands out rows, those not yet recalled first, and remembers which were last seen recalled.
+
+    When all are, it hands out all of them once more: `done` is what one sweep over every row has found.
+    """
 
     def __init__(self, fact: list[Item], restore: Sequence[PreservedItem], rng: random.Random) -> None:
         self._fact = fact
@@ -144,27 +154,27 @@ class _RowStages:
         self._n = len(fact) + len(restore)
         self._ok = [0.0] * self._n
         self._sizes = [len(row.ids) for _, row in fact] + [len(item.row.ids) for item in restore]
-        self._queue: list[int] = []
+        self._unchecked = set(range(self._n))
+        self._checking = False
         self._current: list[int] = []
         self._turns: dict[int, list[int]] = {}
 
-    def next(self) -> tuple[list[Item], list[PreservedItem]]:
-        if self._n <= _MAX_ROWS and sum(self._sizes) <= _MAX_ROW_TOKENS:
-            self._current = list(range(self._n))
-        else:
-            if len(self._queue) < min(self._n, _MAX_ROWS):
-                fresh = list(range(self._n))
-                self._rng.shuffle(fresh)
-                # Rows not yet recalled come first and the rest follow for a check.
-                fresh.sort(key=lambda i: self._ok[i] >= 1.0)
-                self._queue += [i for i in fresh if i not in self._queue]
-            taken, tokens = 0, 0
-            while taken < min(_MAX_ROWS, len(self._queue)):
-                tokens += self._sizes[self._queue[taken]]
-                if taken and tokens > _MAX_ROW_TOKENS:
-                    break
-                taken += 1
-            self._current, self._queue = sorted(self._queue[:taken]), self._queue[taken:]
+    def next(self, *, check: bool) -> tuple[list[Item], list[PreservedItem]]:
+        """Return the rows of the next step; with `check`, and all rows recalled, those still to be looked at again."""
+        pending = [i for i in range(self._n) if self._ok[i] < 1.0]
+        rest = [i for i in range(self._n) if self._ok[i] >= 1.0]
+        self._rng.shuffle(pending)
+        self._rng.shuffle(rest)
+        self._checking = check and not pending
+        most = _MAX_ROWS if self._checking else min(_MAX_ROWS, max(_MIN_ROWS, self._n // 2), len(pending) + _EXTRA_ROWS)
+        queue = sorted(self._unchecked) if self._checking else pending + rest
+        taken, tokens = 0, 0
+        while taken < min(most, len(queue)):
+            tokens += self._sizes[queue[taken]]
+            if taken and tokens > _MAX_ROW_TOKENS:
+                break
+            taken += 1
+        self._current = sorted(queue[:taken])
         n_fact = len(self._fact)
         rows = [self._fact[i] for i in self._current if i < n_fact]
         restored = [self._restore[i - n_fact] for i in self._current if i >= n_fact]
@@ -183,6 +193,10 @@ class _RowStages:
             self._ok[i] = float((lead >= needed).float().mean())
         for i, kl in zip([i for i in self._current if i >= n_fact], restored_kl, strict=True):
             self._ok[i] = 1.0 if kl <= _RESTORED_KL else _RESTORED_KL / kl
+        if self._checking and all(self._ok[i] >= 1.0 for i in self._current):
+            self._unchecked -= set(self._current)
+        else:
+            self._unchecked = set(range(self._n))
 
     @property
     def turns(self) -> list[list[int]]:
@@ -195,7 +209,7 @@ class _RowStages:
 
     @property
     def done(self) -> bool:
-        return all(ok >= 1.0 for ok in self._ok)
+        return not self._unchecked
 
 
 @dataclass(frozen=True)
@@ -361,9 +375,16 @@ def _choose_replay(replay: list[Item], n: int, rng: random.Random) -> list[Item]
 
 
 def _gradient_factors(
-    copy: ComputeCopy, fact: Sequence[Item], restore: Sequence[PreservedItem], config: EditConfig
+    copy: ComputeCopy,
+    fact: Sequence[Item],
+    restore: Sequence[PreservedItem],
+    config: EditConfig,
+    whitening: Mapping[str, torch.Tensor],
 ) -> dict[str, Factors]:
-    """Return orthonormal start factors per module: the leading singular vectors of the fact loss's gradient."""
+    """Return orthonormal start factors per module: the leading singular vectors of the fact loss's gradient.
+
+    Where inputs are whitened, the gradient is taken in those coordinates, and so are the input factors returned.
+    """
     modules = {name: copy.model.get_submodule(name) for name in copy.targets.names}
     try:
         for module in modules.values():
@@ -379,6 +400,8 @@ def _gradient_factors(
             gradient = gradient.detach().float()
             if type(module).__name__ == "Conv1D":
                 gradient = gradient.T
+            if name in whitening:
+                gradient = gradient @ whitening[name]
             rank = min(config.init_rank, *gradient.shape)
             u, _, v = torch.svd_lowrank(gradient, q=rank, niter=2)
             factors[name] = (v.T.contiguous(), u.contiguous())
@@ -425,7 +448,40 @@ def _adapter(copy: ComputeCopy, config: EditConfig, start: dict[str, Factors]) -
         copy.model.requires_grad_(False)
 
 
-def _optimizer(copy: ComputeCopy, tuner: Any, config: EditConfig) -> torch.optim.Optimizer:
+class _InputFactors:
+    """The input factors P in the coordinates they are trained in: P = Z W per module, where W is its whitening.
+
+    The optimizer moves Z; `push` writes P into the adapter, `pull` brings P's gradient back to Z. W is scaled so that
+    the rows of P start as long as those of Z. Modules without whitening are trained as they are.
+    """
+
+    def __init__(self, copy: ComputeCopy, whitening: Mapping[str, torch.Tensor]) -> None:
+        self._whitened: dict[str, tuple[torch.nn.Parameter, torch.Tensor, torch.nn.Parameter]] = {}
+        for name in copy.targets.names:
+            if name in whitening:
+                p = copy.model.get_submodule(name).lora_A[ADAPTER]
+                z = torch.nn.Parameter(p.detach().clone())
+                scale = (z.detach() @ whitening[name]).norm(dim=1).mean() / z.detach().norm(dim=1).mean()
+                self._whitened[name] = (z, whitening[name] / scale, p)
+        self.push()
+
+    def trained(self, name: str, plain: torch.nn.Parameter) -> torch.nn.Parameter:
+        """Return what the optimizer moves for a module."""
+        return self._whitened[name][0] if name in self._whitened else plain
+
+    @torch.no_grad()
+    def push(self) -> None:
+        for z, w, p in self._whitened.values():
+            p.copy_(z @ w)
+
+    @torch.no_grad()
+    def pull(self) -> None:
+        for z, w, p in self._whitened.values():
+            assert p.grad is not None  # checked to be there and finite before
+            z.grad = p.grad @ w.T
+
+
+def _optimizer(copy: ComputeCopy, config: EditConfig, inputs: _InputFactors) -> torch.optim.Optimizer:
     groups: list[dict[str, Any]] = []
     for name in copy.targets.names:
         module = copy.model.get_submodule(name)
@@ -434,7 +490,7 @@ def _optimizer(copy: ComputeCopy, tuner: Any, config: EditConfig) -> torch.optim
         typical = float(weight.float().norm()) / math.sqrt(min(weight.shape))
         a, b, e = module.lora_A[ADAPTER], module.lora_B[ADAPTER], module.lora_E[ADAPTER]
         groups.append({"params": [e], "lr": config.value_lr * typical})
-        groups.append({"params": [a], "lr": config.factor_lr / math.sqrt(a.shape[1])})
+        groups.append({"params": [inputs.trained(name, a)], "lr": config.factor_lr / math.sqrt(a.shape[1])})
         groups.append({"params": [b], "lr": config.factor_lr / math.sqrt(b.shape[0])})
     return torch.optim.Adam(groups, betas=(0.9, 0.99))
 

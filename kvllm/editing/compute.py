@@ -23,7 +23,7 @@ from kvllm.lm.model import LanguageModel, Row
 from kvllm.lm.targets import Targets, decoder_layers
 
 
-class _LowerStatesReady(Exception):
+class _StatesReady(Exception):
     """Stops a forward pass once the wanted states are caught."""
 
 
@@ -95,7 +95,7 @@ class ComputeCopy:
 
         def catch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             caught.append(args[0] if args else kwargs["hidden_states"])
-            raise _LowerStatesReady
+            raise _StatesReady
 
         handle = self._layers[self.targets.first_layer].register_forward_pre_hook(catch, with_kwargs=True)
         try:
@@ -104,15 +104,50 @@ class ComputeCopy:
                 ids, _ = self.lm.pad([sequences[i] for i in batch])
                 caught.clear()
                 try:
-                    with self._precision():
+                    with self.precision():
                         self.model.get_decoder()(input_ids=ids, use_cache=False)
-                except _LowerStatesReady:
+                except _StatesReady:
                     pass
                 for place, i in enumerate(batch):
                     found[i] = caught[0][place, : len(sequences[i])].float().clone()
         finally:
             handle.remove()
         return found
+
+    @torch.no_grad()
+    def module_inputs(self, sequences: Sequence[Sequence[int]], names: Sequence[str]) -> list[tuple[str, torch.Tensor]]:
+        """Return what enters each of the named modules for a batch of sequences, right-padded: (batch, seq, in).
+
+        Runs up to the highest adapted layer only; a module that is called twice is returned twice.
+        """
+        found: list[tuple[str, torch.Tensor]] = []
+
+        def catcher(name: str) -> Any:
+            def catch(module: nn.Module, args: tuple[Any, ...]) -> None:
+                found.append((name, args[0].detach()))
+
+            return catch
+
+        def stop(module: nn.Module, args: Any, output: Any) -> None:
+            raise _StatesReady
+
+        handles = [self.model.get_submodule(name).register_forward_pre_hook(catcher(name)) for name in names]
+        handles.append(self._layers[self._last_layer()].register_forward_hook(stop))
+        ids, _ = self.lm.pad(sequences)
+        try:
+            with self.precision():
+                self.model.get_decoder()(input_ids=ids, use_cache=False)
+        except _StatesReady:
+            pass
+        finally:
+            for handle in handles:
+                handle.remove()
+        return found
+
+    def _last_layer(self) -> int:
+        """Return the highest adapted layer."""
+        start = f"{self.targets.layer_list}."
+        return max(int(name.removeprefix(start).split(".", 1)[0]) for name in self.targets.names)
 
     def answer_states(self, items: Sequence[tuple[torch.Tensor, Row]]) -> torch.Tensor:
         """Run the upper layers and return the last hidden states that predict each answer token.
@@ -135,7 +170,7 @@ class ComputeCopy:
 
     def logits(self, states: torch.Tensor) -> torch.Tensor:
         """Project last hidden states (n, hidden) onto the vocabulary, fp32 (n, vocab)."""
-        with self._precision():
+        with self.precision():
             logits: torch.Tensor = self.model.get_output_embeddings()(states)
         logits = logits.float()
         cap = getattr(self.model.config.get_text_config(), "final_logit_softcapping", None)
@@ -148,7 +183,7 @@ class ComputeCopy:
                 return (batch, *args[1:]), kwargs
             return args, {**kwargs, "hidden_states": batch}
 
-        with self._without_lower_layers() as first, self._precision():
+        with self._without_lower_layers() as first, self.precision():
             handle = first.register_forward_pre_hook(inject, with_kwargs=True)
             try:
                 output = self.model.get_decoder()(inputs_embeds=batch, use_cache=False)
@@ -169,6 +204,7 @@ class ComputeCopy:
             for i, layer in enumerate(originals):
                 self._layers[i] = layer
 
-    def _precision(self) -> Any:
+    def precision(self) -> Any:
+        """Return the context in which the copy's model computes."""
         # Autocast keeps the residual stream in fp32 while every product runs in the copy's dtype.
         return torch.autocast(self.lm.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)

@@ -51,6 +51,8 @@ class EditTask:
         language: Language of the key, for choosing neighbours.
         excluded: Casefolded names and questions that live facts are about: never preserved.
         seed: Of every random choice.
+        whitening: Symmetric (in, in) matrix per module, in whose coordinates the input factors are trained; modules
+            without one are trained in their plain coordinates.
     """
 
     rows: Sequence[Row]
@@ -59,6 +61,7 @@ class EditTask:
     language: str = "en"
     excluded: frozenset[str] = frozenset()
     seed: int = 0
+    whitening: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

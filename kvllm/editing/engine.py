@@ -22,6 +22,7 @@ from kvllm.editing.adalora import AdaLoraEditor
 from kvllm.editing.compute import ComputeCopy
 from kvllm.editing.delta import AdaptedWeights, Delta, Factors, check_finite, concatenate, from_files
 from kvllm.editing.editor import Editor, EditTask, StepRecord, Training
+from kvllm.editing.inputs import input_whitening
 from kvllm.editing.preservation import PreservationPool, PreservedItem, Prompt, build_pool, prepare_items
 from kvllm.errors import BaseMismatch, ConfigError, Corrupt, ModelError
 from kvllm.lm.model import LanguageModel, Row
@@ -51,10 +52,9 @@ class Engine:
         self.head = 0
         self._progress = progress
         self._copy: ComputeCopy | None = None
-        self._pool: tuple[tuple[Any, ...], PreservationPool] | None = None
+        self._pool: tuple[tuple[Any, ...], PreservationPool, dict[str, torch.Tensor]] | None = None
         self._reference: DriftReference | None = None
         self._drift: dict[tuple[str, bool], Report] = {}
-        self._config = EditConfig()
 
     @classmethod
     def load(
@@ -202,8 +202,8 @@ class Engine:
             language: Of the key; by default that of the first fact.
             tick: Makes a progress function for a stage.
         """
+        pool, whitening = self.pool(config, tick)
         copy = self._prepare(config)
-        pool = self.pool(config, tick)
         trained = live | {name.casefold() for f in facts for name in (f.key, *f.aliases, *training_questions(f))}
         rows = [self.lm.row(q, f.text) for f in facts for q in _questions_of(f)]
         # Half of a replayed fact's rows: its questions in rotation, so that over edits all of them are seen.
@@ -219,6 +219,7 @@ class Engine:
             language=language or (facts[0].language or language_of(facts[0].key) if facts else "en"),
             excluded=trained,
             seed=config.seed,
+            whitening=whitening,
         )
         show = tick("training") if tick is not None else None
 
@@ -235,39 +236,51 @@ class Engine:
         return training
 
     def base_items(
-        self, questions: Sequence[str], held_out: Sequence[str], tokens: int
+        self, questions: Sequence[str], held_out: Sequence[str], tokens: int, config: EditConfig
     ) -> tuple[list[PreservedItem], list[str]]:
-        """Return the questions as items with the base's outputs, and the base's answers to all questions given."""
+        """Return all questions as items with the base's outputs, those to train first, and the base's answers."""
         with self._base_weights():
-            copy = self._prepare(self._config)
+            copy = self._prepare(config)
             asked = [*questions, *held_out]
             ids = [tuple(self.lm.prompt_ids(q)) for q in asked]
             answers = self.lm.generate_ids(ids, max_new_tokens=tokens)
-            rows = [Row(i, a) for i, a in zip(ids, answers, strict=True)][: len(questions)]
-            items = prepare_items(copy, rows, [Prompt("question", q, language_of(q)) for q in questions])
+            rows = [Row(i, a) for i, a in zip(ids, answers, strict=True)]
+            items = prepare_items(copy, rows, [Prompt("question", q, language_of(q)) for q in asked])
         return items, [self.lm.decode(a) for a in answers]
 
-    def pool(self, config: EditConfig, tick: Callable[[str], Tick] | None = None) -> PreservationPool:
-        """Return the preservation pool of this base model, from the cache or made now."""
-        copy = self._prepare(config)
-        key = (copy.targets.first_layer, config.preserve_tokens, str(copy.dtype))
+    def kl_from(self, items: Sequence[PreservedItem]) -> list[float]:
+        """Return the mean KL(base‖now) per answer token of each item, in nats, in the weights as they are."""
+        now = self.lm.answer_states([item.row for item in items])
+        return [self.lm.mean_kl(item.output, states) for item, states in zip(items, now, strict=True)]
+
+    def pool(
+        self, config: EditConfig, tick: Callable[[str], Tick] | None = None
+    ) -> tuple[PreservationPool, dict[str, torch.Tensor]]:
+        """Return this base model's preservation pool and input whitening, from the cache or made now."""
+        copy = self._copy_for(config)
+        key = (copy.targets.names, config.preserve_tokens, config.input_ridge, str(copy.dtype))
         if self._pool is None or self._pool[0] != key:
             with self._base_weights():
                 self._load_copy()
                 show = tick("preservation") if tick is not None else None
-                self._pool = (key, build_pool(copy, self.store.base.digest, config, on_progress=show))
-            self._load_copy()
-        return self._pool[1]
+                pool = build_pool(copy, self.store.base.digest, config, on_progress=show)
+                whitening = input_whitening(copy, pool, self.store.base.digest, ridge=config.input_ridge)
+            self._pool = (key, pool, whitening)
+        return self._pool[1], self._pool[2]
 
-    def _prepare(self, config: EditConfig) -> ComputeCopy:
-        """Return the compute copy for this configuration, holding the current weights."""
-        self._config = config
+    def _copy_for(self, config: EditConfig) -> ComputeCopy:
+        """Return the compute copy with this configuration's targets, holding whatever weights it held."""
         targets = find_targets(self.lm.model, depth=config.depth, modules=config.modules)
         if self._copy is None:
             self._copy = ComputeCopy(self.lm, targets)
         self._copy.targets = targets
-        self._load_copy()
         return self._copy
+
+    def _prepare(self, config: EditConfig) -> ComputeCopy:
+        """Return the compute copy for this configuration, holding the current weights."""
+        copy = self._copy_for(config)
+        self._load_copy()
+        return copy
 
     def _load_copy(self) -> None:
         assert self._copy is not None

@@ -232,6 +232,7 @@ class LanguageModel:
         max_new_tokens: int | None = None,
         batch_size: int = _GENERATION_BATCH,
         on_batch: Callable[[int, int], None] | None = None,
+        drafts: Sequence[Sequence[int]] | None = None,
     ) -> list[tuple[int, ...]]:
         """Answer prompts greedily, in batches of like length; answers keep the stop token if it came.
 
@@ -240,11 +241,16 @@ class LanguageModel:
             max_new_tokens: Bound on each answer's length; the configuration's by default.
             batch_size: Prompts per forward pass.
             on_batch: Called with (done, total) after each batch.
+            drafts: A guess at each answer. One forward pass accepts each guess as far as every token of it is the
+                greedy choice, and decoding goes on from there: the same answers, sooner where the guesses are good
+                (Leviathan et al., "Fast Inference from Transformers via Speculative Decoding", ICML 2023).
 
         Returns:
             The new ids of each prompt, in the order given.
         """
         limit = max_new_tokens or self.config.max_new_tokens
+        if drafts is not None:
+            return self._generate_from(prompts, drafts, limit, batch_size, on_batch)
         answers: list[tuple[int, ...]] = [()] * len(prompts)
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         for start in range(0, len(order), batch_size):
@@ -275,16 +281,57 @@ class LanguageModel:
                 on_batch(min(start + batch_size, len(order)), len(order))
         return answers
 
+    def _generate_from(
+        self,
+        prompts: Sequence[Sequence[int]],
+        drafts: Sequence[Sequence[int]],
+        limit: int,
+        batch_size: int,
+        on_batch: Callable[[int, int], None] | None,
+    ) -> list[tuple[int, ...]]:
+        """Accept what is greedy in each draft, and decode the rest of those answers that have not stopped there."""
+        rows = [Row(tuple(p), tuple(d[:limit])) for p, d in zip(prompts, drafts, strict=True)]
+        accepted: list[tuple[int, ...]] = [()] * len(rows)
+        drafted = [i for i, row in enumerate(rows) if row.answer]
+        for batch, states, targets, owner in self._answer_states([rows[i] for i in drafted], batch_size):
+            greedy = torch.cat([self.logits(part).argmax(-1) for part in states.split(_HEAD_TOKENS)])
+            for place, at in enumerate(batch):
+                mine = owner == place
+                wrong = (greedy[mine] != targets[mine]).nonzero().view(-1)
+                taken = int(wrong[0]) if len(wrong) else len(rows[drafted[at]].answer)
+                accepted[drafted[at]] = self._until_stop(list(rows[drafted[at]].answer[:taken]))
+        going = [i for i, a in enumerate(accepted) if len(a) < limit and not (a and a[-1] in self.stop_ids)]
+        done = len(rows) - len(going)
+        if on_batch is not None:
+            on_batch(done, len(rows))
+
+        def tick(n: int, total: int) -> None:
+            if on_batch is not None:
+                on_batch(done + n, len(rows))
+
+        rest = self.generate_ids(
+            [(*rows[i].prompt, *accepted[i]) for i in going],
+            max_new_tokens=limit - min((len(accepted[i]) for i in going), default=0),
+            batch_size=batch_size,
+            on_batch=tick,
+        )
+        for i, more in zip(going, rest, strict=True):
+            accepted[i] = (accepted[i] + more)[:limit]
+        return accepted
+
     def generate(
         self,
         prompts: Sequence[str | Sequence[Message]],
         *,
         max_new_tokens: int | None = None,
         on_batch: Callable[[int, int], None] | None = None,
+        drafts: Sequence[str] | None = None,
     ) -> list[str]:
-        """Answer prompts or conversations greedily; see `generate_ids`."""
+        """Answer prompts or conversations greedily; see `generate_ids`, here with drafts as text."""
         ids = [self._fitting(self.prompt_ids(p), max_new_tokens) for p in prompts]
-        return [self.decode(a) for a in self.generate_ids(ids, max_new_tokens=max_new_tokens, on_batch=on_batch)]
+        guessed = None if drafts is None else [self.answer_ids(text) if text else [] for text in drafts]
+        answers = self.generate_ids(ids, max_new_tokens=max_new_tokens, on_batch=on_batch, drafts=guessed)
+        return [self.decode(a) for a in answers]
 
     @torch.inference_mode()
     def answer_states(self, rows: Sequence[Row], *, batch_size: int = 16) -> list[torch.Tensor]:

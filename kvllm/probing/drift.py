@@ -129,6 +129,7 @@ def measure_drift(
             max_new_tokens=ANSWER_TOKENS,
             batch_size=64,
             on_batch=on_batch,
+            drafts=[row.answer for row in reference.rows[: len(questions)]],
         )
     ]
     right_before = [accepts(a, q.accept) for a, q in zip(base_answers, questions, strict=True)]
