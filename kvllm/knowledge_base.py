@@ -9,6 +9,7 @@ Reading the ledger loads no model: torch and its like are imported when an opera
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -29,9 +30,11 @@ from kvllm.errors import (
     KeyExists,
     KvllmError,
     ModelError,
+    OutOfResources,
     StaleHead,
     StoreError,
     StoreNotFound,
+    is_out_of_memory,
 )
 from kvllm.prompts import REFUSALS, clean_fact, clean_key, clean_text, language_of, training_questions
 from kvllm.records import (
@@ -769,8 +772,13 @@ class KnowledgeBase:
     def _writing(self) -> Iterator[None]:
         if self._store.readonly:
             raise StoreError("The knowledge base was opened read-only; nothing was changed.")
-        with self._store.writer(timeout=self._lock_timeout):
-            yield
+        try:
+            with self._store.writer(timeout=self._lock_timeout):
+                yield
+        except Exception as error:
+            if isinstance(error, KvllmError) or not is_out_of_memory(error):
+                raise
+            raise OutOfResources("There is not enough memory for this edit; nothing was changed.") from error
 
     def _refuse_existing(self, facts: Sequence[Fact]) -> None:
         for fact in facts:
@@ -869,8 +877,14 @@ class KnowledgeBase:
         self, report: Report, gate: GateConfig, metric: str, least: float | None, *, since_base: bool = False
     ) -> tuple[Report, list[str]]:
         engine = self._engine
+        if not engine.weights.is_finite():
+            raise EditFailed("The edit made weights that are not finite; nothing was changed. Try lower rates.")
         drift = engine.drift(full=False)
         report = replace(report, metrics={**report.metrics, **drift.metrics})
+        for name, found in drift.metrics.items():
+            # None with n: the number was beyond what a float holds. No gate, however low, lets that pass.
+            if found.n and (found.value is None or not math.isfinite(found.value)):
+                raise EditFailed(f"After the edit {name} is not a finite number; nothing was changed. Try lower rates.")
         earlier_kl, earlier_ratio = (0.0, 1.0) if since_base else engine.drift_before()
         refused: list[str] = []
         value = report.value(metric)

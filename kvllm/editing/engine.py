@@ -20,10 +20,10 @@ import torch
 from kvllm.config import EditConfig, ModelConfig
 from kvllm.editing.adalora import AdaLoraEditor
 from kvllm.editing.compute import ComputeCopy
-from kvllm.editing.delta import AdaptedWeights, Delta, Factors, check_finite, concatenate, from_files
+from kvllm.editing.delta import AdaptedWeights, Delta, Factors, check_finite, check_norm, concatenate, from_files
 from kvllm.editing.editor import Editor, EditTask, StepRecord, Training
 from kvllm.editing.preservation import PreservationPool, PreservedItem, Prompt, build_pool, prepare_items
-from kvllm.errors import BaseMismatch, ConfigError, Corrupt, ModelError
+from kvllm.errors import BaseMismatch, ConfigError, Corrupt, ModelError, Untrusted
 from kvllm.lm.model import LanguageModel, Row
 from kvllm.lm.sources import ModelFiles, resolve
 from kvllm.lm.targets import find_targets
@@ -135,15 +135,33 @@ class Engine:
         done = 0
         self.weights.replay([])
         found = self.store.nearest_snapshot(edit_id) if snapshots else None
-        if found is not None:
-            data = self.store.read_snapshot(found[0])
-            if data is not None:
-                from safetensors.torch import load
-
-                self.weights.restore(load(data))
-                done = found[2]
+        if found is not None and self._restore_snapshot(found[0]):
+            done = found[2]
         for sha in chain[done:]:
             self.weights.apply(self._delta(sha))
+
+    def _restore_snapshot(self, edit_id: int) -> bool:
+        """Set the weights to a snapshot's, if it is one that kvllm can have written; else they stay the base's.
+
+        A snapshot saves time and nothing else: whatever is wrong with one, the deltas are replayed instead.
+        """
+        data = self.store.read_snapshot(edit_id)
+        if data is None:
+            return False
+        from safetensors import SafetensorError
+        from safetensors.torch import load
+
+        try:
+            state = load(data)
+            sound = all(t.dtype == torch.float32 and bool(torch.isfinite(t).all()) for t in state.values())
+            # A delta changes matrices only: nothing else can have been touched.
+            if not state or not sound or any(t.dim() != 2 for t in state.values()):
+                return False
+            self.weights.restore(state)
+        except (SafetensorError, Corrupt, Untrusted, ValueError):
+            self.weights.replay([])
+            return False
+        return True
 
     def _delta(self, sha: str) -> Delta:
         return from_files(self.store.read_delta(sha).files)
@@ -232,6 +250,7 @@ class Engine:
             raise ConfigError(f"There is no editor {config.editor!r}; use one of {', '.join(EDITORS)}.") from error
         training = editor.train(copy, pool, task, config, on_step=on_step)
         check_finite(training.delta)
+        check_norm(training.delta)
         return training
 
     def base_items(
