@@ -556,12 +556,14 @@ class KnowledgeBase:
         engine = self._engine
         old = {fact.key: self[fact.key].text} if fact.key in self else None
         before = engine.weights.state()
-        try:
-            trained = self._train([fact], config or self._edit_config, old)
-            report, refused = self._measure(trained, gate or self._gate)
-            return replace(report, warnings=(*report.warnings, *(f"The gate would refuse: {r}" for r in refused)))
-        finally:
-            engine.weights.restore(before)
+        with engine.away():
+            try:
+                trained = self._train([fact], config or self._edit_config, old)
+                report, refused = self._measure(trained, gate or self._gate)
+                return replace(report, warnings=(*report.warnings, *(f"The gate would refuse: {r}" for r in refused)))
+            finally:
+                engine.weights.restore(before)
+                engine.settle()
 
     def rollback(self, ref: int | str) -> Edit:
         """Return to an earlier edit or tag (0 or "base": the untouched base), as a new edit, by replay.
@@ -576,8 +578,7 @@ class KnowledgeBase:
             engine = self._engine
             parent = self._store.head()
             started = time.perf_counter()
-            before = engine.weights.state()
-            try:
+            with self._all_or_nothing(engine, parent):
                 engine.load_state(target)
                 return self._commit(
                     NewEdit(
@@ -590,9 +591,6 @@ class KnowledgeBase:
                     ),
                     None,
                 )
-            except BaseException:
-                self._put_back(before, parent)
-                raise
 
     def compact(self, *, config: EditConfig | None = None, gate: GateConfig | None = None) -> Edit:
         """Retrain all live facts together from the base into one delta, and accept it if it is at least as good.
@@ -608,9 +606,8 @@ class KnowledgeBase:
             engine = self._engine
             parent = self._store.head()
             settings, rules = config or self._edit_config, gate or self._gate
-            before = engine.weights.state()
             started = time.perf_counter()
-            try:
+            with self._all_or_nothing(engine, parent):
                 earlier = self._probe_facts(facts, kinds=("trained",)).value("reliability") if facts else None
                 engine.weights.replay([])
                 if not facts:
@@ -640,9 +637,6 @@ class KnowledgeBase:
                 return self._commit_training(
                     "compact", trained, report, parent, started, rules, retired=tuple(f.key for f in facts)
                 )
-            except BaseException:
-                self._put_back(before, parent)
-                raise
 
     # ------------------------------------------------------------------ trust
 
@@ -658,12 +652,15 @@ class KnowledgeBase:
             engine = self._engine
             engine.check_base_files()
             current = engine.weights.state()
-            try:
-                for edit_id in self._digest_points():
-                    if engine.replayed_digest(edit_id) != self._store.edit(edit_id).weights_digest:
-                        problems.append(Problem("a replay gives other weights than were recorded", f"edit {edit_id}"))
-            finally:
-                engine.weights.restore(current)
+            with engine.away():
+                try:
+                    for edit_id in self._digest_points():
+                        if engine.replayed_digest(edit_id) != self._store.edit(edit_id).weights_digest:
+                            said = "a replay gives other weights than were recorded"
+                            problems.append(Problem(said, f"edit {edit_id}"))
+                finally:
+                    engine.weights.restore(current)
+                    engine.settle()
         except KvllmError as error:
             problems.append(Problem(str(error), "replay"))
         return replace(report, problems=tuple(problems), ok=all(p.severity != "error" for p in problems))
@@ -815,9 +812,8 @@ class KnowledgeBase:
         settings, rules = config or self._edit_config, gate or self._gate
         engine = self._engine
         parent = self._store.head()
-        before = engine.weights.state()
         started = time.perf_counter()
-        try:
+        with self._all_or_nothing(engine, parent):
             trained = self._train(facts, settings, old)
             report, refused = self._measure(trained, rules)
             if refused:
@@ -828,9 +824,6 @@ class KnowledgeBase:
                 )
             retired = tuple(old) if old else ()
             return self._commit_training(op, trained, report, parent, started, rules, retired=retired)
-        except BaseException:
-            self._put_back(before, parent)
-            raise
 
     def _train(
         self,
@@ -909,9 +902,8 @@ class KnowledgeBase:
         settings, rules = config or self._edit_config, gate or self._gate
         engine = self._engine
         parent = self._store.head()
-        before = engine.weights.state()
         started = time.perf_counter()
-        try:
+        with self._all_or_nothing(engine, parent):
             questions = _asked(fact)
             held_out = [q for q in _held_out(fact) if q not in questions]
             if mode == "restore":
@@ -989,9 +981,6 @@ class KnowledgeBase:
                 retired=(fact.key,) if live else (),
                 mode=mode,
             )
-        except BaseException:
-            self._put_back(before, parent)
-            raise
 
     def _commit_training(
         self,
@@ -1042,13 +1031,25 @@ class KnowledgeBase:
         engine = self._loaded
         assert engine is not None
         engine.head = edit.id
+        engine.settle()
         # A snapshot only makes opening faster: where it cannot be written, the edit stands all the same.
         with suppress(KvllmError, OSError):
             engine.snapshot_if_due(SNAPSHOT_EVERY)
         return edit
 
+    @contextmanager
+    def _all_or_nothing(self, engine: Engine, parent: int) -> Iterator[None]:
+        """After any exception in the block: the weights as they were, unless the ledger says that it was committed."""
+        before = engine.weights.state()
+        with engine.away():
+            try:
+                yield
+            except BaseException:
+                self._put_back(before, parent)
+                raise
+
     def _put_back(self, before: Mapping[str, Any], parent: int) -> None:
-        """After an exception: the weights as they were, unless the ledger says that the edit was committed."""
+        """Set the weights to what they were; where the edit was committed, the next use replays the ledger's head."""
         engine = self._loaded
         if engine is None:
             return
@@ -1058,6 +1059,7 @@ class KnowledgeBase:
             committed = False
         if not committed:
             engine.weights.restore(before)
+            engine.settle()
         elif engine.head == parent:
             engine.head = -1  # unknown: the next use replays the ledger's head
 

@@ -267,8 +267,10 @@ class AdaptedWeights:
     def _own(self, name: str) -> None:
         if name not in self._base:
             weight = self._weight(name)
-            self._base[name] = weight.detach().float().clone()
-            self._masters[name] = weight.data if weight.dtype == torch.float32 else self._base[name].clone()
+            base = weight.detach().float().clone()
+            # The base last: whoever is interrupted here finds no name that has a base and no master.
+            self._masters[name] = weight.data if weight.dtype == torch.float32 else base.clone()
+            self._base[name] = base
 
     def _sync(self, name: str) -> None:
         weight = self._weight(name)

@@ -55,6 +55,8 @@ class Engine:
         self._reference: DriftReference | None = None
         self._drift: dict[tuple[str, bool], Report] = {}
         self._config = EditConfig()
+        self._away = 0
+        self._sure = True
 
     @classmethod
     def load(
@@ -78,10 +80,29 @@ class Engine:
     # ------------------------------------------------------------------ states
 
     def follow(self, head: int) -> None:
-        """Bring the weights to the ledger's head, if they are elsewhere."""
-        if head != self.head:
+        """Bring the weights to the ledger's head, if they are elsewhere, or if an interruption left that open."""
+        if head != self.head or not (self._sure or self._away):
             self.load_state(head)
             self.head = head
+            self._sure = True
+
+    @contextmanager
+    def away(self) -> Iterator[None]:
+        """Say that the weights may differ from the head's while this is open.
+
+        Whoever leaves without `settle` (a second Ctrl-C, say, while the weights are being put back) makes the next use
+        replay the ledger.
+        """
+        self._sure = False
+        self._away += 1
+        try:
+            yield
+        finally:
+            self._away -= 1
+
+    def settle(self) -> None:
+        """Say that the weights are those of `head` again, whole."""
+        self._sure = True
 
     def load_state(self, edit_id: int) -> None:
         """Set the weights to an edit's state by replay, and check them against the recorded digest.
@@ -170,11 +191,15 @@ class Engine:
     def _base_weights(self) -> Iterator[None]:
         """The base's weights in the model and in the compute copy, for as long as this is open."""
         state = self.weights.state()
-        try:
-            self.weights.replay([])
-            yield
-        finally:
-            self.weights.restore(state)
+        outermost = not self._away
+        with self.away():
+            try:
+                self.weights.replay([])
+                yield
+            finally:
+                self.weights.restore(state)
+                if outermost:
+                    self.settle()
 
     # ------------------------------------------------------------------ training
 
