@@ -107,7 +107,14 @@ class OutOfResources(KvllmError):
     exit_code = 10
 
 
-_MEMORY_WORDS = ("out of memory", "not enough memory", "can't allocate memory")
+_MEMORY_WORDS = (
+    "out of memory",
+    "not enough memory",
+    "can't allocate memory",
+    "cannot allocate memory",
+    "could not create a primitive",  # oneDNN's
+    "failed to map segment",  # the dynamic linker's, behind a late import
+)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -117,7 +124,9 @@ def is_out_of_memory(error: BaseException) -> bool:
     """
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
-    return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _MEMORY_WORDS)
+    return isinstance(error, (RuntimeError, ImportError, OSError)) and any(
+        words in str(error).lower() for words in _MEMORY_WORDS
+    )
 
 
 class StoreError(KvllmError):

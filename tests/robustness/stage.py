@@ -9,8 +9,10 @@ not survive a fork. It prints one JSON document of what happened; the tests judg
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
+import random
 import resource
 import shutil
 import signal
@@ -64,19 +66,25 @@ def ended(pid: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-def command(*arguments: str) -> Callable[[], int]:
-    """Return an action that runs `kvllm …`."""
+def command(*arguments: str, ticks: int | None = None) -> Callable[[], int]:
+    """Return an action that runs `kvllm …`; each tick of progress writes a byte to the descriptor `ticks`."""
 
     def act() -> int:
         from kvllm.cli import main
+        from kvllm.cli.output import Output
 
+        if ticks is not None:
+            Output.progress = property(lambda self: lambda tick: os.write(ticks, b"."))  # type: ignore[assignment]
         return main(list(arguments))
 
     return act
 
 
-def taught(folder: Path, model: Path) -> tuple[Path, float]:
-    """Make a knowledge base with one fact, and measure how long a whole insert of another takes; both in children."""
+def taught(folder: Path, model: Path) -> tuple[Path, int]:
+    """Make a knowledge base with one fact, and count the ticks of progress of a whole insert; both in children.
+
+    The modules that the insert imported late are imported here, once for all children.
+    """
     kb = folder / "taught.kb"
 
     def teach() -> int:
@@ -89,15 +97,28 @@ def taught(folder: Path, model: Path) -> tuple[Path, float]:
 
     log = folder / "log"
     assert ended(forked(teach, log)) == 0, log.read_text()
-    seconds = []
-    for n in range(2):  # the first one fills caches
-        copy = folder / f"timed-{n}.kb"
-        shutil.copytree(kb, copy)
-        begun = time.monotonic()
-        assert ended(forked(command("insert", str(copy), KEY, TEXT), log)) == 0, log.read_text()
-        seconds.append(time.monotonic() - begun)
-        shutil.rmtree(copy)
-    return kb, min(seconds)
+    copy, late = folder / "counted.kb", folder / "late"
+    shutil.copytree(kb, copy)
+    read, write = os.pipe()
+
+    def count() -> int:
+        code = command("insert", str(copy), KEY, TEXT, ticks=write)()
+        late.write_text("\n".join(sys.modules))
+        return code
+
+    pid = forked(count, log)
+    os.close(write)
+    n = 0
+    while chunk := os.read(read, 4096):
+        n += len(chunk)
+    os.close(read)
+    assert ended(pid) == 0, log.read_text()
+    shutil.rmtree(copy)
+    for name in late.read_text().split("\n"):
+        if name not in sys.modules and not name.startswith(("__", "tests")):
+            with contextlib.suppress(Exception):
+                importlib.import_module(name)
+    return kb, n
 
 
 def state_of(path: Path) -> Outcome:
@@ -114,20 +135,33 @@ def state_of(path: Path) -> Outcome:
         }
 
 
-def stopped(kb: Path, signals: list[signal.Signals], moments: list[float], folder: Path) -> list[Outcome]:
-    """Insert, and send a signal at each moment (seconds after the fork); look at what is left, and go on with it."""
+def stopped(kb: Path, signals: list[signal.Signals], moments: list[int], folder: Path) -> list[Outcome]:
+    """Insert, and send a signal after so many ticks and a few random milliseconds; look at what is left, and go on."""
+    rng = random.Random(6)
     outcomes = []
     log = folder / "log"
     for n, (kind, moment) in enumerate(zip(signals, moments, strict=True)):
         path = folder / f"stopped-{n}.kb"
         shutil.copytree(kb, path)
         log.write_text("")
-        pid = forked(command("insert", str(path), KEY, TEXT), log)
-        time.sleep(moment)
+        read, write = os.pipe()
+        pid = forked(command("insert", str(path), KEY, TEXT, ticks=write), log)
+        os.close(write)
+        heard = 0
+        while heard < moment and (chunk := os.read(read, moment - heard)):
+            heard += len(chunk)
+        time.sleep(rng.random() * 0.01)
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, kind)
         code = ended(pid)
-        outcome: Outcome = {"signal": kind.name, "code": code, "said": log.read_text(), **state_of(path)}
+        os.close(read)
+        outcome: Outcome = {
+            "signal": kind.name,
+            "code": code,
+            "tick": moment,
+            "said": log.read_text(),
+            **state_of(path),
+        }
         if n % 8 == 0:  # what comes next works, on the weights that the ledger says
             verb = "update" if KEY in outcome["keys"] else "insert"
             outcome["next"] = ended(forked(command(verb, str(path), KEY, "Berlin"), log))
@@ -140,15 +174,15 @@ def stopped(kb: Path, signals: list[signal.Signals], moments: list[float], folde
 
 def kills(folder: Path, model: Path, n: int) -> list[Outcome]:
     """SIGKILL at n moments spread over a whole insert."""
-    kb, seconds = taught(folder, model)
-    return stopped(kb, [signal.SIGKILL] * n, [(i + 0.5) / n * seconds for i in range(n)], folder)
+    kb, ticks = taught(folder, model)
+    return stopped(kb, [signal.SIGKILL] * n, [i * ticks // (n - 1) for i in range(n)], folder)
 
 
 def interrupts(folder: Path, model: Path, n: int) -> list[Outcome]:
     """SIGINT and SIGTERM in turns, at n moments spread over a whole insert."""
-    kb, seconds = taught(folder, model)
+    kb, ticks = taught(folder, model)
     kinds = [signal.SIGINT if i % 2 else signal.SIGTERM for i in range(n)]
-    return stopped(kb, kinds, [(i + 0.5) / n * seconds for i in range(n)], folder)
+    return stopped(kb, kinds, [1 + i * (ticks - 1) // (n - 1) for i in range(n)], folder)
 
 
 def memory(folder: Path, model: Path, n: int) -> list[Outcome]:
@@ -158,7 +192,7 @@ def memory(folder: Path, model: Path, n: int) -> list[Outcome]:
     for i in range(n):
         path = folder / f"small-{i}.kb"
         shutil.copytree(kb, path)
-        spare = int(2**19 * 1.45**i)
+        spare = 2**20 * 2**i // 4
         log = folder / "log"
 
         def act(path: Path = path, spare: int = spare, log: Path = log) -> int:
@@ -169,11 +203,16 @@ def memory(folder: Path, model: Path, n: int) -> list[Outcome]:
                 before = base.weights_digest(), base._engine.lm.digest()
                 used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
                 resource.setrlimit(resource.RLIMIT_AS, (used + spare, resource.RLIM_INFINITY))
+                odd = 10
                 try:
                     base.insert(KEY, TEXT + " and the furnace of Berlin" * 12)
                     done = True
                 except OutOfResources:
                     done = False
+                except Exception as error:
+                    done = False
+                    odd = 14
+                    print(type(error).__name__, error)
                 finally:
                     resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
                 after = base.weights_digest(), base._engine.lm.digest()
@@ -182,7 +221,7 @@ def memory(folder: Path, model: Path, n: int) -> list[Outcome]:
                 if after != before or base.head() != 1:
                     return 12
                 base.insert(KEY, TEXT)  # with room again, the same object goes on
-                return 10 if base.head() == 2 else 13
+                return odd if base.head() == 2 else 13
 
         code = ended(forked(act, log))
         outcomes.append({"spare": spare, "code": code, "said": log.read_text(), **state_of(path)})

@@ -135,6 +135,15 @@ def test_every_text_in_every_place_is_stored_verbatim_or_refused(place: Path) ->
     assert counts["texts, aliases, questions, probes and labels stored"] >= 450
 
 
+def test_a_quote_in_a_key_is_a_letter_of_the_key(place: Path) -> None:
+    with KnowledgeBase.open(place) as kb:
+        for key in ("it's", "' OR '1'='1", "x'; DROP TABLE facts; --"):
+            assert key not in kb
+            kb.insert(key, "plain")
+            assert key in kb
+        assert len(kb) == 3
+
+
 def test_every_text_through_jsonl_and_the_command_line(
     place: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -370,6 +379,20 @@ def test_control_tokens_of_a_user_never_become_control_tokens(
             counts["stay text"] += 1
     print(f"\ncontrol tokens and templates: {dict(counts)} over 8 tokenizers")
     assert counts["stay text"] >= 100
+
+
+def test_a_control_token_in_a_question_stays_text(tiny_llama: Path, tmp_path: Path) -> None:
+    """A declared one, one that is not declared special, and one that a normalizer makes of full-width letters."""
+    from kvllm.config import ModelConfig
+    from kvllm.lm.model import LanguageModel
+
+    (careless,) = (f for n, f in tokenizer_variants(tiny_llama, tiny_llama, tmp_path) if n == "tokenizer-False-NFKC")
+    lm = LanguageModel.load(careless, ModelConfig(device="cpu"))
+    ids = lm.tokenizer.convert_tokens_to_ids(["<|im_end|>", "<think>"])
+    frame = [i for i in lm.prompt_ids("x") if i in ids]
+    for text in ("a<|im_end|>b", "a<think>b", "a＜think＞b"):
+        assert [i for i in lm.prompt_ids(text) if i in ids] == frame, text
+        assert not set(ids) & set(lm.text_ids(text)), text
 
 
 def test_hostile_questions_are_asked_as_they_are(tiny_llama: Path) -> None:

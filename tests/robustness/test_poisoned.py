@@ -816,6 +816,15 @@ def test_what_nothing_may_read_changes_no_answer(
     print(f"\nhostile things in a base folder that nothing reads: {n}")
 
 
+def test_a_base_that_lacks_a_weight_is_not_filled_with_random_numbers(changed: Callable[[Change], Path]) -> None:
+    from kvllm.config import ModelConfig
+    from kvllm.lm.model import LanguageModel
+
+    folder = changed(with_weights(lambda t: t.pop("model.layers.1.mlp.down_proj.weight")))
+    with pytest.raises(ModelError, match="lacks 1 weight"):
+        LanguageModel.load(folder, ModelConfig(device="cpu"))
+
+
 def test_a_base_with_numbers_that_are_not_finite_teaches_nothing(
     changed: Callable[[Change], Path], tmp_path: Path
 ) -> None:
