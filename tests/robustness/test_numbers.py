@@ -11,6 +11,7 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -280,7 +281,10 @@ def test_weights_left_half_restored_are_replayed_before_the_next_use(
 def test_signals_and_limits_of_memory_at_moments_all_over_an_insert(
     tmp_path: Path, tiny_llama: Path, tiny_cache: Path
 ) -> None:
-    found = staged(tmp_path / "stage", tiny_llama, tiny_cache, "interrupts:50", "in_memory:50", "memory:16")
+    campaigns = (("interrupts:30",), ("in_memory:30", "memory:8"))
+    with ThreadPoolExecutor(2) as pool:  # two processes, one for each core
+        running = [pool.submit(staged, tmp_path / each[0], tiny_llama, tiny_cache, *each) for each in campaigns]
+        found = running[0].result() | running[1].result()
     counts: Counter[str] = Counter()
     for outcome in found["interrupts"]:
         assert outcome["code"] in (0, 130, -2, -15), outcome  # a signal before Python's handler stands just kills
@@ -294,10 +298,11 @@ def test_signals_and_limits_of_memory_at_moments_all_over_an_insert(
             assert stays or "nothing was changed" in outcome["said"], outcome
         assert outcome.get("next", 0) == outcome.get("deep", 0) == 0, outcome
         counts[f"{outcome['signal']}: exit code {outcome['code']}"] += 1
-    assert sum(n for name, n in counts.items() if "130" in name) >= 25, counts
+    assert len(found["interrupts"]) == 30
+    assert sum(n for name, n in counts.items() if "130" in name) >= 20, counts
 
     *each, deep = found["in_memory"]
-    assert len(each) == 50
+    assert len(each) == 30
     assert deep == {"ok": True, "problems": 0}
     for outcome in each:
         assert outcome["as the ledger says"], outcome
