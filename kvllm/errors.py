@@ -107,6 +107,28 @@ class OutOfResources(KvllmError):
     exit_code = 10
 
 
+_MEMORY_WORDS = (
+    "out of memory",
+    "not enough memory",
+    "can't allocate memory",
+    "cannot allocate memory",
+    "could not create a primitive",  # oneDNN's
+    "failed to map segment",  # the dynamic linker's, behind a late import
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Say whether an error of any library means that the memory is full.
+
+    torch's CPU allocator has only words for it, in a plain RuntimeError.
+    """
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, (RuntimeError, ImportError, OSError)) and any(
+        words in str(error).lower() for words in _MEMORY_WORDS
+    )
+
+
 class StoreError(KvllmError):
     """The folder is not a knowledge base that this version can open."""
 

@@ -30,9 +30,11 @@ from kvllm.errors import (
     KeyExists,
     KvllmError,
     ModelError,
+    OutOfResources,
     StaleHead,
     StoreError,
     StoreNotFound,
+    is_out_of_memory,
 )
 from kvllm.prompts import REFUSALS, clean_fact, clean_key, clean_text, language_of, training_questions
 from kvllm.records import (
@@ -556,12 +558,14 @@ class KnowledgeBase:
         engine = self._engine
         old = {fact.key: self[fact.key].text} if fact.key in self else None
         before = engine.weights.state()
-        try:
-            trained = self._train([fact], config or self._edit_config, old)
-            report, refused = self._measure(trained, gate or self._gate)
-            return replace(report, warnings=(*report.warnings, *(f"The gate would refuse: {r}" for r in refused)))
-        finally:
-            engine.weights.restore(before)
+        with engine.away():
+            try:
+                trained = self._train([fact], config or self._edit_config, old)
+                report, refused = self._measure(trained, gate or self._gate)
+                return replace(report, warnings=(*report.warnings, *(f"The gate would refuse: {r}" for r in refused)))
+            finally:
+                engine.weights.restore(before)
+                engine.settle()
 
     def rollback(self, ref: int | str) -> Edit:
         """Return to an earlier edit or tag (0 or "base": the untouched base), as a new edit, by replay.
@@ -576,8 +580,7 @@ class KnowledgeBase:
             engine = self._engine
             parent = self._store.head()
             started = time.perf_counter()
-            before = engine.weights.state()
-            try:
+            with self._all_or_nothing(engine, parent):
                 engine.load_state(target)
                 return self._commit(
                     NewEdit(
@@ -590,9 +593,6 @@ class KnowledgeBase:
                     ),
                     None,
                 )
-            except BaseException:
-                self._put_back(before, parent)
-                raise
 
     def compact(self, *, config: EditConfig | None = None, gate: GateConfig | None = None) -> Edit:
         """Retrain all live facts together from the base into one delta, and accept it if it is at least as good.
@@ -608,9 +608,8 @@ class KnowledgeBase:
             engine = self._engine
             parent = self._store.head()
             settings, rules = config or self._edit_config, gate or self._gate
-            before = engine.weights.state()
             started = time.perf_counter()
-            try:
+            with self._all_or_nothing(engine, parent):
                 earlier = self._probe_facts(facts, kinds=("trained",)).value("reliability") if facts else None
                 engine.weights.replay([])
                 if not facts:
@@ -640,9 +639,6 @@ class KnowledgeBase:
                 return self._commit_training(
                     "compact", trained, report, parent, started, rules, retired=tuple(f.key for f in facts)
                 )
-            except BaseException:
-                self._put_back(before, parent)
-                raise
 
     # ------------------------------------------------------------------ trust
 
@@ -658,12 +654,15 @@ class KnowledgeBase:
             engine = self._engine
             engine.check_base_files()
             current = engine.weights.state()
-            try:
-                for edit_id in self._digest_points():
-                    if engine.replayed_digest(edit_id) != self._store.edit(edit_id).weights_digest:
-                        problems.append(Problem("a replay gives other weights than were recorded", f"edit {edit_id}"))
-            finally:
-                engine.weights.restore(current)
+            with engine.away():
+                try:
+                    for edit_id in self._digest_points():
+                        if engine.replayed_digest(edit_id) != self._store.edit(edit_id).weights_digest:
+                            said = "a replay gives other weights than were recorded"
+                            problems.append(Problem(said, f"edit {edit_id}"))
+                finally:
+                    engine.weights.restore(current)
+                    engine.settle()
         except KvllmError as error:
             problems.append(Problem(str(error), "replay"))
         return replace(report, problems=tuple(problems), ok=all(p.severity != "error" for p in problems))
@@ -772,8 +771,13 @@ class KnowledgeBase:
     def _writing(self) -> Iterator[None]:
         if self._store.readonly:
             raise StoreError("The knowledge base was opened read-only; nothing was changed.")
-        with self._store.writer(timeout=self._lock_timeout):
-            yield
+        try:
+            with self._store.writer(timeout=self._lock_timeout):
+                yield
+        except Exception as error:
+            if isinstance(error, KvllmError) or not is_out_of_memory(error):
+                raise
+            raise OutOfResources("There is not enough memory for this edit; nothing was changed.") from error
 
     def _refuse_existing(self, facts: Sequence[Fact]) -> None:
         for fact in facts:
@@ -810,9 +814,8 @@ class KnowledgeBase:
         settings, rules = config or self._edit_config, gate or self._gate
         engine = self._engine
         parent = self._store.head()
-        before = engine.weights.state()
         started = time.perf_counter()
-        try:
+        with self._all_or_nothing(engine, parent):
             trained = self._train(facts, settings, old)
             report, refused = self._measure(trained, rules)
             if refused:
@@ -823,9 +826,6 @@ class KnowledgeBase:
                 )
             retired = tuple(old) if old else ()
             return self._commit_training(op, trained, report, parent, started, rules, retired=retired)
-        except BaseException:
-            self._put_back(before, parent)
-            raise
 
     def _train(
         self,
@@ -872,8 +872,14 @@ class KnowledgeBase:
         self, report: Report, gate: GateConfig, metric: str, least: float | None, *, since_base: bool = False
     ) -> tuple[Report, list[str]]:
         engine = self._engine
+        if not engine.weights.is_finite():
+            raise EditFailed("The edit made weights that are not finite; nothing was changed. Try lower rates.")
         drift = engine.drift(full=False)
         report = replace(report, metrics={**report.metrics, **drift.metrics})
+        for name, found in drift.metrics.items():
+            # None with n: the number was beyond what a float holds. No gate, however low, lets that pass.
+            if found.n and (found.value is None or not math.isfinite(found.value)):
+                raise EditFailed(f"After the edit {name} is not a finite number; nothing was changed. Try lower rates.")
         earlier_kl, earlier_ratio = (0.0, 1.0) if since_base else engine.drift_before()
         refused: list[str] = []
         value = report.value(metric)
@@ -898,9 +904,8 @@ class KnowledgeBase:
         settings, rules = config or self._edit_config, gate or self._gate
         engine = self._engine
         parent = self._store.head()
-        before = engine.weights.state()
         started = time.perf_counter()
-        try:
+        with self._all_or_nothing(engine, parent):
             questions = _asked(fact)
             held_out = [q for q in _held_out(fact) if q not in questions]
             items: list[PreservedItem] = []
@@ -983,9 +988,6 @@ class KnowledgeBase:
                 retired=(fact.key,) if live else (),
                 mode=mode,
             )
-        except BaseException:
-            self._put_back(before, parent)
-            raise
 
     def _commit_training(
         self,
@@ -1036,13 +1038,25 @@ class KnowledgeBase:
         engine = self._loaded
         assert engine is not None
         engine.head = edit.id
+        engine.settle()
         # A snapshot only makes opening faster: where it cannot be written, the edit stands all the same.
         with suppress(KvllmError, OSError):
             engine.snapshot_if_due(SNAPSHOT_EVERY)
         return edit
 
+    @contextmanager
+    def _all_or_nothing(self, engine: Engine, parent: int) -> Iterator[None]:
+        """After any exception in the block: the weights as they were, unless the ledger says that it was committed."""
+        before = engine.weights.state()
+        with engine.away():
+            try:
+                yield
+            except BaseException:
+                self._put_back(before, parent)
+                raise
+
     def _put_back(self, before: Mapping[str, Any], parent: int) -> None:
-        """After an exception: the weights as they were, unless the ledger says that the edit was committed."""
+        """Set the weights to what they were; where the edit was committed, the next use replays the ledger's head."""
         engine = self._loaded
         if engine is None:
             return
@@ -1052,6 +1066,7 @@ class KnowledgeBase:
             committed = False
         if not committed:
             engine.weights.restore(before)
+            engine.settle()
         elif engine.head == parent:
             engine.head = -1  # unknown: the next use replays the ledger's head
 

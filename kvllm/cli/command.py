@@ -148,7 +148,7 @@ def _head(base: KnowledgeBase) -> int:
 
 def reference(text: str) -> int | str:
     """Return an edit's number, or a tag's name."""
-    return int(text) if text.isascii() and text.isdigit() else text
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 19 else text
 
 
 def text_or_stdin(text: str, *, name: str) -> str:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from kvllm.cli.progress import ProgressBars
     from kvllm.records import Progress
 
+# JSON lets these stand as they are, and a terminal obeys them: C1 controls, bidirectional overrides, lone surrogates.
+_UNSAFE_IN_JSON = re.compile("[\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
 # Off a terminal a table is not folded to 80 columns: one record is one line, for grep and awk.
 _UNFOLDED = 10_000
 
@@ -93,7 +96,11 @@ class Output:
             document = result.document() if callable(result.document) else result.document
             print_json(document, self._stdout)
         elif result.raw is not None:
-            self._stdout.write(result.raw if result.raw.endswith("\n") else result.raw + "\n")
+            from kvllm.reports.terminal import neutral
+
+            # As it is for a program that reads it; on a terminal, an answer's escape sequences are shown, not obeyed.
+            raw = neutral(result.raw) if _is_terminal(self._stdout) else result.raw
+            self._stdout.write(raw if raw.endswith("\n") else raw + "\n")
         else:
             view = result.view()
             if view is not None:
@@ -123,8 +130,8 @@ def print_view(view: RenderableType, stream: IO[str], *, width: int | None = Non
 def print_json(document: Any, stream: IO[str]) -> None:
     """Print one JSON document; a number that JSON does not have (NaN, infinity) becomes null."""
     ascii_only = (getattr(stream, "encoding", None) or "ascii").lower().replace("-", "") != "utf8"
-    json.dump(_finite(document), stream, ensure_ascii=ascii_only, indent=2, allow_nan=False, default=str)
-    stream.write("\n")
+    text = json.dumps(_finite(document), ensure_ascii=ascii_only, indent=2, allow_nan=False, default=str)
+    stream.write(_UNSAFE_IN_JSON.sub(lambda found: f"\\u{ord(found[0]):04x}", text) + "\n")
 
 
 def _finite(value: Any) -> Any:

@@ -70,6 +70,8 @@ def parse_rows(text: str) -> tuple[list[Row], list[BadRow]]:
                 raise ConfigError(f"the key {fact.key!r} is already on line {lines_of_keys[fact.key]}.")
         except json.JSONDecodeError as error:
             bad.append(BadRow(line, "", f"line {line}: not JSON ({error.msg} at column {error.colno})."))
+        except ValueError:  # Python's own limit
+            bad.append(BadRow(line, "", f"line {line}: a number of too many digits."))
         except (ConfigError, RecursionError) as error:
             key = row.get("key") if isinstance(row, dict) else ""
             reason = str(error).replace("; nothing was changed", "")

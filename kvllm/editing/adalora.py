@@ -25,7 +25,7 @@ from kvllm.editing.compute import ComputeCopy
 from kvllm.editing.delta import Factors, check_finite, fold_singular_values
 from kvllm.editing.editor import EditTask, StepRecord, Training, leads
 from kvllm.editing.preservation import PreservationPool, PreservedItem
-from kvllm.errors import EditFailed, OutOfResources
+from kvllm.errors import EditFailed, OutOfResources, is_out_of_memory
 from kvllm.lm.model import Row
 
 ADAPTER = "default"
@@ -75,8 +75,12 @@ class AdaLoraEditor:
             torch.manual_seed(task.seed)
             with torch.enable_grad():
                 return self._train(copy, pool, task, config, on_step)
-        except (MemoryError, torch.OutOfMemoryError) as error:
-            raise OutOfResources("There is not enough memory to train this edit; nothing was changed.") from error
+        except Exception as error:
+            if type(error).__name__ in ("LinAlgError", "_LinAlgError"):  # torch does not export its class
+                raise EditFailed("A gradient could not be decomposed; nothing was changed. Try lower rates.") from error
+            if is_out_of_memory(error):
+                raise OutOfResources("There is not enough memory to train this edit; nothing was changed.") from error
+            raise
 
     def _train(
         self,
@@ -398,6 +402,8 @@ def _gradient_factors(
             if gradient is None:
                 raise EditFailed(f"No gradient reaches {name}; nothing was changed. Choose other modules.")
             gradient = gradient.detach().float()
+            if not torch.isfinite(gradient).all():
+                raise EditFailed(f"The gradient of {name} was not finite before the first step; nothing was changed.")
             if type(module).__name__ == "Conv1D":
                 gradient = gradient.T
             if name in whitening:

@@ -18,6 +18,7 @@ import torch
 
 from kvllm.errors import Corrupt, EditFailed, Untrusted
 from kvllm.lm.model import tensors_digest
+from kvllm.store.artefacts import MAX_NORM
 
 Factors = tuple[torch.Tensor, torch.Tensor]  # A (rank, in), B (out, rank)
 Delta = Mapping[str, Factors]
@@ -75,6 +76,20 @@ def check_finite(delta: Delta) -> None:
             raise EditFailed(
                 f"Training produced non-finite weights in {name}; nothing was changed. Try a smaller rate."
             )
+
+
+def check_norm(delta: Delta) -> None:
+    """Refuse a delta that changes the weights by more than any edit may.
+
+    Raises:
+        EditFailed: naming the norm and the limit; the store would refuse it as untrusted.
+    """
+    size = norm(delta)
+    if size > MAX_NORM:
+        raise EditFailed(
+            f"Training changed the weights by a norm of {size:.3g}, more than the {MAX_NORM:g} that any edit may; "
+            "nothing was changed. Try lower rates."
+        )
 
 
 def concatenate(deltas: Sequence[Delta]) -> dict[str, Factors]:
@@ -223,6 +238,10 @@ class AdaptedWeights:
             self._sync(name)
         self._touched = set(state)
 
+    def is_finite(self) -> bool:
+        """Say whether every changed matrix holds finite numbers only, in the precision that the model computes in."""
+        return all(bool(torch.isfinite(self._weight(name)).all()) for name in self._touched)
+
     def digest(self) -> str:
         """Return sha256 over the base digest and the touched masters (name, dtype, shape, bytes)."""
         return tensors_digest({name: self.master(name) for name in self.touched}, seed=self._base_digest)
@@ -248,8 +267,10 @@ class AdaptedWeights:
     def _own(self, name: str) -> None:
         if name not in self._base:
             weight = self._weight(name)
-            self._base[name] = weight.detach().float().clone()
-            self._masters[name] = weight.data if weight.dtype == torch.float32 else self._base[name].clone()
+            base = weight.detach().float().clone()
+            # The base last: whoever is interrupted here finds no name that has a base and no master.
+            self._masters[name] = weight.data if weight.dtype == torch.float32 else base.clone()
+            self._base[name] = base
 
     def _sync(self, name: str) -> None:
         weight = self._weight(name)

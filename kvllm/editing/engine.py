@@ -20,11 +20,11 @@ import torch
 from kvllm.config import EditConfig, ModelConfig
 from kvllm.editing.adalora import AdaLoraEditor
 from kvllm.editing.compute import ComputeCopy
-from kvllm.editing.delta import AdaptedWeights, Delta, Factors, check_finite, concatenate, from_files
+from kvllm.editing.delta import AdaptedWeights, Delta, Factors, check_finite, check_norm, concatenate, from_files
 from kvllm.editing.editor import Editor, EditTask, StepRecord, Training
 from kvllm.editing.inputs import input_whitening
 from kvllm.editing.preservation import PreservationPool, PreservedItem, Prompt, build_pool, prepare_items
-from kvllm.errors import BaseMismatch, ConfigError, Corrupt, ModelError
+from kvllm.errors import BaseMismatch, ConfigError, Corrupt, ModelError, Untrusted
 from kvllm.lm.model import LanguageModel, Row
 from kvllm.lm.sources import ModelFiles, resolve
 from kvllm.lm.targets import find_targets
@@ -55,6 +55,8 @@ class Engine:
         self._pool: tuple[tuple[Any, ...], PreservationPool, dict[str, torch.Tensor]] | None = None
         self._reference: DriftReference | None = None
         self._drift: dict[tuple[str, bool], Report] = {}
+        self._away = 0
+        self._sure = True
 
     @classmethod
     def load(
@@ -78,10 +80,29 @@ class Engine:
     # ------------------------------------------------------------------ states
 
     def follow(self, head: int) -> None:
-        """Bring the weights to the ledger's head, if they are elsewhere."""
-        if head != self.head:
+        """Bring the weights to the ledger's head, if they are elsewhere, or if an interruption left that open."""
+        if head != self.head or not (self._sure or self._away):
             self.load_state(head)
             self.head = head
+            self._sure = True
+
+    @contextmanager
+    def away(self) -> Iterator[None]:
+        """Say that the weights may differ from the head's while this is open.
+
+        Whoever leaves without `settle` (a second Ctrl-C, say, while the weights are being put back) makes the next use
+        replay the ledger.
+        """
+        self._sure = False
+        self._away += 1
+        try:
+            yield
+        finally:
+            self._away -= 1
+
+    def settle(self) -> None:
+        """Say that the weights are those of `head` again, whole."""
+        self._sure = True
 
     def load_state(self, edit_id: int) -> None:
         """Set the weights to an edit's state by replay, and check them against the recorded digest.
@@ -135,15 +156,33 @@ class Engine:
         done = 0
         self.weights.replay([])
         found = self.store.nearest_snapshot(edit_id) if snapshots else None
-        if found is not None:
-            data = self.store.read_snapshot(found[0])
-            if data is not None:
-                from safetensors.torch import load
-
-                self.weights.restore(load(data))
-                done = found[2]
+        if found is not None and self._restore_snapshot(found[0]):
+            done = found[2]
         for sha in chain[done:]:
             self.weights.apply(self._delta(sha))
+
+    def _restore_snapshot(self, edit_id: int) -> bool:
+        """Set the weights to a snapshot's, if it is one that kvllm can have written; else they stay the base's.
+
+        A snapshot saves time and nothing else: whatever is wrong with one, the deltas are replayed instead.
+        """
+        data = self.store.read_snapshot(edit_id)
+        if data is None:
+            return False
+        from safetensors import SafetensorError
+        from safetensors.torch import load
+
+        try:
+            state = load(data)
+            sound = all(t.dtype == torch.float32 and bool(torch.isfinite(t).all()) for t in state.values())
+            # A delta changes matrices only: nothing else can have been touched.
+            if not state or not sound or any(t.dim() != 2 for t in state.values()):
+                return False
+            self.weights.restore(state)
+        except (SafetensorError, Corrupt, Untrusted, ValueError):
+            self.weights.replay([])
+            return False
+        return True
 
     def _delta(self, sha: str) -> Delta:
         return from_files(self.store.read_delta(sha).files)
@@ -152,11 +191,15 @@ class Engine:
     def _base_weights(self) -> Iterator[None]:
         """The base's weights in the model and in the compute copy, for as long as this is open."""
         state = self.weights.state()
-        try:
-            self.weights.replay([])
-            yield
-        finally:
-            self.weights.restore(state)
+        outermost = not self._away
+        with self.away():
+            try:
+                self.weights.replay([])
+                yield
+            finally:
+                self.weights.restore(state)
+                if outermost:
+                    self.settle()
 
     # ------------------------------------------------------------------ training
 
@@ -233,6 +276,7 @@ class Engine:
             raise ConfigError(f"There is no editor {config.editor!r}; use one of {', '.join(EDITORS)}.") from error
         training = editor.train(copy, pool, task, config, on_step=on_step)
         check_finite(training.delta)
+        check_norm(training.delta)
         return training
 
     def base_items(

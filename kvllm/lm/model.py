@@ -10,7 +10,9 @@ chat template is asked with plain prompts; answers end where the model's own sto
 from __future__ import annotations
 
 import hashlib
+import json
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,12 +23,13 @@ from typing import Any
 import torch
 
 from kvllm.config import ModelConfig
-from kvllm.errors import ConfigError, ModelError, OutOfResources
+from kvllm.errors import ConfigError, KvllmError, ModelError, OutOfResources, is_out_of_memory
 
 Message = dict[str, str]
 # A base model without chat template gets the question in this frame; the answer follows after a space.
 PLAIN_FRAME = "Question: {content}\nAnswer:"
 _SENTINEL = "\u27e6kvllm-slot-{index}\u27e7"
+_MARKUP = re.compile(r"<.+>|\[.+\]|\{.+\}|⟨.+⟩|\uff1c.+\uff1e", re.DOTALL)
 _GENERATION_BATCH = 32
 _HEAD_TOKENS = 256  # positions per vocabulary projection when scoring
 
@@ -63,6 +66,7 @@ class LanguageModel:
         self.model = model
         self.tokenizer = tokenizer
         self.config = config
+        self._frames: dict[tuple[str, ...], tuple[int, ...]] = {}
         self.model.eval()
         self.model.requires_grad_(False)
 
@@ -76,7 +80,6 @@ class LanguageModel:
         """
         config = config or ModelConfig()
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-        from safetensors import SafetensorError
         from transformers import AutoModelForCausalLM, AutoTokenizer
         from transformers.utils import logging as transformers_logging
 
@@ -85,20 +88,43 @@ class LanguageModel:
         device = resolve_device(config.device)
         try:
             tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-            model: Any = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 str(folder),
                 dtype=getattr(torch, config.dtype),
                 local_files_only=True,
                 trust_remote_code=False,
                 use_safetensors=True,
+                output_loading_info=True,
             )
+            model, report = loaded
             model = model.to(device)
-        except (MemoryError, torch.OutOfMemoryError) as error:
-            raise OutOfResources(f"There is not enough memory to load the model {Path(folder).name}.") from error
-        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-            raise ModelError(f"The model folder {folder} cannot be loaded: {reason}") from error
-        return cls(model, tokenizer, config)
+        except Exception as error:  # files from outside: every kind of error means that they cannot be loaded
+            if is_out_of_memory(error):
+                raise OutOfResources(f"There is not enough memory to load the model {Path(folder).name}.") from error
+            raise ModelError(f"The model folder {folder} cannot be loaded: {_reason(error)}.") from error
+        missing = sorted(report["missing_keys"])
+        if missing:  # transformers fills them with random numbers, others at every loading
+            raise ModelError(
+                f"The model folder {folder} lacks {len(missing)} weight{'s' if len(missing) > 1 else ''} "
+                f"({', '.join(missing[:3])}); nothing was loaded, download it again."
+            )
+        found = cls(model, tokenizer, config)
+        found._check_tokenizer(folder)
+        return found
+
+    def _check_tokenizer(self, folder: str | Path) -> None:
+        """Refuse a tokenizer or a chat template that cannot carry a question to the model."""
+        slot = _SENTINEL.format(index=0)
+        if self.has_chat_template and slot not in self._render([{"role": "user", "content": slot}]):
+            raise ModelError(f"The chat template in {folder} drops what the user says; nothing was loaded.")
+        try:
+            usable = bool(self.prompt_ids("?"))
+        except KvllmError:
+            raise
+        except Exception as error:  # its files come from outside
+            raise ModelError(f"The tokenizer in {folder} cannot be used: {_reason(error)}.") from error
+        if not usable:
+            raise ModelError(f"The tokenizer in {folder} makes an empty prompt; nothing was loaded.")
 
     # ------------------------------------------------------------------ tokens
 
@@ -118,6 +144,8 @@ class LanguageModel:
         declared = self.model.generation_config.eos_token_id
         for ids in (declared, self.tokenizer.eos_token_id, self.end_of_turn):
             found.extend([ids] if isinstance(ids, int) else list(ids or ()))
+        if not all(isinstance(token, int) for token in found):
+            raise ModelError(f"The model's generation_config.json names an impossible end token ({declared!r}).")
         return tuple(dict.fromkeys(found))
 
     @cached_property
@@ -157,10 +185,50 @@ class LanguageModel:
         strings = set(self.tokenizer.all_special_tokens) | set(self.tokenizer.get_added_vocab())
         return tuple(s for s in strings if s.strip())
 
+    @cached_property
+    def control_ids(self) -> frozenset[int]:
+        """Ids that steer the model and that no user may write: special tokens, and added ones that are markup.
+
+        Many models declare `<think>` or their role marks as added tokens that are not special, which
+        `split_special_tokens` leaves whole. Added words and runs of spaces are ordinary text.
+        """
+        template = str(getattr(self.tokenizer, "chat_template", None) or "")
+        added = {
+            int(token)
+            for string, token in self.tokenizer.get_added_vocab().items()
+            if _MARKUP.fullmatch(string.strip()) or (string.strip() and string in template)
+        }
+        return frozenset(added | {int(i) for i in self.tokenizer.all_special_ids})
+
     def text_ids(self, text: str) -> list[int]:
-        """Tokenize user text so that nothing in it becomes a control token."""
-        ids = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        """Tokenize user text so that nothing in it becomes a control token.
+
+        Raises:
+            ConfigError: this tokenizer knows a part of the text as a control token only.
+        """
+        ids = [int(i) for i in self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]]
+        if self.control_ids.isdisjoint(ids):
+            return ids
+        bare = self._bare_tokenizer
+        ids = bare.encode(text, add_special_tokens=False).ids if bare is not None else ids
+        if not self.control_ids.isdisjoint(ids):
+            raise ConfigError(
+                "The text contains a control token that this model's tokenizer cannot take as plain text; nothing was "
+                "changed. Write it differently."
+            )
         return [int(i) for i in ids]
+
+    @cached_property
+    def _bare_tokenizer(self) -> Any:
+        """The tokenizer without any added token, so that their strings are spelt as text; None if it has no such."""
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        if backend is None:
+            return None
+        from tokenizers import Tokenizer
+
+        return Tokenizer.from_str(
+            json.dumps({**json.loads(backend.to_str()), "added_tokens": [], "post_processor": None})
+        )
 
     def prompt_ids(self, prompt: str | Sequence[Message]) -> list[int]:
         """Tokenize one prompt, or a conversation, up to the place where the answer starts.
@@ -175,7 +243,10 @@ class LanguageModel:
             return self._plain_ids(messages)
         if not any(s in m["content"] for m in messages for s in self._control_strings):
             rendered = self._render(messages, add_generation_prompt=True)
-            return [int(i) for i in self.tokenizer(rendered, add_special_tokens=False)["input_ids"]]
+            whole = [int(i) for i in self.tokenizer(rendered, add_special_tokens=False)["input_ids"]]
+            # A normalizer may make a control token of letters that only look like one (full-width brackets, say).
+            if self._controls(whole) == self._frame_controls(tuple(m["role"] for m in messages)):
+                return whole
         slots = [{**m, "content": _SENTINEL.format(index=i)} for i, m in enumerate(messages)]
         rest = self._render(slots, add_generation_prompt=True)
         ids: list[int] = []
@@ -187,6 +258,16 @@ class LanguageModel:
             ids += self.text_ids(message["content"])
         ids += [int(i) for i in self.tokenizer(rest, add_special_tokens=False)["input_ids"]]
         return ids
+
+    def _controls(self, ids: Sequence[int]) -> tuple[int, ...]:
+        return tuple(i for i in ids if i in self.control_ids)
+
+    def _frame_controls(self, roles: tuple[str, ...]) -> tuple[int, ...]:
+        """Return the control tokens that the template itself writes around messages of these roles."""
+        if roles not in self._frames:
+            rendered = self._render([{"role": role, "content": "x"} for role in roles], add_generation_prompt=True)
+            self._frames[roles] = self._controls(self.tokenizer(rendered, add_special_tokens=False)["input_ids"])
+        return self._frames[roles]
 
     def answer_ids(self, text: str, *, end: bool = True) -> list[int]:
         """Tokenize an answer as it would follow the prompt, with the end-of-turn token unless told otherwise."""
@@ -202,11 +283,18 @@ class LanguageModel:
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
 
     def _render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
-        return str(
-            self.tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
+        try:
+            return str(
+                self.tokenizer.apply_chat_template(
+                    list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
+                )
             )
-        )
+        except KvllmError:
+            raise
+        except Exception as error:  # a program from outside, run in jinja's sandbox: it can fail in any way
+            raise ModelError(
+                f"The model's chat template cannot be used: {_reason(error)}; nothing was asked."
+            ) from error
 
     def _plain_ids(self, messages: Sequence[Message]) -> list[int]:
         ids: list[int] = []
@@ -261,20 +349,8 @@ class LanguageModel:
             for place, i in enumerate(batch):
                 ids[place, width - len(prompts[i]) :] = torch.tensor(prompts[i])
                 mask[place, width - len(prompts[i]) :] = 1
-            output = self.model.generate(
-                input_ids=ids.to(self.device),
-                attention_mask=mask.to(self.device),
-                max_new_tokens=limit,
-                do_sample=False,
-                num_beams=1,
-                temperature=None,
-                top_p=None,
-                top_k=None,
-                repetition_penalty=None,
-                eos_token_id=list(self.stop_ids),
-                pad_token_id=self.pad_id,
-                use_cache=True,
-            )
+            with self._greedy(limit):
+                output = self.model.generate(input_ids=ids.to(self.device), attention_mask=mask.to(self.device))
             for place, i in enumerate(batch):
                 answers[i] = self._until_stop(output[place, width:].tolist())
             if on_batch is not None:
@@ -318,6 +394,25 @@ class LanguageModel:
         for i, more in zip(going, rest, strict=True):
             accepted[i] = (accepted[i] + more)[:limit]
         return accepted
+
+    @contextmanager
+    def _greedy(self, limit: int) -> Iterator[None]:
+        """Plain greedy decoding while this is open, whatever the base's generation_config.json wishes.
+
+        transformers fills everything that a call leaves open from that file: sampling, penalties and biases, a time
+        limit, or a decoding method that it would fetch from the hub.
+        """
+        from transformers import GenerationConfig
+
+        stop = list(self.stop_ids)
+        own = self.model.generation_config
+        self.model.generation_config = GenerationConfig(
+            max_new_tokens=limit, do_sample=False, num_beams=1, eos_token_id=stop, pad_token_id=self.pad_id
+        )
+        try:
+            yield
+        finally:
+            self.model.generation_config = own
 
     def generate(
         self,
@@ -455,6 +550,11 @@ def tensors_digest(tensors: dict[str, torch.Tensor], *, seed: str = "") -> str:
         digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
         digest.update(tensor.view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def _reason(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines or [type(error).__name__])[0][:200].rstrip(".")
 
 
 def resolve_device(name: str) -> torch.device:

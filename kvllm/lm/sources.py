@@ -19,7 +19,6 @@ import os
 import re
 import secrets
 import shutil
-import struct
 import subprocess
 import sys
 import tempfile
@@ -36,6 +35,7 @@ from kvllm.config import cache_folder
 from kvllm.errors import ModelError, OutOfResources, Untrusted
 from kvllm.lm.digest import CHUNK, file_sha256, files_digest
 from kvllm.lm.registry import MODELS, Package, PinnedFile, PinnedModel
+from kvllm.lm.weightfile import check_header
 from kvllm.records import Progress, Record
 
 MANIFEST = "manifest.json"
@@ -68,6 +68,13 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack")
 HUB_PATTERNS = (*(f"*{suffix}" for suffix in IDENTITY_SUFFIXES), *sorted(IDENTITY_NAMES), "*/config.json", "*.jinja")
 HUB_IGNORED = ("onnx/*", "openvino/*", "original/*", "coreml/*", "flax/*")
 DISK_FULL = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}  # Windows has no EDQUOT
+# transformers prefers such a file to config.json or tokenizer.json where these name it; so it is part of the identity.
+VERSIONED = re.compile(r"(config|tokenizer)\..+\.json")
+# Settings, at any depth, that make transformers fetch or run code which is not its own.
+CODE_SETTINGS = ("auto_map", "custom_pipelines", "custom_generate")
+KERNEL_SETTINGS = ("attn_implementation", "_attn_implementation", "experts_implementation")
+LAYER_COUNTS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
+MAX_SHARED_LAYERS = 1000  # so many may share one set of weights
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -279,16 +286,24 @@ def _check_folder(folder: Path) -> list[str]:
             "merge it first or move it away."
         )
     parts = [folder, *_module_folders(folder)]
-    for part in parts:
-        for name in ("config.json", "tokenizer_config.json"):
-            _check_config(part / name)
     names: list[str] = []
+    tensors = 0
     for part in parts:
         entries = sorted(entry.name for entry in part.iterdir() if entry.is_file())
+        versioned = {name for name in entries if VERSIONED.fullmatch(name)}
+        for name in sorted({"config.json", "tokenizer_config.json", "generation_config.json"} | versioned):
+            _check_config(part / name)
         weights = _weights(part, entries, needed=part is folder)
+        tensors += sum(len(check_header(part / name)) for name in weights)
         for name in entries:
-            if name in weights or name in IDENTITY_NAMES or name.endswith((".index.json", ".model", ".tiktoken")):
+            if (
+                name in weights
+                or name in versioned
+                or name in IDENTITY_NAMES
+                or name.endswith((".index.json", ".model", ".tiktoken"))
+            ):
                 names.append((part / name).relative_to(folder).as_posix())
+    _check_layers(folder / "config.json", tensors)
     templates = folder / "additional_chat_templates"
     if templates.is_dir():
         names += [f"{templates.name}/{file.name}" for file in templates.glob("*.jinja")]
@@ -299,9 +314,14 @@ def _weights(part: Path, entries: list[str], *, needed: bool) -> set[str]:
     """Return the weight files of a folder: those its index names, or model.safetensors, checked one by one."""
     weights: set[str] = set()
     for index in (name for name in entries if name.endswith(".safetensors.index.json")):
-        for target in _read_json(part / index).get("weight_map", {}).values():
+        listed = _read_json(part / index).get("weight_map", {})
+        if not isinstance(listed, dict):
+            raise ModelError(f"{part / index} does not map tensors to files; download it again.")
+        for target in listed.values():
             if not isinstance(target, str) or Path(target).name != target or "\\" in target or target in ("", ".."):
                 raise Untrusted(f"{part / index} points outside its folder ({target!r}); nothing was loaded.")
+            if not target.endswith(".safetensors"):  # transformers would open any other name as a pickle
+                raise Untrusted(f"{part / index} names {target!r}, which is no safetensors file; nothing was loaded.")
             if target not in entries:
                 raise ModelError(f"{part / index} names {target}, which is missing; download the folder again.")
             weights.add(target)
@@ -313,34 +333,57 @@ def _weights(part: Path, entries: list[str], *, needed: bool) -> set[str]:
             f"{part} has no *.safetensors but {so}; nothing was loaded. Convert it with save_pretrained, which writes "
             "safetensors."
         )
-    for name in weights:
-        _check_safetensors(part / name)
     return weights
-
-
-def _check_safetensors(path: Path) -> None:
-    """Refuse a file that is cut short or no safetensors file at all (a Git LFS pointer, say); reads 8 bytes."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        head = file.read(8)
-    if len(head) < 8 or not 2 <= struct.unpack("<Q", head)[0] <= size - 8:
-        raise ModelError(
-            f"{path} ({size} bytes) is not a whole safetensors file; if it is a Git LFS pointer, fetch the real file."
-        )
 
 
 def _check_config(path: Path) -> None:
     if not path.is_file():
         return
     config = _read_json(path)
-    if "auto_map" in config or "custom_pipelines" in config:
-        raise Untrusted(
-            f"{path} asks for the model's own Python code (auto_map), which kvllm never runs; use a model whose "
-            "architecture transformers itself knows."
-        )
+    for setting, value in _settings(config):
+        if setting in CODE_SETTINGS:
+            raise Untrusted(
+                f"{path} asks for the model's own Python code ({setting}), which kvllm never runs; use a model whose "
+                "architecture transformers itself knows."
+            )
+        if setting in KERNEL_SETTINGS and "/" in str(value):  # a hub repository: transformers would download and run it
+            raise Untrusted(
+                f"{path} asks for code from a hub repository ({setting}: {str(value)[:100]!r}), which kvllm never "
+                "runs; nothing was loaded."
+            )
+        if setting in ("configuration_files", "fast_tokenizer_files") and not _plain_names(value):
+            raise Untrusted(f"{path} points outside its folder ({setting}); nothing was loaded.")
     explicit = config.get("transformers_weights")
     if explicit is not None and (not isinstance(explicit, str) or Path(explicit).name != explicit or "\\" in explicit):
         raise Untrusted(f"{path} points to weights outside its folder ({explicit!r}); nothing was loaded.")
+
+
+def _check_layers(path: Path, tensors: int) -> None:
+    """Refuse a number of layers that the weights cannot have: transformers would build them all before it looks."""
+    for setting, value in _settings(_read_json(path)):
+        if setting in LAYER_COUNTS and isinstance(value, int) and value > max(MAX_SHARED_LAYERS, tensors):
+            raise ModelError(
+                f"{path} speaks of {value:,} layers ({setting}), and the weights have {tensors:,} tensors; nothing was "
+                "loaded."
+            )
+
+
+def _settings(value: Any) -> Iterator[tuple[str, Any]]:
+    """Yield every name with its value, at any depth."""
+    waiting = [value]
+    while waiting:
+        inner = waiting.pop()
+        if isinstance(inner, dict):
+            yield from inner.items()
+            waiting.extend(inner.values())
+        elif isinstance(inner, list):
+            waiting.extend(inner)
+
+
+def _plain_names(names: Any) -> bool:
+    return isinstance(names, list) and all(
+        isinstance(name, str) and Path(name).name == name and "\\" not in name for name in names
+    )
 
 
 def _module_folders(folder: Path) -> list[Path]:
@@ -350,6 +393,8 @@ def _module_folders(folder: Path) -> list[Path]:
         return []
     found: list[Path] = []
     for module in _read_json(path, kind=list):
+        if not isinstance(module, dict):
+            raise ModelError(f"{path} does not list modules; download it again.")
         kind, place = str(module.get("type", "")), str(module.get("path", ""))
         if not kind.startswith("sentence_transformers."):
             raise Untrusted(f"{path} asks for the code {kind!r}, which kvllm never runs; nothing was loaded.")
@@ -363,7 +408,7 @@ def _module_folders(folder: Path) -> list[Path]:
 def _read_json(path: Path, *, kind: type = dict) -> Any:
     try:
         value = json.loads(path.read_bytes())
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise ModelError(f"{path} cannot be read as JSON ({_first_line(error)}); download it again.") from error
     if not isinstance(value, kind):
         raise ModelError(f"{path} does not hold a JSON {kind.__name__}; download it again.")
@@ -468,6 +513,12 @@ def _stamp(path: Path) -> list[int]:
     return [stat.st_size, stat.st_mtime_ns]
 
 
+def _full_stamp(path: Path) -> list[int]:
+    """Size, time, inode, and the time of the last change of any of them, which no program can set back."""
+    stat = path.stat()
+    return [stat.st_size, stat.st_mtime_ns, stat.st_ino, stat.st_ctime_ns]
+
+
 def _hashes(folder: Path, names: Iterable[str], report: REPORT) -> dict[str, str]:
     names = sorted(names)
     total, done = sum((folder / name).stat().st_size for name in names), 0
@@ -489,7 +540,7 @@ def _remembered_hashes(folder: Path, names: list[str], report: REPORT, *, verify
         known = {}
     if not isinstance(known, dict):
         known = {}
-    stamps = {name: [*_stamp(folder / name), (folder / name).stat().st_ino] for name in names}
+    stamps = {name: _full_stamp(folder / name) for name in names}
     fresh = [name for name in names if verify or (known.get(name) or {}).get("stamp") != stamps[name]]
     files = {name: str(known[name]["sha256"]) for name in names if name not in fresh}
     if fresh:

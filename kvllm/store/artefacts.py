@@ -28,6 +28,7 @@ MAX_CONFIG_BYTES = 1 << 20
 MAX_HEADER_BYTES = 16 << 20
 MAX_DELTA_BYTES = 16 << 30
 MAX_RANK = 4096
+_MAX_SAID = 500
 MAX_NORM = 1e4  # the weights of a whole model have norms of hundreds to thousands; a delta near that is no edit
 
 _ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
@@ -46,6 +47,15 @@ _MUST_BE_EMPTY = (
     "use_bdlora",
     "alora_invocation_tokens",
     "megatron_config",
+    "layers_to_transform",
+    "layers_pattern",
+    "exclude_modules",
+    "loftq_config",
+    "eva_config",
+    "corda_config",
+    "lora_ga_config",
+    "arrow_config",
+    "use_qalora",
 )
 
 
@@ -142,7 +152,8 @@ def check_delta(
 
 def _need(condition: bool, sentence: str) -> None:
     if not condition:
-        raise Untrusted(f"The delta {sentence}; it was not accepted.")
+        shown = sentence if len(sentence) <= _MAX_SAID else f"{sentence[:_MAX_SAID]}…"  # it may quote a megabyte
+        raise Untrusted(f"The delta {shown}; it was not accepted.")
 
 
 def _json_object(content: bytes, what: str) -> dict[str, Any]:
@@ -185,6 +196,9 @@ def _check_config(content: bytes) -> dict[str, Any]:
     for name in _MUST_BE_EMPTY:
         _need(not config.get(name), f"sets {name} in its configuration, which a plain LoRA does not")
     _need(config.get("bias") in (None, "none"), f"trains biases (bias={config.get('bias')!r})")
+    # The other ways to start (PiSSA, OLoRA, LoftQ, …) make peft take something off the base's weights when it loads.
+    start = config.get("init_lora_weights", True)
+    _need(isinstance(start, bool) or start in (None, "gaussian"), f"asks for another start ({start!r}) of the weights")
     mapping = config.get("auto_mapping")  # AutoPeftModel imports the module it names
     _need(
         mapping is None

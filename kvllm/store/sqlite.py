@@ -58,7 +58,7 @@ def connect(ledger: Path, *, readonly: bool = False, create: bool = False) -> sq
         create: Make the file if it is missing.
     """
     mode = "ro" if readonly else ("rwc" if create else "rw")
-    uri = f"file:{quote(str(ledger.absolute()))}?mode={mode}"
+    uri = f"file:{quote(os.fsencode(ledger.absolute()))}?mode={mode}"  # bytes: a path need not be UTF-8
     # Threads are kept apart by the mutex in Store, so the driver's own per-thread check is not wanted.
     connection = sqlite3.connect(uri, uri=True, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False)
     try:

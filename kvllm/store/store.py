@@ -536,7 +536,7 @@ class Store:
 
         Args:
             sha: Its content address.
-            verify: Hash every byte and check the safetensors header and the configuration.
+            verify: Hash every byte, and check header, configuration and numbers as at the commit.
 
         Raises:
             Corrupt: The files are missing or not those that were committed; the edit that owns them is named.
@@ -573,7 +573,7 @@ class Store:
                     f"`kvllm verify {self.path}`."
                 )
         if verify:
-            artefacts.check_delta(content, header_only=True)
+            artefacts.check_delta(content)
         return Delta(sha, content)
 
     # ---------------------------------------------------------------- snapshots
