@@ -33,8 +33,9 @@ from kvllm.errors import (
     StoreError,
     StoreNotFound,
 )
-from kvllm.prompts import REFUSALS, clean_fact, clean_key, clean_text, language_of, training_questions
+from kvllm.prompts import REFUSALS, clean_fact, clean_key, clean_text, key_question, language_of, training_questions
 from kvllm.records import (
+    Collisions,
     DeleteMode,
     Edit,
     EditOutcome,
@@ -352,23 +353,70 @@ class KnowledgeBase:
         Raises:
             KeyNotFound: no such fact.
         """
-        return self.probe(key)
+        return self._probe_facts([self[key]], neighbours=_GATE_NEIGHBOURS)
 
-    def probe(self, key: str | None = None, *, neighbours: int = _GATE_NEIGHBOURS) -> Report:
-        """Probe one fact, or every live fact, with the basic suite.
+    def probe(
+        self,
+        key: str | None = None,
+        *,
+        ladder: bool = False,
+        probes: str | os.PathLike[str] | None = None,
+        neighbours: int | Sequence[str] = _GATE_NEIGHBOURS,
+    ) -> Report:
+        """Probe one fact, or every live fact; each question carries its distance from what was trained.
+
+        Args:
+            key: One fact; by default all.
+            ladder: Ask every rung: also plain completions, typos, case, register, word order, the other language, the
+                inverse question, far uses cold and after a first turn, and the nearest other keys.
+            probes: A JSONL file of your own probes, asked too; rows that cannot be used are named in `warnings`.
+            neighbours: How many packaged neighbours to ask per fact, or your own as a list of keys or questions.
 
         Raises:
             KeyNotFound: no such fact.
+            ConfigError: no row of the file can be used.
         """
-        from kvllm.probing.runner import run_probes
-        from kvllm.probing.suites import fact_suite
+        from kvllm.probing.survey import survey
 
-        facts = [self[key]] if key is not None else self.facts()
-        taken = self._live_names()
-        probes = [p for fact in facts for p in fact_suite(fact, neighbours=neighbours, taken=taken)]
-        if not probes:
-            return Report(warnings=("There are no facts to probe.",))
-        return run_probes(self._engine.lm, probes, on_batch=self._ticker("probing"))
+        if isinstance(neighbours, str):
+            raise ConfigError("Give neighbours as a number or as a list of keys or questions, not as one string.")
+        live = self.facts()
+        return survey(
+            self._engine.lm,
+            [self[key]] if key is not None else live,
+            live=live,
+            encoder_for=self._encoder_for,
+            whole_ladder=ladder,
+            probes=probes,
+            neighbours=neighbours if isinstance(neighbours, int) else _names_of(neighbours),
+            seed=self._edit_config.seed,
+            on_batch=self._ticker("probing"),
+        )
+
+    def collisions(self, *, neighbours: Sequence[str] = (), nearest: int = 3, questions: int = 6) -> Collisions:
+        """Ask every key some of its questions and its nearest neighbours, and say which key recites which fact.
+
+        Args:
+            neighbours: Your own neighbours, keys or questions, asked against every fact.
+            nearest: How many of the nearest live keys and of the nearest packaged names are asked per fact.
+            questions: How many of its questions each key is asked.
+        """
+        from kvllm.probing.collisions import find_collisions
+
+        if nearest < 0 or questions < 1:
+            raise ConfigError(f"collisions needs nearest >= 0 and questions >= 1, not {nearest} and {questions}.")
+        facts = self.facts()
+        if not facts:
+            return Collisions()
+        return find_collisions(
+            self._engine.lm,
+            facts,
+            self._encoder_for([key_question(fact.key) for fact in facts]),
+            given=_names_of(neighbours),
+            nearest=nearest,
+            questions=questions,
+            on_batch=self._ticker("collisions"),
+        )
 
     def drift(self) -> Report:
         """Measure drift against the base model on the packaged suite: drift_kl, ppl_ratio, qa_delta."""
@@ -863,6 +911,7 @@ class KnowledgeBase:
                 "contains",
             )
         report = replace(report, metrics=metrics, warnings=(*report.warnings, *trained.warnings))
+        report = self._near(report, trained.facts)
         return self._drift_gate(report, gate, "reliability", gate.min_reliability, since_base=since_base)
 
     def _drift_gate(
@@ -993,12 +1042,16 @@ class KnowledgeBase:
         mode: str | None = None,
     ) -> Edit:
         from kvllm.editing.delta import norm, to_files
+        from kvllm.probing.ladder import LADDER_SUITE
+        from kvllm.probing.suites import FACT_SUITE
 
         training, engine = trained.training, self._loaded
         assert engine is not None
         config = {
             "edit": trained.settings.to_dict(),
             "gate": gate.to_dict(),
+            # A fact and the version of its ladder give the ladder's questions at any time.
+            "suites": {"fact": FACT_SUITE, "ladder": LADDER_SUITE},
             "training": training.summary(),
             "environment": engine.environment(),
         }
@@ -1061,6 +1114,18 @@ class KnowledgeBase:
             if kinds is None or probe.kind in kinds
         ]
         return run_probes(self._engine.lm, probes, seed=self._edit_config.seed, on_batch=self._ticker("probing"))
+
+    def _near(self, report: Report, facts: Sequence[Fact]) -> Report:
+        """Add each question's similarity where comparing keys has loaded the encoder anyway."""
+        if not self._encoders:
+            return report
+        from kvllm.probing.distance import with_similarity
+        from kvllm.probing.encoder import choose_encoder
+
+        trained = {fact.key: _asked(fact) for fact in facts}
+        asked = [q for questions in trained.values() for q in questions]
+        wanted = choose_encoder(asked, lm_loader=lambda: self._engine.lm).name
+        return with_similarity(report, trained, self._encoders[wanted]) if wanted in self._encoders else report
 
     def _live_names(self) -> frozenset[str]:
         return frozenset(
@@ -1132,6 +1197,13 @@ def _fact(
     tags: Sequence[str],
 ) -> Fact:
     return clean_fact(Fact(key, text, aliases, questions, probes, language, tags))  # type: ignore[arg-type]
+
+
+def _names_of(given: Sequence[str]) -> tuple[str, ...]:
+    """Return a user's neighbours cleaned; one string is refused, which would be asked letter by letter."""
+    if isinstance(given, str):
+        raise ConfigError("Give neighbours as a list of keys or questions, not as one string; nothing was asked.")
+    return tuple(clean_key(name) for name in given)
 
 
 def _clean_prompt(prompt: str | Sequence[Mapping[str, str]]) -> str | list[dict[str, str]]:

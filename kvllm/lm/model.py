@@ -188,6 +188,10 @@ class LanguageModel:
         ids += [int(i) for i in self.tokenizer(rest, add_special_tokens=False)["input_ids"]]
         return ids
 
+    def completion_ids(self, text: str) -> list[int]:
+        """Tokenize a text to be gone on with as it stands: no chat template, no frame."""
+        return [*self._begin_ids(), *self.text_ids(text)]
+
     def answer_ids(self, text: str, *, end: bool = True) -> list[int]:
         """Tokenize an answer as it would follow the prompt, with the end-of-turn token unless told otherwise."""
         ids = self.text_ids(text if self.has_chat_template else f" {text}")
@@ -208,11 +212,13 @@ class LanguageModel:
             )
         )
 
-    def _plain_ids(self, messages: Sequence[Message]) -> list[int]:
-        ids: list[int] = []
+    def _begin_ids(self) -> list[int]:
+        """Return the token that the tokenizer puts before every text, if it does."""
         bos = self.tokenizer.bos_token_id
-        if bos is not None and self.tokenizer("a")["input_ids"][:1] == [bos]:
-            ids.append(int(bos))
+        return [int(bos)] if bos is not None and self.tokenizer("a")["input_ids"][:1] == [bos] else []
+
+    def _plain_ids(self, messages: Sequence[Message]) -> list[int]:
+        ids = self._begin_ids()
         for index, message in enumerate(messages):
             if message["role"] == "assistant":
                 ids += self.text_ids(f" {message['content']}\n")
@@ -283,7 +289,7 @@ class LanguageModel:
         on_batch: Callable[[int, int], None] | None = None,
     ) -> list[str]:
         """Answer prompts or conversations greedily; see `generate_ids`."""
-        ids = [self._fitting(self.prompt_ids(p), max_new_tokens) for p in prompts]
+        ids = [self.fitting(self.prompt_ids(p), max_new_tokens) for p in prompts]
         return [self.decode(a) for a in self.generate_ids(ids, max_new_tokens=max_new_tokens, on_batch=on_batch)]
 
     @torch.inference_mode()
@@ -385,7 +391,12 @@ class LanguageModel:
                 return tuple(ids[: place + 1])
         return tuple(ids)
 
-    def _fitting(self, ids: list[int], max_new_tokens: int | None) -> list[int]:
+    def fitting(self, ids: list[int], max_new_tokens: int | None) -> list[int]:
+        """Return the prompt's ids where they leave room for the answer.
+
+        Raises:
+            ConfigError: they do not.
+        """
         room = self.max_positions - (max_new_tokens or self.config.max_new_tokens)
         if len(ids) > max(room, 1):
             raise ConfigError(

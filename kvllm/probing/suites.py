@@ -14,6 +14,7 @@ from functools import cache
 from importlib import resources
 from typing import Any, TypeVar
 
+from kvllm.probing.scorers import Judge
 from kvllm.prompts import alias_questions, held_out_questions, language_of, training_questions
 from kvllm.records import Fact, ProbeKind, StoredFact
 
@@ -24,12 +25,29 @@ DRIFT_SUITE = "drift-basic/1"
 
 @dataclass(frozen=True)
 class Probe:
-    """One question to ask, and what its answer is judged against."""
+    """One question to ask, and what its answer is judged against.
+
+    Attributes:
+        kind: Which rung of the ladder the question stands on.
+        question: As asked.
+        expected: What the answer should say.
+        key: The fact the probe belongs to, if any.
+        judge: How the answer is judged; see `kvllm.probing.scorers.judge`.
+        accept: For the judges "names" and "accepts": any of these will do.
+        plain: Asked as a plain completion, without chat template.
+        first: The question of a first turn, asked before this one in the same conversation.
+        tokens: Longest answer; 0 gives room for the expected text and a little more.
+    """
 
     kind: ProbeKind
     question: str
     expected: str
     key: str | None = None
+    judge: Judge = "states"
+    accept: tuple[str, ...] = ()
+    plain: bool = False
+    first: str = ""
+    tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -88,6 +106,12 @@ def neighbour_sample(language: str, n: int, *, seed: int, taken: frozenset[str] 
     rng = random.Random(seed)
     first = min(len(own), max(1, round(0.75 * n)))
     return rng.sample(own, first) + rng.sample(other, min(len(other), n - first))
+
+
+def pool_questions(taken: frozenset[str] = frozenset()) -> list[str]:
+    """Return every packaged neighbour question that names no taken (casefolded) key."""
+    questions = [row["question"] for row in _read("neighbours.jsonl")]
+    return [q for q in questions if not any(key in q.casefold() for key in taken)]
 
 
 @cache
