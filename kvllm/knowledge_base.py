@@ -418,9 +418,47 @@ class KnowledgeBase:
             on_batch=self._ticker("collisions"),
         )
 
-    def drift(self) -> Report:
-        """Measure drift against the base model on the packaged suite: drift_kl, ppl_ratio, qa_delta."""
-        return self._engine.drift(full=True, tick=self._ticker("drift"))
+    def drift(
+        self, suite: str | os.PathLike[str] | None = None, *, lm_eval: Sequence[str] = (), limit: int | None = None
+    ) -> Report:
+        """Measure drift against the base model: drift_kl, ppl_ratio, qa_delta, and the norm of each matrix' change.
+
+        The base's outputs are computed once per base model and suite, and cached.
+
+        Args:
+            suite: By default the whole packaged suite; "basic" for the gate's; or a JSONL file of your own, whose bad
+                rows are named in `warnings`.
+            lm_eval: Tasks of the package lm-eval, asked of the base and of the edited model.
+            limit: Most examples per task.
+
+        Raises:
+            ConfigError: no row of the file can be used; lm-eval is not installed or has no such task.
+        """
+        from kvllm.probing.suites import drift_suite, whole_drift_suite
+        from kvllm.probing.userfile import read_suite
+
+        if isinstance(lm_eval, str):
+            raise ConfigError("Give the lm-eval tasks as a list of names, not as one string; nothing was measured.")
+        if lm_eval:
+            from kvllm.probing.harness import check_tasks
+
+            check_tasks(lm_eval)
+        mistakes: list[str] = []
+        if suite is None:
+            chosen = whole_drift_suite()
+        elif suite == "basic":
+            chosen = drift_suite()
+        else:
+            chosen, mistakes = read_suite(suite)
+        engine = self._engine
+        report = engine.drift(full=True, suite=chosen, tick=self._ticker("drift"))
+        if lm_eval:
+            from kvllm.probing.harness import compare_tasks
+
+            self._tick(Progress("drift", note="lm-eval"))
+            found = compare_tasks(engine.lm, engine.base_weights, self._store.base.digest, lm_eval, limit=limit)
+            report = replace(report, metrics={**report.metrics, **found})
+        return replace(report, warnings=(*report.warnings, *mistakes))
 
     def find(self, query: str, n: int = 5) -> list[Match]:
         """Return the live facts whose keys mean what the query means, nearest first."""

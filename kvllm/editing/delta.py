@@ -223,6 +223,10 @@ class AdaptedWeights:
             self._sync(name)
         self._touched = set(state)
 
+    def change_norms(self) -> dict[str, float]:
+        """Return the Frobenius norm of the change against the base of every touched matrix, by module."""
+        return {name: float((self._masters[name].double() - self._base[name].double()).norm()) for name in self.touched}
+
     def digest(self) -> str:
         """Return sha256 over the base digest and the touched masters (name, dtype, shape, bytes)."""
         return tensors_digest({name: self.master(name) for name in self.touched}, seed=self._base_digest)

@@ -8,6 +8,7 @@ list, one of which is enough). Suites: `{"question": …, "accept": […]}`, `{"
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -75,7 +76,10 @@ def read_suite(path: str | os.PathLike[str]) -> tuple[DriftSuite, list[str]]:
     parts: dict[str, list[Any]] = {"question": [], "prompt": [], "text": []}
     for kind, part in rows:
         parts[kind].append(part)
-    return DriftSuite(tuple(parts["question"]), tuple(parts["prompt"]), tuple(parts["text"])), mistakes
+    # The name stands with every number: the file's, and which content it had.
+    content = json.dumps([[q.question, *q.accept] for q in parts["question"]] + [parts["prompt"], parts["text"]])
+    name = f"{Path(path).name}/{hashlib.sha256(content.encode()).hexdigest()[:8]}"
+    return DriftSuite(tuple(parts["question"]), tuple(parts["prompt"]), tuple(parts["text"]), name), mistakes
 
 
 def _read(path: Path, parse: Callable[[dict[str, Any]], tuple[str, T]]) -> tuple[list[T], list[str]]:
