@@ -347,6 +347,12 @@ class KnowledgeBase:
         engine = self._engine
         return engine.lm.generate(cleaned, max_new_tokens=max_new_tokens, on_batch=self._ticker("asking"))
 
+    def ask_base(self, prompt: str | Sequence[Mapping[str, str]], *, max_new_tokens: int | None = None) -> str:
+        """Ask the untouched base model, as `ask` asks the edited one."""
+        cleaned = _clean_prompt(prompt)
+        with self._engine.base_weights() as lm:
+            return lm.generate([cleaned], max_new_tokens=max_new_tokens)[0]
+
     def recall(self, key: str) -> Report:
         """Ask the key's questions (trained, paraphrased, aliases, user probes) and score them against the ledger.
 
