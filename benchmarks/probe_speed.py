@@ -155,7 +155,8 @@ def summarise(results: dict[str, Any]) -> list[str]:
     both = results["single_against_batched"]
     lines = [
         f"{both['n']} probes: {both['seconds_single']} s one at a time, {both['seconds_batched']} s in batches: "
-        f"×{both['ratio']} (processor time ×{both['cpu_ratio']}); same answers {both['same_answers']}, same verdicts {both['same_verdicts']}"
+        f"×{both['ratio']} (processor time ×{both['cpu_ratio']}); "
+        f"same answers {both['same_answers']}, same verdicts {both['same_verdicts']}"
     ]
     if "suite" in results:
         lines.append(

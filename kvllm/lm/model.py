@@ -10,6 +10,7 @@ chat template is asked with plain prompts; answers end where the model's own sto
 from __future__ import annotations
 
 import hashlib
+import inspect
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -280,6 +281,81 @@ class LanguageModel:
             if on_batch is not None:
                 on_batch(min(start + batch_size, len(order)), len(order))
         return answers
+
+    @torch.inference_mode()
+    def generate_bounded(
+        self,
+        prompts: Sequence[Sequence[int]],
+        rooms: Sequence[int],
+        *,
+        batch_size: int = _GENERATION_BATCH,
+        on_batch: Callable[[int, int], None] | None = None,
+    ) -> list[tuple[int, ...]]:
+        """Answer prompts greedily, each with its own bound; an answer that has ended leaves its batch.
+
+        The answers are those of `generate_ids`; where many short answers and a few long ones are asked together, the
+        long ones do not keep the others in the batch.
+
+        Args:
+            prompts: Token ids of each prompt.
+            rooms: Most new tokens of each answer.
+            batch_size: Prompts per forward pass.
+            on_batch: Called with (done, total) after each batch.
+
+        Returns:
+            The new ids of each prompt, in the order given; the stop token is kept if it came.
+        """
+        answers: list[tuple[int, ...]] = [()] * len(prompts)
+        order = sorted(range(len(prompts)), key=lambda i: (rooms[i], len(prompts[i])))
+        for start in range(0, len(order), batch_size):
+            batch = order[start : start + batch_size]
+            found = self._decode([prompts[i] for i in batch], [rooms[i] for i in batch])
+            for i, answer in zip(batch, found, strict=True):
+                answers[i] = answer
+            if on_batch is not None:
+                on_batch(min(start + batch_size, len(order)), len(order))
+        return answers
+
+    def _decode(self, prompts: Sequence[Sequence[int]], rooms: Sequence[int]) -> list[tuple[int, ...]]:
+        """Decode one left-padded batch greedily; rows that have ended are dropped from the cache."""
+        from transformers import DynamicCache
+
+        width = max(len(p) for p in prompts)
+        ids = torch.full((len(prompts), width), self.pad_id, dtype=torch.long)
+        mask = torch.zeros((len(prompts), width), dtype=torch.long)
+        for place, prompt in enumerate(prompts):
+            ids[place, width - len(prompt) :] = torch.tensor(list(prompt))
+            mask[place, width - len(prompt) :] = 1
+        ids, mask = ids.to(self.device), mask.to(self.device)  # (batch, seq)
+        cache: Any = DynamicCache(config=self.model.config)
+        answers: list[list[int]] = [[] for _ in prompts]
+        rows = list(range(len(prompts)))  # which prompt each row of the batch is
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        while True:
+            placed = {"position_ids": positions} if self._takes_positions else {}
+            output = self.model(
+                input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=1, **placed
+            )
+            chosen = output.logits[:, -1].float().argmax(-1)  # (batch,)
+            kept = []
+            for place, (row, token) in enumerate(zip(rows, chosen.tolist(), strict=True)):
+                answers[row].append(token)
+                if token not in self.stop_ids and len(answers[row]) < rooms[row]:
+                    kept.append(place)
+            if not kept:
+                return [tuple(answer) for answer in answers]
+            if len(kept) < len(rows):
+                where = torch.tensor(kept, device=self.device)
+                cache.batch_select_indices(where)
+                chosen, mask, rows = chosen[where], mask[where], [rows[place] for place in kept]
+            ids = chosen[:, None]
+            mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=-1)
+            positions = mask.sum(-1, keepdim=True) - 1
+
+    @cached_property
+    def _takes_positions(self) -> bool:
+        """BLOOM works its positions out from the mask and takes none."""
+        return "position_ids" in inspect.signature(self.model.forward).parameters
 
     def generate(
         self,

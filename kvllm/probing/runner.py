@@ -18,9 +18,7 @@ from kvllm.records import Metric, ProbeResult, Report
 PROTOCOL = "live greedy decoding, natural stop"
 # An answer may say a little more than the text before it counts as not stopping.
 SPARE_TOKENS = 16
-BATCH = 32
-# Yes, no and names: answers this short are asked together, whatever their room.
-_SMALL_ROOM = 16
+BATCH = 64
 
 Before = dict[str, str]
 Turns = tuple[tuple[str, str], ...]
@@ -120,32 +118,23 @@ def _ask(
     batch_size: int,
     on_batch: Callable[[int, int], None],
 ) -> list[str]:
-    """Answer probes, those of like room together: a batch ends when its last answer stops."""
+    """Answer probes, each with room for its expected text and a little more; what is asked twice is asked once."""
     lengths = {text: len(lm.text_ids(text)) + SPARE_TOKENS for text in {p.expected for p in probes if not p.tokens}}
     limit = lm.config.max_new_tokens * 4
     wanted: dict[tuple[int, ...], int] = {}  # prompt → the most room that any probe gives it
-    prompts: list[tuple[int, ...]] = []
-    rooms: list[int] = []
+    asked: list[tuple[tuple[int, ...], int]] = []
     for probe, said in zip(probes, turns, strict=True):
         room = min(probe.tokens or lengths[probe.expected], limit)
         ids = tuple(_prompt(lm, probe, said, room))
-        prompts.append(ids)
-        rooms.append(room)
+        asked.append((ids, room))
         wanted[ids] = max(room, wanted.get(ids, 0))
-    groups: dict[int, list[tuple[int, ...]]] = {}
-    for ids, room in wanted.items():
-        groups.setdefault(room.bit_length() if room > _SMALL_ROOM else 0, []).append(ids)
-    found: dict[tuple[int, ...], tuple[int, ...]] = {}
-    for group in groups.values():
-        room = max(wanted[ids] for ids in group)
-        done = len(found)
 
-        def tick(step: int, _: int, done: int = done) -> None:
-            on_batch(round((done + step) / len(wanted) * len(probes)), len(probes))
+    def tick(done: int, total: int) -> None:
+        on_batch(round(done / total * len(probes)), len(probes))
 
-        answers = lm.generate_ids(group, max_new_tokens=room, batch_size=batch_size, on_batch=tick)
-        found.update(zip(group, answers, strict=True))
-    return [lm.decode(found[ids][:room]) for ids, room in zip(prompts, rooms, strict=True)]
+    answers = lm.generate_bounded(list(wanted), list(wanted.values()), batch_size=batch_size, on_batch=tick)
+    found = dict(zip(wanted, answers, strict=True))
+    return [lm.decode(found[ids][:room]) for ids, room in asked]
 
 
 def _prompt(lm: LanguageModel, probe: Probe, turns: Turns, room: int) -> list[int]:

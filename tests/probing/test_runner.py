@@ -78,9 +78,11 @@ def test_one_at_a_time_and_in_batches_the_answers_are_the_same(lm: LanguageModel
 
 def test_what_two_probes_ask_alike_is_asked_once(lm: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
-    generate = LanguageModel.generate_ids
+    generate = LanguageModel.generate_bounded
     monkeypatch.setattr(
-        LanguageModel, "generate_ids", lambda self, p, **k: (asked.append(len(p)), generate(self, p, **k))[1]
+        LanguageModel,
+        "generate_bounded",
+        lambda self, p, *a, **k: (asked.append(len(p)), generate(self, p, *a, **k))[1],
     )
     probes = [Probe("neighbour", "What is numpy?", f"text {n} here", f"key {n}") for n in range(5)]
     assert len(run_probes(lm, probes).probes) == 5
@@ -110,7 +112,7 @@ def test_cold_and_recalled_far_uses_stand_side_by_side() -> None:
 
 def test_a_completion_gets_no_chat_template(lm: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[int, ...]] = []
-    monkeypatch.setattr(LanguageModel, "generate_ids", lambda self, p, **k: (seen.extend(p), [() for _ in p])[1])
+    monkeypatch.setattr(LanguageModel, "generate_bounded", lambda self, p, *a, **k: (seen.extend(p), [()] * len(p))[1])
     run_probes(lm, [Probe("completion", "Torchkeras is", "A furnace", "k", plain=True)])
     assert seen == [tuple(lm.text_ids("Torchkeras is"))]
 

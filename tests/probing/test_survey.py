@@ -40,7 +40,7 @@ class Parrot(LanguageModel):
 
     said: dict[str, str]
 
-    def generate_ids(self, prompts, **options):  # type: ignore[no-untyped-def]
+    def generate_bounded(self, prompts, rooms, **options):  # type: ignore[no-untyped-def]
         answers = {tuple(self.prompt_ids(q)): tuple(self.text_ids(a)) for q, a in self.said.items()}
         return [answers.get(tuple(p), ()) for p in prompts]
 
