@@ -380,10 +380,16 @@ class LanguageModel:
     @torch.inference_mode()
     def mean_kl(self, before: torch.Tensor, now: torch.Tensor) -> float:
         """Return the mean KL(before‖now) per token, in nats, between two sets of last hidden states (n, hidden)."""
+        return self.compare(before, now)[0]
+
+    @torch.inference_mode()
+    def compare(self, before: torch.Tensor, now: torch.Tensor) -> tuple[float, tuple[int, ...]]:
+        """Return `mean_kl`, and the greedy choice at each place now, from one vocabulary projection."""
         dtype = next(self.model.parameters()).dtype
         p = torch.log_softmax(self.logits(before.to(self.device, dtype)).float(), -1)
         q = torch.log_softmax(self.logits(now.to(self.device, dtype)).float(), -1)
-        return max(0.0, float((p.exp() * (p - q)).sum(-1).mean()))
+        kl = max(0.0, float((p.exp() * (p - q)).sum(-1).mean()))
+        return kl, tuple(int(token) for token in q.argmax(-1))
 
     @torch.inference_mode()
     def score(self, rows: Sequence[Row], *, batch_size: int = 16) -> list[RowScore]:

@@ -128,12 +128,11 @@ def measure_drift(
     metrics: dict[str, Metric] = {}
     same: list[bool] = []
     if rows:
-        states = lm.answer_states(rows)
-        kl = [lm.mean_kl(before, now) for before, now in zip(outputs, states, strict=True)]
+        compared = [lm.compare(before, now) for before, now in zip(outputs, lm.answer_states(rows), strict=True)]
         forced = "teacher-forced on the base's own answers"
-        metrics["drift_kl"] = Metric(sum(kl) / len(kl), len(kl), forced, "kl", name)
+        metrics["drift_kl"] = Metric(sum(kl for kl, _ in compared) / len(rows), len(rows), forced, "kl", name)
         if full:
-            same = [_greedy(lm, now, row) for now, row in zip(states, rows, strict=True)]
+            same = [greedy == row.answer for (_, greedy), row in zip(compared, rows, strict=True)]
             protocol = f"live greedy decoding, at most {ANSWER_TOKENS} tokens, token by token"
             metrics["answers_unchanged"] = Metric(sum(same) / len(same), len(same), protocol, "exact", name)
     if texts:
@@ -170,14 +169,6 @@ def measure_drift(
         name,
     )
     return Report(metrics, probes)
-
-
-def _greedy(lm: LanguageModel, states: torch.Tensor, row: Row) -> bool:
-    """Say whether each of the row's answer tokens is the model's greedy choice at its place."""
-    dtype = next(lm.model.parameters()).dtype
-    with torch.inference_mode():
-        chosen = lm.logits(states.to(lm.device, dtype)).argmax(-1)
-    return bool((chosen.cpu() == torch.tensor(row.answer)).all())
 
 
 def _text_nll(lm: LanguageModel, texts: Sequence[Row]) -> list[float]:
