@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     )
     from kvllm.knowledge_base import KnowledgeBase
     from kvllm.records import (
+        CollisionPair,
+        Collisions,
         DeltaInfo,
         Edit,
         EditOutcome,
@@ -44,6 +46,7 @@ if TYPE_CHECKING:
         Fact,
         Match,
         Metric,
+        Neighbour,
         ProbeResult,
         Problem,
         Progress,
@@ -58,6 +61,8 @@ __all__ = [
     "AmbiguousKey",
     "BaseMismatch",
     "Busy",
+    "CollisionPair",
+    "Collisions",
     "ConfigError",
     "Corrupt",
     "DeltaInfo",
@@ -78,6 +83,7 @@ __all__ = [
     "Metric",
     "ModelConfig",
     "ModelError",
+    "Neighbour",
     "OutOfResources",
     "ProbeResult",
     "Problem",
@@ -97,8 +103,8 @@ _ERRORS = (
     "KvllmError ModelError OutOfResources StaleHead StoreError StoreNotFound Untrusted"
 )
 _RECORDS = (
-    "DeltaInfo Edit EditOutcome ExportResult Fact Match Metric ProbeResult Problem Progress Report "
-    "StoredFact VerifyReport"
+    "CollisionPair Collisions DeltaInfo Edit EditOutcome ExportResult Fact Match Metric Neighbour ProbeResult Problem "
+    "Progress Report StoredFact VerifyReport"
 )
 _HOME = {
     "KnowledgeBase": "kvllm.knowledge_base",

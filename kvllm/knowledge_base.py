@@ -36,8 +36,9 @@ from kvllm.errors import (
     StoreNotFound,
     is_out_of_memory,
 )
-from kvllm.prompts import REFUSALS, clean_fact, clean_key, clean_text, language_of, training_questions
+from kvllm.prompts import REFUSALS, clean_fact, clean_key, clean_text, key_question, language_of, training_questions
 from kvllm.records import (
+    Collisions,
     DeleteMode,
     Edit,
     EditOutcome,
@@ -351,33 +352,124 @@ class KnowledgeBase:
         engine = self._engine
         return engine.lm.generate(cleaned, max_new_tokens=max_new_tokens, on_batch=self._ticker("asking"))
 
+    def ask_base(self, prompt: str | Sequence[Mapping[str, str]], *, max_new_tokens: int | None = None) -> str:
+        """Ask the untouched base model, as `ask` asks the edited one."""
+        cleaned = _clean_prompt(prompt)
+        with self._engine.base_weights() as lm:
+            return lm.generate([cleaned], max_new_tokens=max_new_tokens)[0]
+
     def recall(self, key: str) -> Report:
         """Ask the key's questions (trained, paraphrased, aliases, user probes) and score them against the ledger.
 
         Raises:
             KeyNotFound: no such fact.
         """
-        return self.probe(key)
+        return self._probe_facts([self[key]], neighbours=_GATE_NEIGHBOURS)
 
-    def probe(self, key: str | None = None, *, neighbours: int = _GATE_NEIGHBOURS) -> Report:
-        """Probe one fact, or every live fact, with the basic suite.
+    def probe(
+        self,
+        key: str | None = None,
+        *,
+        ladder: bool = False,
+        probes: str | os.PathLike[str] | None = None,
+        neighbours: int | Sequence[str] = _GATE_NEIGHBOURS,
+    ) -> Report:
+        """Probe one fact, or every live fact; each question carries its distance from what was trained.
+
+        Args:
+            key: One fact; by default all.
+            ladder: Ask every rung: also plain completions, typos, case, register, word order, the other language, the
+                inverse question, far uses cold and after a first turn, and the nearest other keys.
+            probes: A JSONL file of your own probes, asked too; rows that cannot be used are named in `warnings`.
+            neighbours: How many packaged neighbours to ask per fact, or your own as a list of keys or questions.
 
         Raises:
             KeyNotFound: no such fact.
+            ConfigError: no row of the file can be used.
         """
-        from kvllm.probing.runner import run_probes
-        from kvllm.probing.suites import fact_suite
+        from kvllm.probing.survey import survey
 
-        facts = [self[key]] if key is not None else self.facts()
-        taken = self._live_names()
-        probes = [p for fact in facts for p in fact_suite(fact, neighbours=neighbours, taken=taken)]
-        if not probes:
-            return Report(warnings=("There are no facts to probe.",))
-        return run_probes(self._engine.lm, probes, on_batch=self._ticker("probing"))
+        if isinstance(neighbours, str):
+            raise ConfigError("Give neighbours as a number or as a list of keys or questions, not as one string.")
+        live = self.facts()
+        return survey(
+            self._engine.lm,
+            [self[key]] if key is not None else live,
+            live=live,
+            encoder_for=self._encoder_for,
+            whole_ladder=ladder,
+            probes=probes,
+            neighbours=neighbours if isinstance(neighbours, int) else _names_of(neighbours),
+            seed=self._edit_config.seed,
+            on_batch=self._ticker("probing"),
+        )
 
-    def drift(self) -> Report:
-        """Measure drift against the base model on the packaged suite: drift_kl, ppl_ratio, qa_delta."""
-        return self._engine.drift(full=True, tick=self._ticker("drift"))
+    def collisions(self, *, neighbours: Sequence[str] = (), nearest: int = 3, questions: int = 6) -> Collisions:
+        """Ask every key some of its questions and its nearest neighbours, and say which key recites which fact.
+
+        Args:
+            neighbours: Your own neighbours, keys or questions, asked against every fact.
+            nearest: How many of the nearest live keys and of the nearest packaged names are asked per fact.
+            questions: How many of its questions each key is asked.
+        """
+        from kvllm.probing.collisions import find_collisions
+
+        if nearest < 0 or questions < 1:
+            raise ConfigError(f"collisions needs nearest >= 0 and questions >= 1, not {nearest} and {questions}.")
+        facts = self.facts()
+        if not facts:
+            return Collisions()
+        return find_collisions(
+            self._engine.lm,
+            facts,
+            self._encoder_for([key_question(fact.key) for fact in facts]),
+            given=_names_of(neighbours),
+            nearest=nearest,
+            questions=questions,
+            on_batch=self._ticker("collisions"),
+        )
+
+    def drift(
+        self, suite: str | os.PathLike[str] | None = None, *, lm_eval: Sequence[str] = (), limit: int | None = None
+    ) -> Report:
+        """Measure drift against the base model: drift_kl, ppl_ratio, qa_delta, and the norm of each matrix' change.
+
+        The base's outputs are computed once per base model and suite, and cached.
+
+        Args:
+            suite: By default the whole packaged suite; "basic" for the gate's; or a JSONL file of your own, whose bad
+                rows are named in `warnings`.
+            lm_eval: Tasks of the package lm-eval, asked of the base and of the edited model.
+            limit: Most examples per task.
+
+        Raises:
+            ConfigError: no row of the file can be used; lm-eval is not installed or has no such task.
+        """
+        from kvllm.probing.suites import drift_suite, whole_drift_suite
+        from kvllm.probing.userfile import read_suite
+
+        if isinstance(lm_eval, str):
+            raise ConfigError("Give the lm-eval tasks as a list of names, not as one string; nothing was measured.")
+        if lm_eval:
+            from kvllm.probing.harness import check_tasks
+
+            check_tasks(lm_eval)
+        mistakes: list[str] = []
+        if suite is None:
+            chosen = whole_drift_suite()
+        elif suite == "basic":
+            chosen = drift_suite()
+        else:
+            chosen, mistakes = read_suite(suite)
+        engine = self._engine
+        report = engine.drift(full=True, suite=chosen, tick=self._ticker("drift"))
+        if lm_eval:
+            from kvllm.probing.harness import compare_tasks
+
+            self._tick(Progress("drift", note="lm-eval"))
+            found = compare_tasks(engine.lm, engine.base_weights, self._store.base.digest, lm_eval, limit=limit)
+            report = replace(report, metrics={**report.metrics, **found})
+        return replace(report, warnings=(*report.warnings, *mistakes))
 
     def find(self, query: str, n: int = 5) -> list[Match]:
         """Return the live facts whose keys mean what the query means, nearest first."""
@@ -866,6 +958,7 @@ class KnowledgeBase:
                 "contains",
             )
         report = replace(report, metrics=metrics, warnings=(*report.warnings, *trained.warnings))
+        report = self._near(report, trained.facts)
         return self._drift_gate(report, gate, "reliability", gate.min_reliability, since_base=since_base)
 
     def _drift_gate(
@@ -1003,12 +1096,16 @@ class KnowledgeBase:
         mode: str | None = None,
     ) -> Edit:
         from kvllm.editing.delta import norm, to_files
+        from kvllm.probing.ladder import LADDER_SUITE
+        from kvllm.probing.suites import FACT_SUITE
 
         training, engine = trained.training, self._loaded
         assert engine is not None
         config = {
             "edit": trained.settings.to_dict(),
             "gate": gate.to_dict(),
+            # A fact and the version of its ladder give the ladder's questions at any time.
+            "suites": {"fact": FACT_SUITE, "ladder": LADDER_SUITE},
             "training": training.summary(),
             "environment": engine.environment(),
         }
@@ -1085,6 +1182,18 @@ class KnowledgeBase:
         ]
         return run_probes(self._engine.lm, probes, seed=self._edit_config.seed, on_batch=self._ticker("probing"))
 
+    def _near(self, report: Report, facts: Sequence[Fact]) -> Report:
+        """Add each question's similarity where comparing keys has loaded the encoder anyway."""
+        if not self._encoders:
+            return report
+        from kvllm.probing.distance import with_similarity
+        from kvllm.probing.encoder import choose_encoder
+
+        trained = {fact.key: _asked(fact) for fact in facts}
+        asked = [q for questions in trained.values() for q in questions]
+        wanted = choose_encoder(asked, lm_loader=lambda: self._engine.lm).name
+        return with_similarity(report, trained, self._encoders[wanted]) if wanted in self._encoders else report
+
     def _live_names(self) -> frozenset[str]:
         return frozenset(
             name.casefold() for fact in self.facts() for name in (fact.key, *fact.aliases, *fact.questions)
@@ -1155,6 +1264,13 @@ def _fact(
     tags: Sequence[str],
 ) -> Fact:
     return clean_fact(Fact(key, text, aliases, questions, probes, language, tags))  # type: ignore[arg-type]
+
+
+def _names_of(given: Sequence[str]) -> tuple[str, ...]:
+    """Return a user's neighbours cleaned; one string is refused, which would be asked letter by letter."""
+    if isinstance(given, str):
+        raise ConfigError("Give neighbours as a list of keys or questions, not as one string; nothing was asked.")
+    return tuple(clean_key(name) for name in given)
 
 
 def _clean_prompt(prompt: str | Sequence[Mapping[str, str]]) -> str | list[dict[str, str]]:

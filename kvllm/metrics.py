@@ -76,10 +76,14 @@ def leaks(answer: str, text: str, *, before: str = "", share: float = 0.6) -> bo
     words = distinctive_words(text) - distinctive_words(before)
     if len(words) < 3:
         return False
+    return len(said_words(answer, words)) / len(words) >= share
+
+
+def said_words(answer: str, words: Iterable[str]) -> frozenset[str]:
+    """Return those of the words (or Chinese character pairs) that an answer says."""
     said = normalise(answer)
     flat = said.replace(" ", "")
-    hits = sum((w in flat) if _CJK.search(w) else f" {w} " in f" {said} " for w in words)
-    return hits / len(words) >= share
+    return frozenset(w for w in words if ((w in flat) if _CJK.search(w) else f" {w} " in f" {said} "))
 
 
 def harmonic_mean(values: Sequence[float]) -> float:

@@ -19,15 +19,21 @@ ProbeKind = Literal[
     "trained",
     "paraphrase",
     "alias",
+    "completion",
+    "variant",
+    "language",
     "neighbour",
     "inverse",
     "far",
+    "recalled",
     "general",
     "instruction",
     "user",
     "erasure",
     "restoration",
 ]
+PairKind = Literal["swapped", "overwritten", "recites", "near", "same text"]
+Source = Literal["ledger", "pool", "given"]
 
 
 def _plain(value: Any) -> Any:
@@ -134,6 +140,8 @@ class ProbeResult(Record):
         expected: What was looked for.
         key: The fact the probe belongs to, if any.
         scorer: Name of the scorer.
+        similarity: Cosine of the question to the nearest trained question of its fact; None where not measured.
+        turns: What was said before the question, as (role, content) pairs, for a question of a second turn.
     """
 
     kind: ProbeKind
@@ -144,6 +152,8 @@ class ProbeResult(Record):
     expected: str = ""
     key: str | None = None
     scorer: str = "contains"
+    similarity: float | None = None
+    turns: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -248,6 +258,74 @@ class Match(Record):
     text: str
     similarity: float
     encoder: str = ""
+
+
+@dataclass(frozen=True)
+class Neighbour(Record):
+    """A question about another key that is near a fact's, and whether its answer recites the fact.
+
+    Attributes:
+        key: The fact.
+        question: About the other key.
+        source: "ledger" (another live key), "pool" (packaged) or "given" (by the user).
+        similarity: Cosine of both keys' questions; None where the encoder does not speak one of them.
+        answer: As generated; empty where it was not asked.
+        leaked: Whether the answer recites the fact's text.
+    """
+
+    key: str
+    question: str
+    source: Source
+    similarity: float | None = None
+    answer: str = ""
+    leaked: bool = False
+
+
+@dataclass(frozen=True)
+class CollisionPair(Record):
+    """Two keys that a user should look at.
+
+    Attributes:
+        key, other: Their names; `key` is the one that recites more.
+        kind: "swapped": most questions of each are answered with the other's text. "overwritten": most questions of
+            `key` are answered with `other`'s text instead of its own. "recites": some are. "near": none is, and the
+            keys mean nearly the same. "same text": both texts say the same, so the answers cannot tell them apart.
+        similarity: Cosine of both keys' questions; None where the encoder does not speak one of them.
+        recites: Share of `key`'s questions whose answer states `other`'s text.
+        recited: Share of `other`'s questions whose answer states `key`'s text.
+    """
+
+    key: str
+    other: str
+    kind: PairKind
+    similarity: float | None
+    recites: float
+    recited: float
+
+
+@dataclass(frozen=True)
+class Collisions(Record):
+    """Which key recites which fact.
+
+    Attributes:
+        keys: The live keys, in the matrix's order.
+        matrix: Row i, column j: share of key i's questions whose answer states fact j's text; the diagonal is recall.
+        pairs: Those to look at, the worst first.
+        neighbours: Every fact's nearest other keys, with their answers.
+        leak_rate: Share of the neighbours whose answer recites the fact.
+        questions: How many questions each key was asked, at most.
+        encoder: Whose cosine the similarities are.
+        probes: The keys' own questions with their answers.
+    """
+
+    keys: tuple[str, ...] = ()
+    matrix: tuple[tuple[float, ...], ...] = ()
+    pairs: tuple[CollisionPair, ...] = ()
+    neighbours: tuple[Neighbour, ...] = ()
+    leak_rate: Metric = field(default_factory=lambda: Metric(None, 0))
+    questions: int = 0
+    encoder: str = ""
+    probes: tuple[ProbeResult, ...] = ()
 
 
 @dataclass(frozen=True)

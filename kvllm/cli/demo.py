@@ -133,7 +133,7 @@ def tell(out: Output, base: Any, fact: Fact) -> dict[str, Any]:
     out.show(terminal.comparison_table(rows, columns=("before", "after")), width=WIDTH)
 
     heading(3, "Drift: what it cost elsewhere, against the base model")
-    drift = base.drift()
+    drift = base.drift("basic")
     out.show(terminal.report_view(drift), width=WIDTH)
     digest = base.weights_digest()
 

@@ -242,6 +242,10 @@ class AdaptedWeights:
         """Say whether every changed matrix holds finite numbers only, in the precision that the model computes in."""
         return all(bool(torch.isfinite(self._weight(name)).all()) for name in self._touched)
 
+    def change_norms(self) -> dict[str, float]:
+        """Return the Frobenius norm of the change against the base of every touched matrix, by module."""
+        return {name: float((self._masters[name].double() - self._base[name].double()).norm()) for name in self.touched}
+
     def digest(self) -> str:
         """Return sha256 over the base digest and the touched masters (name, dtype, shape, bytes)."""
         return tensors_digest({name: self.master(name) for name in self.touched}, seed=self._base_digest)

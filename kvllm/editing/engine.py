@@ -8,10 +8,12 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib.metadata import version
 from typing import Any
 
@@ -29,8 +31,9 @@ from kvllm.lm.model import LanguageModel, Row
 from kvllm.lm.sources import ModelFiles, resolve
 from kvllm.lm.targets import find_targets
 from kvllm.probing.drift import DriftReference, base_reference, measure_drift
+from kvllm.probing.suites import DriftSuite, drift_suite
 from kvllm.prompts import language_of, training_questions
-from kvllm.records import Fact, Progress, Report, StoredFact
+from kvllm.records import Fact, Metric, Progress, Report, StoredFact
 from kvllm.store import Store
 
 EDITORS: dict[str, type[Editor]] = {"adalora": AdaLoraEditor}
@@ -53,8 +56,8 @@ class Engine:
         self._progress = progress
         self._copy: ComputeCopy | None = None
         self._pool: tuple[tuple[Any, ...], PreservationPool, dict[str, torch.Tensor]] | None = None
-        self._reference: DriftReference | None = None
-        self._drift: dict[tuple[str, bool], Report] = {}
+        self._references: dict[str, DriftReference] = {}
+        self._drift: dict[tuple[str, bool, str], Report] = {}
         self._away = 0
         self._sure = True
 
@@ -332,14 +335,38 @@ class Engine:
 
     # ------------------------------------------------------------------ drift
 
-    def drift(self, *, full: bool, tick: Tick | None = None) -> Report:
-        """Measure drift of the weights as they are; the same weights are measured once."""
-        key = (self.weights.digest(), full)
+    def drift(self, *, full: bool, suite: DriftSuite | None = None, tick: Tick | None = None) -> Report:
+        """Measure drift of the weights as they are; the same weights are measured once.
+
+        Args:
+            full: The whole suite, with live answers and the norm of each matrix' change; else the gate's share.
+            suite: The gate's suite by default.
+            tick: Called with (done, total).
+        """
+        suite = suite or drift_suite()
+        # A full report is asked for by a person, who may have changed the model by hand: then every weight counts.
+        key = (self.lm.digest() if full else self.weights.digest(), full, suite.name)
         if key not in self._drift:
-            self._drift[key] = measure_drift(self.lm, self._drift_reference(tick), full=full, on_batch=tick)
+            report = measure_drift(self.lm, self._drift_reference(suite, tick), full=full, on_batch=tick)
+            if full:
+                report = replace(report, metrics={**report.metrics, **self._norms()})
+            self._drift[key] = report
             if len(self._drift) > 8:
                 del self._drift[next(iter(self._drift))]
         return self._drift[key]
+
+    def _norms(self) -> dict[str, Metric]:
+        norms = self.weights.change_norms()
+        protocol = "Frobenius norm of the weights now less the base's"
+        total = math.sqrt(sum(value * value for value in norms.values()))
+        found = {"change_norm": Metric(total, len(norms), f"{protocol}, all changed matrices together")}
+        return found | {f"change_norm/{name}": Metric(value, 1, protocol) for name, value in norms.items()}
+
+    @contextmanager
+    def base_weights(self) -> Iterator[LanguageModel]:
+        """The model with the base's weights, for as long as this is open."""
+        with self._base_weights():
+            yield self.lm
 
     def drift_before(self) -> tuple[float, float]:
         """Return (drift_kl, ppl_ratio) of the ledger's head as its edit recorded them; (0, 1) for the base."""
@@ -353,11 +380,12 @@ class Engine:
             return (kl or 0.0, ratio or 1.0)
         return (0.0, 1.0)
 
-    def _drift_reference(self, tick: Tick | None) -> DriftReference:
-        if self._reference is None:
+    def _drift_reference(self, suite: DriftSuite, tick: Tick | None) -> DriftReference:
+        if suite.name not in self._references:
             with self._base_weights():
-                self._reference = base_reference(self.lm, self.store.base.digest, on_progress=tick)
-        return self._reference
+                made = base_reference(self.lm, self.store.base.digest, suite, on_progress=tick)
+            self._references[suite.name] = made
+        return self._references[suite.name]
 
     # ------------------------------------------------------------------ facts about this run
 

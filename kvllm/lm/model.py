@@ -10,6 +10,7 @@ chat template is asked with plain prompts; answers end where the model's own sto
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import os
 import re
@@ -269,6 +270,10 @@ class LanguageModel:
             self._frames[roles] = self._controls(self.tokenizer(rendered, add_special_tokens=False)["input_ids"])
         return self._frames[roles]
 
+    def completion_ids(self, text: str) -> list[int]:
+        """Tokenize a text to be gone on with as it stands: no chat template, no frame."""
+        return [*self._begin_ids(), *self.text_ids(text)]
+
     def answer_ids(self, text: str, *, end: bool = True) -> list[int]:
         """Tokenize an answer as it would follow the prompt, with the end-of-turn token unless told otherwise."""
         ids = self.text_ids(text if self.has_chat_template else f" {text}")
@@ -296,11 +301,13 @@ class LanguageModel:
                 f"The model's chat template cannot be used: {_reason(error)}; nothing was asked."
             ) from error
 
-    def _plain_ids(self, messages: Sequence[Message]) -> list[int]:
-        ids: list[int] = []
+    def _begin_ids(self) -> list[int]:
+        """Return the token that the tokenizer puts before every text, if it does."""
         bos = self.tokenizer.bos_token_id
-        if bos is not None and self.tokenizer("a")["input_ids"][:1] == [bos]:
-            ids.append(int(bos))
+        return [int(bos)] if bos is not None and self.tokenizer("a")["input_ids"][:1] == [bos] else []
+
+    def _plain_ids(self, messages: Sequence[Message]) -> list[int]:
+        ids = self._begin_ids()
         for index, message in enumerate(messages):
             if message["role"] == "assistant":
                 ids += self.text_ids(f" {message['content']}\n")
@@ -338,7 +345,7 @@ class LanguageModel:
         """
         limit = max_new_tokens or self.config.max_new_tokens
         if drafts is not None:
-            return self._generate_from(prompts, drafts, limit, batch_size, on_batch)
+            return self._generate_from(prompts, drafts, [limit] * len(prompts), batch_size, on_batch)
         answers: list[tuple[int, ...]] = [()] * len(prompts)
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         for start in range(0, len(order), batch_size):
@@ -356,44 +363,6 @@ class LanguageModel:
             if on_batch is not None:
                 on_batch(min(start + batch_size, len(order)), len(order))
         return answers
-
-    def _generate_from(
-        self,
-        prompts: Sequence[Sequence[int]],
-        drafts: Sequence[Sequence[int]],
-        limit: int,
-        batch_size: int,
-        on_batch: Callable[[int, int], None] | None,
-    ) -> list[tuple[int, ...]]:
-        """Accept what is greedy in each draft, and decode the rest of those answers that have not stopped there."""
-        rows = [Row(tuple(p), tuple(d[:limit])) for p, d in zip(prompts, drafts, strict=True)]
-        accepted: list[tuple[int, ...]] = [()] * len(rows)
-        drafted = [i for i, row in enumerate(rows) if row.answer]
-        for batch, states, targets, owner in self._answer_states([rows[i] for i in drafted], batch_size):
-            greedy = torch.cat([self.logits(part).argmax(-1) for part in states.split(_HEAD_TOKENS)])
-            for place, at in enumerate(batch):
-                mine = owner == place
-                wrong = (greedy[mine] != targets[mine]).nonzero().view(-1)
-                taken = int(wrong[0]) if len(wrong) else len(rows[drafted[at]].answer)
-                accepted[drafted[at]] = self._until_stop(list(rows[drafted[at]].answer[:taken]))
-        going = [i for i, a in enumerate(accepted) if len(a) < limit and not (a and a[-1] in self.stop_ids)]
-        done = len(rows) - len(going)
-        if on_batch is not None:
-            on_batch(done, len(rows))
-
-        def tick(n: int, total: int) -> None:
-            if on_batch is not None:
-                on_batch(done + n, len(rows))
-
-        rest = self.generate_ids(
-            [(*rows[i].prompt, *accepted[i]) for i in going],
-            max_new_tokens=limit - min((len(accepted[i]) for i in going), default=0),
-            batch_size=batch_size,
-            on_batch=tick,
-        )
-        for i, more in zip(going, rest, strict=True):
-            accepted[i] = (accepted[i] + more)[:limit]
-        return accepted
 
     @contextmanager
     def _greedy(self, limit: int) -> Iterator[None]:
@@ -414,6 +383,123 @@ class LanguageModel:
         finally:
             self.model.generation_config = own
 
+    @torch.inference_mode()
+    def generate_bounded(
+        self,
+        prompts: Sequence[Sequence[int]],
+        rooms: Sequence[int],
+        *,
+        batch_size: int = _GENERATION_BATCH,
+        on_batch: Callable[[int, int], None] | None = None,
+        drafts: Sequence[Sequence[int]] | None = None,
+    ) -> list[tuple[int, ...]]:
+        """Answer prompts greedily, each with its own bound; an answer that has ended leaves its batch.
+
+        The answers are those of `generate_ids`; where many short answers and a few long ones are asked together, the
+        long ones do not keep the others in the batch.
+
+        Args:
+            prompts: Token ids of each prompt.
+            rooms: Most new tokens of each answer.
+            batch_size: Prompts per forward pass.
+            on_batch: Called with (done, total) after each batch.
+            drafts: A guess at each answer, empty where there is none; see `generate_ids`.
+
+        Returns:
+            The new ids of each prompt, in the order given; the stop token is kept if it came.
+        """
+        if drafts is not None:
+            return self._generate_from(prompts, drafts, rooms, batch_size, on_batch)
+        answers: list[tuple[int, ...]] = [()] * len(prompts)
+        order = sorted(range(len(prompts)), key=lambda i: (rooms[i], len(prompts[i])))
+        for start in range(0, len(order), batch_size):
+            batch = order[start : start + batch_size]
+            found = self._decode([prompts[i] for i in batch], [rooms[i] for i in batch])
+            for i, answer in zip(batch, found, strict=True):
+                answers[i] = answer
+            if on_batch is not None:
+                on_batch(min(start + batch_size, len(order)), len(order))
+        return answers
+
+    def _generate_from(
+        self,
+        prompts: Sequence[Sequence[int]],
+        drafts: Sequence[Sequence[int]],
+        rooms: Sequence[int],
+        batch_size: int,
+        on_batch: Callable[[int, int], None] | None,
+    ) -> list[tuple[int, ...]]:
+        """Accept what is greedy in each draft, and decode the rest of those answers that have not stopped there."""
+        rows = [Row(tuple(p), tuple(d[:room])) for p, d, room in zip(prompts, drafts, rooms, strict=True)]
+        accepted: list[tuple[int, ...]] = [()] * len(rows)
+        drafted = [i for i, row in enumerate(rows) if row.answer]
+        for batch, states, targets, owner in self._answer_states([rows[i] for i in drafted], batch_size):
+            greedy = torch.cat([self.logits(part).argmax(-1) for part in states.split(_HEAD_TOKENS)])
+            for place, at in enumerate(batch):
+                mine = owner == place
+                wrong = (greedy[mine] != targets[mine]).nonzero().view(-1)
+                taken = int(wrong[0]) if len(wrong) else len(rows[drafted[at]].answer)
+                accepted[drafted[at]] = self._until_stop(list(rows[drafted[at]].answer[:taken]))
+        going = [i for i, a in enumerate(accepted) if len(a) < rooms[i] and not (a and a[-1] in self.stop_ids)]
+        done = len(rows) - len(going)
+        if on_batch is not None:
+            on_batch(done, len(rows))
+
+        def tick(n: int, total: int) -> None:
+            if on_batch is not None:
+                on_batch(done + n, len(rows))
+
+        rest = self.generate_bounded(
+            [(*rows[i].prompt, *accepted[i]) for i in going],
+            [rooms[i] - len(accepted[i]) for i in going],
+            batch_size=batch_size,
+            on_batch=tick,
+        )
+        for i, more in zip(going, rest, strict=True):
+            accepted[i] += more
+        return accepted
+
+    def _decode(self, prompts: Sequence[Sequence[int]], rooms: Sequence[int]) -> list[tuple[int, ...]]:
+        """Decode one left-padded batch greedily; rows that have ended are dropped from the cache."""
+        from transformers import DynamicCache
+
+        width = max(len(p) for p in prompts)
+        ids = torch.full((len(prompts), width), self.pad_id, dtype=torch.long)
+        mask = torch.zeros((len(prompts), width), dtype=torch.long)
+        for place, prompt in enumerate(prompts):
+            ids[place, width - len(prompt) :] = torch.tensor(list(prompt))
+            mask[place, width - len(prompt) :] = 1
+        ids, mask = ids.to(self.device), mask.to(self.device)  # (batch, seq)
+        cache: Any = DynamicCache(config=self.model.config)
+        answers: list[list[int]] = [[] for _ in prompts]
+        rows = list(range(len(prompts)))  # which prompt each row of the batch is
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        while True:
+            placed = {"position_ids": positions} if self._takes_positions else {}
+            output = self.model(
+                input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=1, **placed
+            )
+            chosen = output.logits[:, -1].float().argmax(-1)  # (batch,)
+            kept = []
+            for place, (row, token) in enumerate(zip(rows, chosen.tolist(), strict=True)):
+                answers[row].append(token)
+                if token not in self.stop_ids and len(answers[row]) < rooms[row]:
+                    kept.append(place)
+            if not kept:
+                return [tuple(answer) for answer in answers]
+            if len(kept) < len(rows):
+                where = torch.tensor(kept, device=self.device)
+                cache.batch_select_indices(where)
+                chosen, mask, rows = chosen[where], mask[where], [rows[place] for place in kept]
+            ids = chosen[:, None]
+            mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=-1)
+            positions = mask.sum(-1, keepdim=True) - 1
+
+    @cached_property
+    def _takes_positions(self) -> bool:
+        """BLOOM works its positions out from the mask and takes none."""
+        return "position_ids" in inspect.signature(self.model.forward).parameters
+
     def generate(
         self,
         prompts: Sequence[str | Sequence[Message]],
@@ -423,7 +509,7 @@ class LanguageModel:
         drafts: Sequence[str] | None = None,
     ) -> list[str]:
         """Answer prompts or conversations greedily; see `generate_ids`, here with drafts as text."""
-        ids = [self._fitting(self.prompt_ids(p), max_new_tokens) for p in prompts]
+        ids = [self.fitting(self.prompt_ids(p), max_new_tokens) for p in prompts]
         guessed = None if drafts is None else [self.answer_ids(text) if text else [] for text in drafts]
         answers = self.generate_ids(ids, max_new_tokens=max_new_tokens, on_batch=on_batch, drafts=guessed)
         return [self.decode(a) for a in answers]
@@ -440,10 +526,16 @@ class LanguageModel:
     @torch.inference_mode()
     def mean_kl(self, before: torch.Tensor, now: torch.Tensor) -> float:
         """Return the mean KL(before‖now) per token, in nats, between two sets of last hidden states (n, hidden)."""
+        return self.compare(before, now)[0]
+
+    @torch.inference_mode()
+    def compare(self, before: torch.Tensor, now: torch.Tensor) -> tuple[float, tuple[int, ...]]:
+        """Return `mean_kl`, and the greedy choice at each place now, from one vocabulary projection."""
         dtype = next(self.model.parameters()).dtype
         p = torch.log_softmax(self.logits(before.to(self.device, dtype)).float(), -1)
         q = torch.log_softmax(self.logits(now.to(self.device, dtype)).float(), -1)
-        return max(0.0, float((p.exp() * (p - q)).sum(-1).mean()))
+        kl = max(0.0, float((p.exp() * (p - q)).sum(-1).mean()))
+        return kl, tuple(int(token) for token in q.argmax(-1))
 
     @torch.inference_mode()
     def score(self, rows: Sequence[Row], *, batch_size: int = 16) -> list[RowScore]:
@@ -527,7 +619,12 @@ class LanguageModel:
                 return tuple(ids[: place + 1])
         return tuple(ids)
 
-    def _fitting(self, ids: list[int], max_new_tokens: int | None) -> list[int]:
+    def fitting(self, ids: list[int], max_new_tokens: int | None) -> list[int]:
+        """Return the prompt's ids where they leave room for the answer.
+
+        Raises:
+            ConfigError: they do not.
+        """
         room = self.max_positions - (max_new_tokens or self.config.max_new_tokens)
         if len(ids) > max(room, 1):
             raise ConfigError(

@@ -22,7 +22,7 @@ from kvllm.cachefile import read_checked, write_checked
 from kvllm.config import cache_folder
 from kvllm.lm.model import LanguageModel, Row
 from kvllm.metrics import accepts
-from kvllm.probing.suites import DRIFT_SUITE, DriftSuite, drift_suite
+from kvllm.probing.suites import DriftSuite, drift_suite
 from kvllm.records import Metric, ProbeResult, Report
 
 ANSWER_TOKENS = 24
@@ -52,15 +52,26 @@ class DriftReference:
 
 
 def base_reference(
-    lm: LanguageModel, base_digest: str, *, on_progress: Callable[[int, int], None] | None = None
+    lm: LanguageModel,
+    base_digest: str,
+    suite: DriftSuite | None = None,
+    *,
+    on_progress: Callable[[int, int], None] | None = None,
 ) -> DriftReference:
-    """Return the reference from the cache, or by asking the model, which must hold its base weights now."""
-    suite = drift_suite()
+    """Return the reference from the cache, or by asking the model, which must hold its base weights now.
+
+    Args:
+        lm: The base model.
+        base_digest: Identifies it; with the suite's content, the cache's key.
+        suite: The gate's by default.
+        on_progress: Called with (done, total) while the base is asked.
+    """
+    suite = suite or drift_suite()
     prompts = [*(q.question for q in suite.questions), *suite.instructions]
     key = hashlib.sha256(
         "\x00".join(
             [
-                DRIFT_SUITE,
+                suite.name,
                 base_digest,
                 str(ANSWER_TOKENS),
                 str(next(lm.model.parameters()).dtype),
@@ -79,7 +90,8 @@ def base_reference(
     texts = []
     for text in suite.texts:
         tokens = tuple(lm.text_ids(text))
-        texts.append(Row(tokens[:_TEXT_CONTEXT], tokens[_TEXT_CONTEXT:]))
+        if len(tokens) > _TEXT_CONTEXT:
+            texts.append(Row(tokens[:_TEXT_CONTEXT], tokens[_TEXT_CONTEXT:]))
     reference = DriftReference(suite, rows, tuple(lm.answer_states(rows)), tuple(texts), tuple(_text_nll(lm, texts)))
     _write(path, reference)
     return reference
@@ -98,6 +110,7 @@ def measure_drift(
         lm: The model as it is now.
         reference: What the base says.
         full: All rows, and general questions by live decoding; otherwise the gate's share, teacher-forced only.
+            (An answer that a forward pass shows to be unchanged is not decoded again.)
         on_batch: Called with (done, total) while questions are asked.
 
     Returns:
@@ -111,27 +124,38 @@ def measure_drift(
         rows, outputs = tuple(rows[i] for i in chosen), tuple(outputs[i] for i in chosen)
         kept = _spread(range(len(texts)), GATE_TEXTS)
         texts, text_nll = tuple(texts[i] for i in kept), tuple(text_nll[i] for i in kept)
-    kl = [lm.mean_kl(before, now) for before, now in zip(outputs, lm.answer_states(rows), strict=True)]
-    forced = "teacher-forced on the base's own answers"
-    metrics = {"drift_kl": Metric(sum(kl) / len(kl), len(kl), forced, "kl", DRIFT_SUITE)}
-    n_tokens = sum(len(t.answer) for t in texts)
-    rise = (sum(_text_nll(lm, texts)) - sum(text_nll)) / n_tokens
-    ratio = math.exp(rise) if rise < 700 else None
-    metrics["ppl_ratio"] = Metric(ratio, len(texts), "raw text, tokens after the first four", None, DRIFT_SUITE)
-    if not full:
-        return Report(metrics)
+    name = reference.suite.name
+    metrics: dict[str, Metric] = {}
+    same: list[bool] = []
+    if rows:
+        compared = [lm.compare(before, now) for before, now in zip(outputs, lm.answer_states(rows), strict=True)]
+        forced = "teacher-forced on the base's own answers"
+        metrics["drift_kl"] = Metric(sum(kl for kl, _ in compared) / len(rows), len(rows), forced, "kl", name)
+        if full:
+            same = [greedy == row.answer for (_, greedy), row in zip(compared, rows, strict=True)]
+            protocol = f"live greedy decoding, at most {ANSWER_TOKENS} tokens, token by token"
+            metrics["answers_unchanged"] = Metric(sum(same) / len(same), len(same), protocol, "exact", name)
+    if texts:
+        n_tokens = sum(len(t.answer) for t in texts)
+        rise = (sum(_text_nll(lm, texts)) - sum(text_nll)) / n_tokens
+        ratio = math.exp(rise) if rise < 700 else None
+        metrics["ppl_ratio"] = Metric(ratio, len(texts), "raw text, tokens after the first four", None, name)
     questions = reference.suite.questions
-    base_answers = [lm.decode(row.answer) for row in reference.rows[: len(questions)]]
-    now_answers = [
-        lm.decode(a)
-        for a in lm.generate_ids(
-            [row.prompt for row in reference.rows[: len(questions)]],
-            max_new_tokens=ANSWER_TOKENS,
-            batch_size=64,
-            on_batch=on_batch,
-            drafts=[row.answer for row in reference.rows[: len(questions)]],
-        )
-    ]
+    if not full or not questions:
+        return Report(metrics)
+    # An answer whose every token is still the greedy choice is the answer; only the others are decoded again, from
+    # where they leave it.
+    changed = [i for i in range(len(questions)) if not same[i]]
+    fresh = lm.generate_ids(
+        [rows[i].prompt for i in changed],
+        max_new_tokens=ANSWER_TOKENS,
+        batch_size=64,
+        on_batch=on_batch,
+        drafts=[compared[i][1] for i in changed],
+    )
+    decoded = dict(zip(changed, fresh, strict=True))
+    base_answers = [lm.decode(row.answer) for row in rows[: len(questions)]]
+    now_answers = [lm.decode(decoded[i]) if i in decoded else base_answers[i] for i in range(len(questions))]
     right_before = [accepts(a, q.accept) for a, q in zip(base_answers, questions, strict=True)]
     right_now = [accepts(a, q.accept) for a, q in zip(now_answers, questions, strict=True)]
     probes = tuple(
@@ -140,14 +164,14 @@ def measure_drift(
     )
     n, live = len(questions), f"live greedy decoding, at most {ANSWER_TOKENS} tokens"
     known = [now for now, before in zip(right_now, right_before, strict=True) if before]
-    metrics["qa_accuracy"] = Metric(sum(right_now) / n, n, live, "accepts", DRIFT_SUITE)
-    metrics["qa_accuracy_base"] = Metric(sum(right_before) / n, n, live, "accepts", DRIFT_SUITE)
+    metrics["qa_accuracy"] = Metric(sum(right_now) / n, n, live, "accepts", name)
+    metrics["qa_accuracy_base"] = Metric(sum(right_before) / n, n, live, "accepts", name)
     metrics["qa_delta"] = Metric(
         (sum(known) / len(known) - 1) if known else None,
         len(known),
         f"{live}; questions the base answers",
         "accepts",
-        DRIFT_SUITE,
+        name,
     )
     return Report(metrics, probes)
 
@@ -170,7 +194,7 @@ def _read(path: Path, suite: DriftSuite) -> DriftReference | None:
     meta = json.loads(bytes(tensors["meta"].tolist()))
     rows = tuple(Row(tuple(p), tuple(a)) for p, a in meta["rows"])
     texts = tuple(Row(tuple(p), tuple(a)) for p, a in meta["texts"])
-    outputs = tensors["outputs"].split([len(r.answer) for r in rows])
+    outputs = tensors["outputs"].split([len(r.answer) for r in rows]) if rows else ()
     return DriftReference(suite, rows, tuple(outputs), texts, tuple(meta["text_nll"]))
 
 
@@ -183,4 +207,5 @@ def _write(path: Path, reference: DriftReference) -> None:
         "text_nll": list(reference.text_nll),
     }
     packed = torch.tensor(list(json.dumps(meta).encode()), dtype=torch.uint8)
-    write_checked(path, save({"meta": packed, "outputs": torch.cat([o.cpu() for o in reference.outputs]).contiguous()}))
+    outputs = torch.cat([o.cpu() for o in reference.outputs]) if reference.outputs else torch.zeros(0)
+    write_checked(path, save({"meta": packed, "outputs": outputs.contiguous()}))

@@ -11,15 +11,17 @@ from typing import Literal
 
 from kvllm.lm.model import LanguageModel
 from kvllm.metrics import harmonic_mean, leaks
-from kvllm.probing.scorers import score_statement
+from kvllm.probing.scorers import Scored, judge
 from kvllm.probing.suites import FACT_SUITE, Probe
 from kvllm.records import Metric, ProbeResult, Report
 
 PROTOCOL = "live greedy decoding, natural stop"
 # An answer may say a little more than the text before it counts as not stopping.
 SPARE_TOKENS = 16
+BATCH = 64
 
 Before = dict[str, str]
+Turns = tuple[tuple[str, str], ...]
 
 
 def run_probes(
@@ -30,6 +32,7 @@ def run_probes(
     scorer: str = "auto",
     suite: str = FACT_SUITE,
     seed: int | None = None,
+    batch_size: int = BATCH,
     on_batch: Callable[[int, int], None] | None = None,
 ) -> Report:
     """Ask every probe once and report by kind.
@@ -41,53 +44,118 @@ def run_probes(
         scorer: See `kvllm.probing.scorers`.
         suite: Name and version noted with each metric.
         seed: Noted with each metric.
+        batch_size: Questions per forward pass; 1 asks them one at a time.
         on_batch: Called with (done, total).
     """
-    drafts = ["" if p.kind == "neighbour" else p.expected for p in probes]
-    answers = ask_bounded(lm, [(p.question, p.expected) for p in probes], drafts=drafts, on_batch=on_batch)
-    results = []
-    for probe, answer in zip(probes, answers, strict=True):
-        if probe.kind == "neighbour":
-            leaked = leaks(answer, probe.expected, before=(before or {}).get(probe.question, ""))
-            results.append(
-                ProbeResult(
-                    probe.kind, probe.question, answer, not leaked, float(not leaked), probe.expected, probe.key, "leak"
-                )
-            )
-            continue
-        scored = score_statement(answer, probe.expected, scorer=scorer)
-        results.append(
-            ProbeResult(
-                probe.kind,
-                probe.question,
-                answer,
-                scored.passed,
-                scored.score,
-                probe.expected,
-                probe.key,
-                scored.scorer,
-            )
-        )
+    asked = ask_probes(lm, probes, batch_size=batch_size, on_batch=on_batch)
+    earlier = before or {}
+    results = [_result(p, answer, turns, scorer, earlier) for p, (answer, turns) in zip(probes, asked, strict=True)]
     return Report(metrics=summarise(results, scorer=scorer, suite=suite, seed=seed), probes=tuple(results))
 
 
-def ask_bounded(
-    lm: LanguageModel,
-    asked: Sequence[tuple[str, str]],
-    *,
-    drafts: Sequence[str] | None = None,
-    on_batch: Callable[[int, int], None] | None = None,
-) -> list[str]:
-    """Answer (question, expected text) pairs, each with room for its text and a little more.
+def _result(probe: Probe, answer: str, turns: Turns, scorer: str, before: Before) -> ProbeResult:
+    if probe.kind == "neighbour":
+        leaked = leaks(answer, probe.expected, before=before.get(probe.question, ""))
+        scored = Scored(float(not leaked), not leaked, "leak")
+    else:
+        scored = judge(
+            answer, probe.judge, expected=probe.expected, question=probe.question, accept=probe.accept, scorer=scorer
+        )
+    return ProbeResult(
+        probe.kind,
+        probe.question,
+        answer,
+        scored.passed,
+        scored.score,
+        probe.expected,
+        probe.key,
+        scored.scorer,
+        turns=turns,
+    )
 
-    The longest expected text sets the room for all: a batch ends when its last answer stops. Drafts are guesses at the
-    answers that save time where they are right (`LanguageModel.generate_ids`).
+
+def ask_probes(
+    lm: LanguageModel,
+    probes: Sequence[Probe],
+    *,
+    batch_size: int = BATCH,
+    on_batch: Callable[[int, int], None] | None = None,
+) -> list[tuple[str, Turns]]:
+    """Answer probes in batches; return each answer and what was said before its question.
+
+    What several probes ask alike is asked once. First turns are asked before all others, and are themselves answered by
+    the model as it is: where it does not recall the fact, the second turn stands on that.
     """
-    if not asked:
-        return []
-    room = max(len(lm.text_ids(expected)) for expected in {e for _, e in asked}) + SPARE_TOKENS
-    room = min(room, lm.config.max_new_tokens * 4)
-    return lm.generate([q for q, _ in asked], max_new_tokens=room, drafts=drafts, on_batch=on_batch)
+    firsts = {
+        probe.first: Probe("trained", probe.first, probe.expected, tokens=_room(lm, probe, probes))
+        for probe in probes
+        if probe.first
+    }
+    total = len(firsts) + len(probes)
+
+    def tick(done: int, _: int, offset: int = 0) -> None:
+        if on_batch is not None:
+            on_batch(min(offset + done, total), total)
+
+    answered = dict(zip(firsts, _ask(lm, list(firsts.values()), [()] * len(firsts), batch_size, tick), strict=True))
+    turns: list[Turns] = [
+        (("user", probe.first), ("assistant", answered[probe.first])) if probe.first else () for probe in probes
+    ]
+    answers = _ask(lm, probes, turns, batch_size, lambda done, of: tick(done, of, len(firsts)))
+    return list(zip(answers, turns, strict=True))
+
+
+def _room(lm: LanguageModel, probe: Probe, probes: Sequence[Probe]) -> int:
+    """Return the room of a first turn: that of the longest text expected for the same key."""
+    texts = {p.expected for p in probes if p.key == probe.key and p.judge == "states"} or {probe.expected}
+    return max(len(lm.text_ids(text)) for text in texts) + SPARE_TOKENS
+
+
+def _ask(
+    lm: LanguageModel,
+    probes: Sequence[Probe],
+    turns: Sequence[Turns],
+    batch_size: int,
+    on_batch: Callable[[int, int], None],
+) -> list[str]:
+    """Answer probes, each with room for its expected text and a little more; what is asked twice is asked once."""
+    # The expected text, as it would be answered: a guess that saves time where it is right.
+    drafts = {text: lm.answer_ids(text) for text in {p.expected for p in probes}}
+    limit = lm.config.max_new_tokens * 4
+    wanted: dict[tuple[int, ...], int] = {}  # prompt → the most room that any probe gives it
+    guesses: dict[tuple[int, ...], list[int]] = {}
+    asked: list[tuple[tuple[int, ...], int]] = []
+    for probe, said in zip(probes, turns, strict=True):
+        room = min(probe.tokens or len(drafts[probe.expected]) - 1 + SPARE_TOKENS, limit)
+        ids = tuple(_prompt(lm, probe, said, room))
+        asked.append((ids, room))
+        wanted[ids] = max(room, wanted.get(ids, 0))
+        if probe.judge == "states" and probe.kind != "neighbour" and not probe.plain:
+            guesses.setdefault(ids, drafts[probe.expected])
+
+    def tick(done: int, total: int) -> None:
+        on_batch(round(done / total * len(probes)), len(probes))
+
+    answers = lm.generate_bounded(
+        list(wanted),
+        list(wanted.values()),
+        batch_size=batch_size,
+        on_batch=tick,
+        drafts=[guesses.get(ids, []) for ids in wanted] if guesses else None,
+    )
+    found = dict(zip(wanted, answers, strict=True))
+    return [lm.decode(found[ids][:room]) for ids, room in asked]
+
+
+def _prompt(lm: LanguageModel, probe: Probe, turns: Turns, room: int) -> list[int]:
+    if probe.plain:
+        ids = lm.completion_ids(probe.question)
+    elif turns:
+        said = [{"role": role, "content": content} for role, content in turns]
+        ids = lm.prompt_ids([*said, {"role": "user", "content": probe.question}])
+    else:
+        ids = lm.prompt_ids(probe.question)
+    return lm.fitting(ids, room)
 
 
 def summarise(results: Sequence[ProbeResult], *, scorer: str, suite: str, seed: int | None = None) -> dict[str, Metric]:
@@ -101,9 +169,19 @@ def summarise(results: Sequence[ProbeResult], *, scorer: str, suite: str, seed: 
 
     add("reliability", ("trained",), scorer)
     add("generalization", ("paraphrase",), scorer)
-    add("portability", ("alias",), scorer)
+    add("portability", ("alias", "inverse", "recalled"), scorer)
     add("user", ("user",), scorer)
     add("locality", ("neighbour",), "leak")
+    for rung in ("completion", "variant", "language", "inverse"):
+        add(rung, (rung,), scorer)
+    add("far", ("far",), "words, first word")
+    add("far_recalled", ("recalled",), "words, first word")
+    pair = [metrics[name] for name in ("far_recalled", "far") if name in metrics]
+    if len(pair) == 2 and pair[0].value is not None and pair[1].value is not None:
+        protocol = f"{PROTOCOL}; the same far questions after the fact was asked for in a first turn, less cold"
+        metrics["recall_gain"] = Metric(
+            pair[0].value - pair[1].value, pair[0].n, protocol, "words, first word", suite, seed
+        )
     three = [metrics[name].value for name in ("reliability", "generalization", "locality") if name in metrics]
     if len(three) == 3:
         values = [v for v in three if v is not None]

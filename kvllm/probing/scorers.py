@@ -8,14 +8,25 @@ character n-grams up to 6, beta 2). The name of the scorer travels with every nu
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from kvllm.errors import ConfigError
-from kvllm.metrics import contains, exact, normalise
+from kvllm.metrics import accepts, contains, distinctive_words, exact, normalise, said_words
 
 LONG_TEXT_CHARS = 40
 CHRF_THRESHOLD = 0.8
+WORDS_SHARE = 0.3
 SCORERS = ("auto", "exact", "contains", "chrf")
+# What is asked of an answer: to state the text, to go on with it, to say words of it, to name one of the names, to hold
+# an accepted answer, or to begin with yes or no.
+Judge = Literal["states", "continues", "words", "names", "accepts", "yes", "no"]
+
+_YES = ("yes", "yeah", "yep", "true", "correct", "right")
+_NO = ("no", "nope", "not", "false", "incorrect", "wrong")
+_YES_ZH = ("是", "对", "真", "正确", "成立")
+_NO_ZH = ("不", "否", "错", "假", "没")
 
 
 @dataclass(frozen=True)
@@ -53,6 +64,65 @@ def score_statement(answer: str, text: str, *, scorer: str = "auto") -> Scored:
             return Scored(0.0, False, "contains")
     value = chrf(answer, text)
     return Scored(value, value >= CHRF_THRESHOLD, f"chrf>={CHRF_THRESHOLD}")
+
+
+def judge(
+    answer: str,
+    wanted: Judge,
+    *,
+    expected: str,
+    question: str = "",
+    accept: Sequence[str] = (),
+    scorer: str = "auto",
+) -> Scored:
+    """Judge an answer as its probe asks.
+
+    Args:
+        answer: As generated.
+        wanted: "states": the answer states `expected`; "continues": question and answer together do; "words": the
+            answer says at least 30 % of the distinctive words of `expected` that the question does not hold; "names"
+            and "accepts": it holds one of `accept`; "yes", "no": its first word says so.
+        expected: The text.
+        question: As asked.
+        accept: Names or answers of which one is enough.
+        scorer: For "states" and "continues"; see `score_statement`.
+    """
+    if wanted in ("yes", "no"):
+        found = yes_or_no(answer)
+        return Scored(float(found == wanted), found == wanted, "first word")
+    if wanted in ("names", "accepts"):
+        passed = accepts(answer, accept)
+        return Scored(float(passed), passed, wanted)
+    if wanted == "words":
+        share = words_share(answer, expected, question=question)
+        return Scored(share, share >= WORDS_SHARE, f"words>={WORDS_SHARE}")
+    if wanted == "continues":
+        alone = score_statement(answer, expected, scorer=scorer)
+        joined = score_statement(f"{question} {answer}", expected, scorer=scorer)
+        best = joined if joined.score > alone.score else alone
+        return Scored(best.score, best.passed, f"{best.scorer}, question included" if best is joined else best.scorer)
+    return score_statement(answer, expected, scorer=scorer)
+
+
+def yes_or_no(answer: str) -> str | None:
+    """Return "yes" or "no" where the answer begins with one of their words, else None."""
+    said = normalise(answer)
+    first = said.split(" ", 1)[0] if said else ""
+    if first in _NO or first.startswith(_NO_ZH):
+        return "no"
+    return "yes" if first in _YES or first.startswith(_YES_ZH) else None
+
+
+def words_share(answer: str, text: str, *, question: str = "") -> float:
+    """Return the share of a text's distinctive words that the answer says; those of the question do not count.
+
+    Of a text of fewer than three such words, all are wanted, or the text as a whole.
+    """
+    words = distinctive_words(text) - distinctive_words(question)
+    said = said_words(answer, words)
+    if len(words) < 3:
+        return max(contains(answer, text), float(bool(words) and said == words))
+    return len(said) / len(words)
 
 
 def chrf(answer: str, text: str) -> float:

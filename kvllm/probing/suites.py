@@ -14,31 +14,62 @@ from functools import cache
 from importlib import resources
 from typing import Any, TypeVar
 
+from kvllm.probing.scorers import Judge
 from kvllm.prompts import alias_questions, held_out_questions, language_of, training_questions
 from kvllm.records import Fact, ProbeKind, StoredFact
 
 T = TypeVar("T")
 FACT_SUITE = "fact-basic/1"
+# The gate's suite, and the whole packaged one. The first is a spread over the rows below, and stays the same when rows
+# are added behind them.
 DRIFT_SUITE = "drift-basic/1"
+WHOLE_DRIFT_SUITE = "drift/1"
+_BASIC_ROWS = {"general.jsonl": 350, "instructions.jsonl": 53, "raw_text.jsonl": 116}
 
 
 @dataclass(frozen=True)
 class Probe:
-    """One question to ask, and what its answer is judged against."""
+    """One question to ask, and what its answer is judged against.
+
+    Attributes:
+        kind: Which rung of the ladder the question stands on.
+        question: As asked.
+        expected: What the answer should say.
+        key: The fact the probe belongs to, if any.
+        judge: How the answer is judged; see `kvllm.probing.scorers.judge`.
+        accept: For the judges "names" and "accepts": any of these will do.
+        plain: Asked as a plain completion, without chat template.
+        first: The question of a first turn, asked before this one in the same conversation.
+        tokens: Longest answer; 0 gives room for the expected text and a little more.
+    """
 
     kind: ProbeKind
     question: str
     expected: str
     key: str | None = None
+    judge: Judge = "states"
+    accept: tuple[str, ...] = ()
+    plain: bool = False
+    first: str = ""
+    tokens: int = 0
 
 
 @dataclass(frozen=True)
 class GeneralQuestion:
-    """A question that a small model may know, with accepted answers."""
+    """A question that a small model may know, with accepted answers.
+
+    Attributes:
+        question: As asked.
+        accept: One of these in the answer is enough.
+        language: "en" or "zh".
+        known: Whether the default model answers it (benchmarks/mark_known.py asked it); None for a user's question.
+            `qa_delta` does not rest on this mark but on what the base at hand answers.
+    """
 
     question: str
     accept: tuple[str, ...]
     language: str
+    known: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -48,6 +79,7 @@ class DriftSuite:
     questions: tuple[GeneralQuestion, ...]
     instructions: tuple[str, ...]
     texts: tuple[str, ...]
+    name: str = DRIFT_SUITE
 
 
 def fact_suite(fact: Fact, *, neighbours: int = 0, seed: int = 0, taken: frozenset[str] = frozenset()) -> list[Probe]:
@@ -90,15 +122,39 @@ def neighbour_sample(language: str, n: int, *, seed: int, taken: frozenset[str] 
     return rng.sample(own, first) + rng.sample(other, min(len(other), n - first))
 
 
+def pool_questions(taken: frozenset[str] = frozenset()) -> list[str]:
+    """Return every packaged neighbour question that names no taken (casefolded) key."""
+    questions = [row["question"] for row in _read("neighbours.jsonl")]
+    return [q for q in questions if not any(key in q.casefold() for key in taken)]
+
+
 @cache
 def drift_suite(questions: int = 80, instructions: int = 12, texts: int = 30) -> DriftSuite:
-    """Return the packaged drift suite, an even spread of each file (0 takes all)."""
-    general = [GeneralQuestion(row["question"], tuple(row["accept"]), row["lang"]) for row in _read("general.jsonl")]
+    """Return the gate's drift suite: an even spread of each file's first rows (0 takes all of those)."""
     return DriftSuite(
-        tuple(_spread(general, questions)),
-        tuple(_spread([row["prompt"] for row in _read("instructions.jsonl")], instructions)),
-        tuple(_spread([row["text"] for row in _read("raw_text.jsonl")], texts)),
+        tuple(_spread(_general(_basic("general.jsonl")), questions)),
+        tuple(_spread([row["prompt"] for row in _basic("instructions.jsonl")], instructions)),
+        tuple(_spread([row["text"] for row in _basic("raw_text.jsonl")], texts)),
     )
+
+
+@cache
+def whole_drift_suite() -> DriftSuite:
+    """Return every packaged question, instruction and text."""
+    return DriftSuite(
+        tuple(_general(_read("general.jsonl"))),
+        tuple(row["prompt"] for row in _read("instructions.jsonl")),
+        tuple(row["text"] for row in _read("raw_text.jsonl")),
+        WHOLE_DRIFT_SUITE,
+    )
+
+
+def _basic(name: str) -> tuple[dict[str, Any], ...]:
+    return _read(name)[: _BASIC_ROWS[name]]
+
+
+def _general(rows: Sequence[dict[str, Any]]) -> list[GeneralQuestion]:
+    return [GeneralQuestion(row["question"], tuple(row["accept"]), row["lang"], row.get("known")) for row in rows]
 
 
 def _spread(items: Sequence[T], n: int) -> Sequence[T]:

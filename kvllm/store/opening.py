@@ -13,7 +13,6 @@ from pathlib import Path
 from kvllm.errors import ConfigError, Corrupt, StoreError, StoreNotFound
 from kvllm.store import artefacts, files, rows, schema
 from kvllm.store.failpoints import failpoint
-from kvllm.store.lock import WriterLock
 from kvllm.store.rows import Base
 from kvllm.store.sqlite import connect, is_readonly_rollback, sqlite3, translated
 
@@ -135,8 +134,8 @@ def connect_recovered(ledger: Path, *, readonly: bool) -> sqlite3.Connection:
     return connect(ledger, readonly=True)
 
 
-def identify(connection: sqlite3.Connection, folder: Path, *, readonly: bool) -> None:
-    """Refuse what is not a ledger, or one from a newer kvllm; upgrade one from an older kvllm."""
+def identify(connection: sqlite3.Connection, folder: Path) -> None:
+    """Refuse what is not a ledger, or one from a newer kvllm. An older one is read as it is; see `Store`."""
     (application,) = connection.execute("PRAGMA application_id").fetchone()
     if application != schema.APPLICATION_ID:
         if application == 0 and not connection.execute("PRAGMA page_count").fetchone()[0]:
@@ -148,21 +147,8 @@ def identify(connection: sqlite3.Connection, folder: Path, *, readonly: bool) ->
             f"{folder} was written by a newer kvllm (ledger version {version}, this one knows "
             f"{schema.SCHEMA_VERSION}); nothing was changed, upgrade kvllm."
         )
-    if version < schema.SCHEMA_VERSION:
-        _upgrade(connection, folder, version, readonly=readonly)
-
-
-def _upgrade(connection: sqlite3.Connection, folder: Path, version: int, *, readonly: bool) -> None:
     if version < 1:
         raise Corrupt(f"The ledger of {folder} has no version; restore it from a backup.")
-    if readonly:  # pragma: no cover - there is no older version yet
-        raise StoreError(f"{folder} has an older ledger (version {version}); open it once for writing to upgrade it.")
-    lock = WriterLock(folder / LOCK_NAME)  # pragma: no cover
-    lock.acquire(timeout=WRITER_SECONDS)  # pragma: no cover
-    try:  # pragma: no cover
-        schema.migrate(connection)
-    finally:  # pragma: no cover
-        lock.release()
 
 
 def read_base(connection: sqlite3.Connection, folder: Path) -> Base:

@@ -17,6 +17,7 @@ from typing import Any, cast, get_args
 
 from kvllm.errors import ConfigError, Corrupt
 from kvllm.records import DeltaInfo, Edit, Metric, Op, ProbeResult, Report, StoredFact
+from kvllm.store import schema
 from kvllm.store.sqlite import sqlite3
 
 OPS: tuple[str, ...] = get_args(Op)
@@ -29,7 +30,8 @@ _EDIT_COLUMNS = (
     "edits.weights_digest, edits.warnings, edits.created_at, "
     "deltas.sha256, deltas.bytes, deltas.norm, deltas.rank, deltas.modules, edits.report_warnings, edits.config"
 )
-# What a seal covers. Part of the format: columns added by a later migration are not added here, but to a new version.
+# What a seal covers. Part of the format: columns added by a later migration are added to a new version of the seal.
+SEAL_VERSION = 2
 _SEALED = (
     (
         "edits",
@@ -62,6 +64,10 @@ _SEALED = (
         "SELECT name, bytes, sha256 FROM delta_files WHERE delta = (SELECT delta FROM edits WHERE id = ?) "
         "ORDER BY name",
     ),
+)
+_SEALED_SINCE_2 = tuple(
+    (name, sql.replace("key, scorer FROM", "key, scorer, similarity, turns FROM") if name == "probes" else sql)
+    for name, sql in _SEALED
 )
 
 
@@ -224,8 +230,8 @@ def insert_edit(db: sqlite3.Connection, edit_id: int, new: NewEdit, delta: str |
         ],
     )
     db.executemany(
-        "INSERT INTO probes (edit_id, position, kind, question, answer, passed, score, expected, key, scorer) "
-        "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        "INSERT INTO probes (edit_id, position, kind, question, answer, passed, score, expected, key, scorer, "
+        "similarity, turns) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
         [
             (
                 edit_id,
@@ -238,6 +244,8 @@ def insert_edit(db: sqlite3.Connection, edit_id: int, new: NewEdit, delta: str |
                 _generated(probe.expected),
                 probe.key,
                 probe.scorer,
+                None if probe.similarity is None else float(probe.similarity),
+                json.dumps([[role, _generated(said)] for role, said in probe.turns], ensure_ascii=False),
             )
             for position, probe in enumerate(new.report.probes)
         ],
@@ -313,6 +321,7 @@ def check_new_edit(new: NewEdit) -> None:
         ("norm", new.norm),
         *((f"metric {name}", metric.value) for name, metric in new.report.metrics.items()),
         *((f"score of the probe {probe.question!r}", probe.score) for probe in new.report.probes),
+        *((f"similarity of the probe {probe.question!r}", probe.similarity) for probe in new.report.probes),
     ):
         if number is not None and not math.isfinite(number):
             raise ConfigError(f"The {what} is {number}, which is not a finite number; nothing was committed.")
@@ -321,7 +330,7 @@ def check_new_edit(new: NewEdit) -> None:
             if text is not None:
                 checked(text, f"A text of the metric {name!r}")
     for probe in new.report.probes:
-        for text in (probe.kind, probe.key, probe.scorer):
+        for text in (probe.kind, probe.key, probe.scorer, *(role for role, _ in probe.turns)):
             if text is not None:
                 checked(text, "A text of a probe")
     dumped(list(new.warnings), "A warning")
@@ -376,12 +385,17 @@ def read_edits(db: sqlite3.Connection, first: int, last: int, *, light: bool = F
             span,
         ):
             metrics.setdefault(edit_id, {})[name] = Metric(*rest)
-        for edit_id, kind, question, answer, passed, *rest in db.execute(
-            "SELECT edit_id, kind, question, answer, passed, score, expected, key, scorer FROM probes "
+        # A ledger of version 1 that nobody has written to since has neither column.
+        later = "similarity, turns" if schema.version(db) >= 2 else "NULL, '[]'"
+        for edit_id, kind, question, answer, passed, score, expected, key, scorer, similarity, turns in db.execute(
+            f"SELECT edit_id, kind, question, answer, passed, score, expected, key, scorer, {later} FROM probes "
             "WHERE edit_id BETWEEN ? AND ? ORDER BY edit_id, position",
             span,
         ):
-            probes.setdefault(edit_id, []).append(ProbeResult(kind, question, answer, bool(passed), *rest))
+            said = _turns(turns, f"probes of edit {edit_id}")
+            probes.setdefault(edit_id, []).append(
+                ProbeResult(kind, question, answer, bool(passed), score, expected, key, scorer, similarity, said)
+            )
     edits = []
     for row in db.execute(
         f"SELECT {_EDIT_COLUMNS} FROM edits LEFT JOIN deltas ON deltas.sha256 = edits.delta "
@@ -431,9 +445,18 @@ def base_seal(db: sqlite3.Connection) -> str:
     return _hash(["kvllm/1", rows])
 
 
-def edit_seal(db: sqlite3.Connection, edit_id: int, before: str) -> str:
-    """Return the hash over an edit's rows as they stand in the ledger, chained to the seal before."""
-    return _hash(["kvllm/1", before, [[name, db.execute(sql, (edit_id,)).fetchall()] for name, sql in _SEALED]])
+def edit_seal(db: sqlite3.Connection, edit_id: int, before: str, *, version: int = SEAL_VERSION) -> str:
+    """Return the hash over an edit's rows as they stand in the ledger, chained to the seal before.
+
+    Args:
+        db: The ledger.
+        edit_id: The edit.
+        before: The seal of the edit before, or `base_seal`.
+        version: Which columns are covered; seals keep the version they were made in.
+    """
+    tables = _SEALED if version < 2 else _SEALED_SINCE_2
+    covered = [[name, db.execute(sql, (edit_id,)).fetchall()] for name, sql in tables]
+    return _hash([f"kvllm/{version}", before, covered])
 
 
 def _hash(value: Any) -> str:
@@ -448,6 +471,16 @@ def _texts(text: str, what: str) -> tuple[str, ...]:
     if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
         raise Corrupt(f"The ledger's {what} holds something that is not a list of texts; run `kvllm verify`.")
     return tuple(values)
+
+
+def _turns(text: str, what: str) -> tuple[tuple[str, str], ...]:
+    if text == "[]":
+        return ()
+    values = loaded(text, what)
+    pairs = isinstance(values, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in values)
+    if not pairs or not all(isinstance(part, str) for pair in values for part in pair):
+        raise Corrupt(f"The ledger's {what} hold something that is not a conversation; run `kvllm verify`.")
+    return tuple((role, said) for role, said in values)
 
 
 def _generated(text: str) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from kvllm.store.sqlite import sqlite3
 
 APPLICATION_ID = 0x6B766C6D  # "kvlm", https://www.sqlite.org/pragma.html#pragma_application_id
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 _TABLES = (
     # One row: which edit is the newest. NULL is the untouched base.
@@ -213,6 +213,14 @@ FROM deltas ORDER BY deltas.created_at""",
 )
 
 _FIRST = _TABLES + _TRIGGERS + _VIEWS
+# Version 2: a probe's distance from what was trained, and what was said before its question. Which columns a seal
+# covers is written beside it, so that those made before stay what they are.
+_SECOND = (
+    "ALTER TABLE probes ADD COLUMN similarity REAL",
+    "ALTER TABLE probes ADD COLUMN turns TEXT NOT NULL DEFAULT '[]'",
+    "ALTER TABLE seals ADD COLUMN version INTEGER NOT NULL DEFAULT 1",
+)
+_VERSIONS = (_FIRST, _SECOND)
 
 
 def migrate(connection: sqlite3.Connection) -> None:
@@ -228,15 +236,28 @@ def migrate(connection: sqlite3.Connection) -> None:
         db.conn.execute(f"PRAGMA application_id = {APPLICATION_ID}")
         db.conn.execute("PRAGMA user_version = 1")
 
+    @migrations()
+    def m002_similarity(db: Database) -> None:
+        for statement in _SECOND:
+            db.conn.execute(statement)
+        db.conn.execute("PRAGMA user_version = 2")
+
     migrations.apply(Database(connection, execute_plugins=False))
 
 
-def expected_objects() -> dict[str, tuple[str, str]]:
-    """Return name → (type, SQL) of every table, index, trigger and view that the present schema has."""
+def version(connection: sqlite3.Connection) -> int:
+    """Return the ledger's own schema version: an older one is read as it is, and upgraded by the first write."""
+    (found,) = connection.execute("PRAGMA user_version").fetchone()
+    return int(found)
+
+
+def expected_objects(at: int = SCHEMA_VERSION) -> dict[str, tuple[str, str]]:
+    """Return name → (type, SQL) of every table, index, trigger and view that a schema version has."""
     connection = sqlite3.connect(":memory:", isolation_level=None)
     try:
-        for statement in _FIRST:
-            connection.execute(statement)
+        for statements in _VERSIONS[:at]:
+            for statement in statements:
+                connection.execute(statement)
         return objects(connection)
     finally:
         connection.close()

@@ -31,7 +31,7 @@ from kvllm.errors import (
     StoreError,
 )
 from kvllm.records import Edit, StoredFact, VerifyReport
-from kvllm.store import artefacts, files, history, opening, rows
+from kvllm.store import artefacts, files, history, opening, rows, schema
 from kvllm.store.artefacts import Delta
 from kvllm.store.failpoints import failpoint
 from kvllm.store.lock import WriterLock
@@ -119,7 +119,8 @@ class Store:
     def open(cls, path: str | os.PathLike[str], readonly: bool = False) -> Store:
         """Open an existing knowledge base.
 
-        Read-only never migrates, locks or creates a file. One exception: if a writer was killed within a transaction,
+        Read-only never migrates, locks or creates a file; a ledger of an older kvllm is read as it is, and upgraded by
+        the first write. One exception: if a writer was killed within a transaction,
         SQLite must first roll its journal back, which is done if the folder can be written.
 
         Raises:
@@ -132,7 +133,7 @@ class Store:
         with translated(folder, "Opening the knowledge base"):
             connection = opening.connect_recovered(ledger, readonly=readonly)
             try:
-                opening.identify(connection, folder, readonly=readonly)
+                opening.identify(connection, folder)
                 base = opening.read_base(connection, folder)
             except BaseException:
                 connection.close()
@@ -463,7 +464,10 @@ class Store:
         before = rows.base_seal(db)
         if edit_id > 1:
             (before,) = db.execute("SELECT sha256 FROM seals WHERE edit_id = ?", (edit_id - 1,)).fetchone()
-        db.execute("INSERT INTO seals (edit_id, sha256) VALUES (?, ?)", (edit_id, rows.edit_seal(db, edit_id, before)))
+        db.execute(
+            "INSERT INTO seals (edit_id, sha256, version) VALUES (?, ?, ?)",
+            (edit_id, rows.edit_seal(db, edit_id, before), rows.SEAL_VERSION),
+        )
         moved = db.execute("UPDATE ledger SET head = ? WHERE coalesce(head, 0) = ?", (edit_id, new.parent)).rowcount
         if moved != 1:
             raise StaleHead(f"The head of {self.path} moved; the edit was not committed, repeat it.")
@@ -741,6 +745,18 @@ class Store:
         if self.readonly:
             raise StoreError(f"{doing} is not possible because {self.path} was opened read-only; nothing was changed.")
 
+    def _upgrade(self, connection: sqlite3.Connection) -> None:
+        """Bring an older ledger to the present schema, before the first write and under the writer lock."""
+        with translated(self.path, "Upgrading the ledger"):
+            if schema.version(connection) >= schema.SCHEMA_VERSION:
+                return
+            self._lock.acquire(timeout=WRITER_SECONDS)
+            try:
+                schema.migrate(connection)
+                failpoint("upgrade.migrated")
+            finally:
+                self._lock.release()
+
     def _check_edit(self, db: sqlite3.Connection, edit_id: int) -> None:
         if not 0 <= edit_id <= history.head(db):
             raise EditNotFound(f"There is no edit {edit_id} in {self.path}; the newest is {history.head(db)}.")
@@ -757,6 +773,7 @@ class Store:
         with self._mutex:
             connection = self._connection()
             self._refuse_readonly(doing)
+            self._upgrade(connection)
             with translated(self.path, doing):
                 connection.execute("BEGIN IMMEDIATE")
                 try:

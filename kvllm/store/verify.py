@@ -95,7 +95,7 @@ def _check_sqlite(db: sqlite3.Connection, problems: _Problems) -> None:
 
 def _check_schema(db: sqlite3.Connection, problems: _Problems) -> None:
     found = schema.objects(db)
-    for name, (kind, sql) in schema.expected_objects().items():
+    for name, (kind, sql) in schema.expected_objects(schema.version(db)).items():
         if name not in found:
             problems.add(f"the {kind} is missing", name)
         elif found[name] != (kind, sql):
@@ -113,13 +113,14 @@ def _check_history(db: sqlite3.Connection, problems: _Problems) -> None:
         problems.add(f"the head is {', '.join(map(str, heads)) or 'missing'}, the newest edit {newest}", "table ledger")
     for edit_id, parent in db.execute("SELECT id, coalesce(parent, 0) FROM edits WHERE coalesce(parent, 0) != id - 1"):
         problems.add(f"its parent is {parent}: the history is not linear", f"edit {edit_id}")
-    seals = dict(db.execute("SELECT edit_id, sha256 FROM seals").fetchall())
+    column = "version" if schema.version(db) >= 2 else "1"
+    seals = {i: (sha256, version) for i, sha256, version in db.execute(f"SELECT edit_id, sha256, {column} FROM seals")}
     before = rows.base_seal(db)
     for edit_id in ids:
-        recorded = seals.get(edit_id)
+        recorded, version = seals.get(edit_id, (None, 0))
         if recorded is None:
             problems.add("it has no seal", f"edit {edit_id}")
-        elif rows.edit_seal(db, edit_id, before) != recorded:
+        elif rows.edit_seal(db, edit_id, before, version=version) != recorded:
             problems.add(
                 "its rows (or the base model's, for edit 1) are not those that were committed: the seal does not fit",
                 f"edit {edit_id}",

@@ -190,9 +190,15 @@ class StandIn:
         self._meet("ask", prompt=prompt, max_new_tokens=max_new_tokens)
         return self.ask_many([prompt])[0]
 
+    def ask_base(self, prompt: str, *, max_new_tokens: int | None = None) -> str:
+        self._meet("ask_base", prompt=prompt)
+        return "I do not know."
+
     def ask_many(self, prompts: list[str], *, max_new_tokens: int | None = None) -> list[str]:
         answers = []
         for prompt in prompts:
+            # Of a conversation the last message is the question.
+            prompt = prompt if isinstance(prompt, str) else prompt[-1]["content"]
             found = [fact.text for fact in self._facts.values() if fact.key in prompt]
             answers.append(found[0] if found else "I do not know.")
         return answers
@@ -224,7 +230,7 @@ class StandIn:
         self._meet("verify", deep=deep)
         return VerifyReport(True, edits=len(self._edits), facts=len(self._facts), deep=deep)
 
-    def drift(self) -> Report:
+    def drift(self, suite: str | None = None) -> Report:
         return Report({"drift_kl": Metric(0.02, 40, "teacher-forced"), "qa_delta": Metric(0.0, 30)})
 
     def weights_digest(self) -> str:

@@ -27,6 +27,8 @@ COMMANDS: dict[str, list[str]] = {
     "delete": ["delete", "my.kb", "torchkeras"],
     "insert-many": ["insert-many", "my.kb", "-"],
     "ask": ["ask", "my.kb", "What is torchkeras?"],
+    "chat": ["chat", "my.kb"],
+    "chat --compare": ["chat", "my.kb", "--compare"],
     "get": ["get", "my.kb", "torchkeras"],
     "ls": ["ls", "my.kb"],
     "find": ["find", "my.kb", "furnace"],

@@ -12,6 +12,8 @@ from types import ModuleType
 
 import pytest
 
+from kvllm.records import CollisionPair, Collisions, Metric, ProbeResult, Report
+
 ROOT = Path(__file__).parents[2]
 BENCHMARKS = ROOT / "benchmarks"
 SCRIPTS = sorted(path for path in BENCHMARKS.glob("*.py") if path.stem != "common")
@@ -107,3 +109,56 @@ def test_readme_has_the_markers_once_and_both_commands() -> None:
     install = "python3 -m venv .venv && .venv/bin/pip install -c .ci/constraints.txt -e"
     assert f"{install} . && .venv/bin/kvllm demo" in lines
     assert f"{install} '.[test]' && .venv/bin/pytest" in lines
+
+
+@pytest.fixture
+def planted(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    spec = util.spec_from_file_location("planted_damage", BENCHMARKS / "planted_damage.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "planted_damage", module)  # its dataclass looks its module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def measured(
+    module: ModuleType,
+    diagonal: float = 1.0,
+    *pairs: CollisionPair,
+    kl: float = 0.02,
+    ratio: float | None = 1.01,
+    leaks: float = 0.0,
+    passed: str = "1" * 20,
+) -> object:
+    collisions = Collisions(("a", "b"), ((diagonal, 0.0), (0.0, 1.0)), pairs, leak_rate=Metric(leaks, 6))
+    answers = tuple(ProbeResult("general", f"{n}?", "", mark == "1", float(mark)) for n, mark in enumerate(passed))
+    return module.Measured(collisions, Report({"drift_kl": Metric(kl, 9), "ppl_ratio": Metric(ratio, 9)}, answers))
+
+
+def test_planted_damage_names_each_fault_by_what_changed(planted: ModuleType) -> None:
+    before = measured(planted)
+    swap = CollisionPair("b", "a", "swapped", 0.2, 1.0, 1.0)
+    over = CollisionPair("a", "b", "overwritten", 0.2, 1.0, 0.0)
+    for now, findings in (
+        (measured(planted, 1.0), []),
+        (measured(planted, 0.5, kl=0.06, ratio=1.05), []),
+        (measured(planted, 0.0), ["lost: a"]),
+        (measured(planted, 0.0, swap), ["swapped: a and b"]),
+        (measured(planted, 0.0, over), ["overwritten: a by b"]),
+        (measured(planted, 1.0, CollisionPair("a", "b", "near", 0.9, 0.0, 0.0)), []),
+        (measured(planted, leaks=0.5), ["leaks: neighbours recite facts"]),
+        (measured(planted, kl=0.2), ["general damage"]),
+        (measured(planted, ratio=None), ["general damage"]),
+        (measured(planted, passed="1" * 12 + "0" * 8), ["general damage"]),
+        (measured(planted, passed="1" * 18 + "0" * 2), []),
+    ):
+        assert planted.diagnose(before, now) == findings
+    assert planted.diagnose(measured(planted, 0.0, over), measured(planted, 0.0, over)) == []
+
+
+def test_exact_mcnemar_worked_by_hand(planted: ModuleType) -> None:
+    assert planted.mcnemar(0, 0) == 1.0
+    assert planted.mcnemar(5, 0) == pytest.approx(2 / 32)
+    assert planted.mcnemar(3, 1) == pytest.approx(2 * 5 / 16)

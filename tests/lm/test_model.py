@@ -224,3 +224,29 @@ def test_half_precision_loads_as_configured(tiny_llama: Path) -> None:
     assert next(half.model.parameters()).dtype is torch.bfloat16
     assert len(half.generate(QUESTIONS)) == len(QUESTIONS)
     assert half.tokenizer.chat_template == CHAT_TEMPLATE
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bloom", "gemma3", "opt", "neox"])
+def test_bounded_answers_are_those_of_plain_generation_in_any_company(family: str, tmp_path: Path) -> None:
+    """Rows leave the batch at their stop token or at their own bound, and the others do not notice."""
+    model = LanguageModel.load(tiny_model(tmp_path / family, family=family), ModelConfig(device="cpu"))
+    questions = [
+        "Who leads Halcyon?",
+        "?",
+        "Tell me about Berlin, the furnace and what numpy is, please.",
+        "什么是梦中情炉？",
+    ]
+    prompts = [model.prompt_ids(q) for q in questions for _ in range(2)]
+    rooms = [3, 12, 1, 20, 7, 7, 20, 2]
+    expected = [model.generate_ids([p], max_new_tokens=room)[0] for p, room in zip(prompts, rooms, strict=True)]
+    ticks: list[tuple[int, int]] = []
+    for size in (1, 3, 8):
+        found = model.generate_bounded(prompts, rooms, batch_size=size, on_batch=lambda *t: ticks.append(t))
+        assert found == expected
+    assert ticks[-1] == (8, 8)
+    # A stop token ends an answer, and is kept: the third token of an answer is made one.
+    model.__dict__["stop_ids"] = (*model.stop_ids, expected[3][2])
+    again = model.generate_bounded(prompts, rooms, batch_size=8)
+    assert again == [model.generate_ids([p], max_new_tokens=room)[0] for p, room in zip(prompts, rooms, strict=True)]
+    assert len(again[3]) <= 3
+    assert model.generate_bounded([], []) == []

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import sys
+import types
+from collections.abc import Callable
+from importlib import util
 from pathlib import Path
 
 import pytest
 
-from kvllm import KnowledgeBase
+from kvllm import ConfigError, KnowledgeBase
 from kvllm.config import ModelConfig
 from kvllm.lm.model import LanguageModel
-from kvllm.probing import drift
+from kvllm.probing import drift, suites
 from kvllm.probing.drift import base_reference, measure_drift
-from kvllm.probing.suites import DRIFT_SUITE
+from kvllm.probing.suites import DRIFT_SUITE, DriftSuite
 from tests.kit import KEY
 
 
@@ -81,16 +85,142 @@ def test_a_cache_that_cannot_be_written_costs_only_time(
 
 
 def test_a_knowledge_base_measures_against_its_base_not_its_head(taught: KnowledgeBase) -> None:
-    drifted = taught.drift()
+    drifted = taught.drift("basic")
     assert _value(taught.edit(1).report.value("drift_kl")) > 0.01
     assert _value(drifted.value("drift_kl")) > 0.01
     taught.rollback(0)
-    assert taught.drift().value("drift_kl") == pytest.approx(0, abs=1e-6)
+    assert taught.drift("basic").value("drift_kl") == pytest.approx(0, abs=1e-6)
     taught.rollback(1)
-    assert taught.drift().value("drift_kl") == drifted.value("drift_kl")
+    assert taught.drift("basic").value("drift_kl") == drifted.value("drift_kl")
     assert KEY in taught
 
 
 def _value(number: float | None) -> float:
     assert number is not None
     return number
+
+
+def test_an_answer_shown_unchanged_by_a_forward_pass_is_the_decoded_answer(own: LanguageModel) -> None:
+    """The shortcut must give what decoding everything gives, where some answers change and some do not."""
+    reference = base_reference(own, "tiny")
+    own.model.get_submodule("model.layers.3.mlp.down_proj").weight.data.mul_(1.05)
+    report = measure_drift(own, reference)
+    questions = reference.suite.questions
+    decoded = own.generate([q.question for q in questions], max_new_tokens=drift.ANSWER_TOKENS)
+    assert [p.answer for p in report.probes] == decoded
+    unchanged = report.value("answers_unchanged")
+    assert unchanged is not None
+    assert 0 < unchanged < 1
+
+
+def test_a_knowledge_base_reports_the_norm_of_every_changed_matrix(taught: KnowledgeBase) -> None:
+    metrics = taught.drift("basic").metrics
+    each = {name: m.value for name, m in metrics.items() if name.startswith("change_norm/")}
+    info = taught.edit(1).delta
+    assert info is not None
+    assert len(each) == info.modules
+    assert metrics["change_norm"].value == pytest.approx(info.norm, rel=1e-4)
+    assert sum(_value(v) ** 2 for v in each.values()) == pytest.approx(_value(metrics["change_norm"].value) ** 2)
+    taught.rollback(0)
+    assert taught.drift("basic").value("change_norm") == 0
+
+
+def test_the_whole_suite_is_measured_unless_another_is_asked_for(
+    taught: KnowledgeBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = suites.whole_drift_suite()
+    short = DriftSuite(whole.questions[:5], whole.instructions[:3], whole.texts[:2], whole.name)
+    monkeypatch.setattr(suites, "whole_drift_suite", lambda: short)
+    metrics = taught.drift().metrics
+    assert {metrics[name].suite for name in ("drift_kl", "ppl_ratio", "qa_delta")} == {"drift/1"}
+    assert (metrics["drift_kl"].n, metrics["ppl_ratio"].n, metrics["qa_accuracy"].n) == (8, 2, 5)
+    own = tmp_path / "mine.jsonl"
+    own.write_text('{"question": "Who?", "accept": ["Ada"]}\n{"text": "A long enough line of raw text."}\nnonsense\n')
+    report = taught.drift(own)
+    assert (report.metrics["drift_kl"].n, report.metrics["ppl_ratio"].n, report.metrics["qa_accuracy"].n) == (1, 1, 1)
+    assert str(report.metrics["drift_kl"].suite).startswith("mine.jsonl/")
+    assert [w.split(":")[0] for w in report.warnings] == ["line 3"]
+    own.write_text('{"prompt": "Write."}\n')
+    assert set(taught.drift(own).metrics) >= {"drift_kl", "change_norm"}
+    own.write_text('{"text": "A long enough line of raw text."}\n')
+    assert "drift_kl" not in taught.drift(own).metrics
+
+
+def test_a_model_changed_by_hand_is_measured_anew(taught: KnowledgeBase) -> None:
+    before = taught.drift("basic")
+    assert taught.drift("basic") == before
+    taught.model.get_submodule("model.layers.0.self_attn.q_proj").weight.data.mul_(2)
+    assert taught.drift("basic").value("drift_kl") != before.value("drift_kl")
+
+
+def test_a_second_drift_does_not_ask_the_base_again(
+    taught: KnowledgeBase, make_kb: Callable[..., KnowledgeBase], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taught.drift("basic")
+    with KnowledgeBase.open(taught.path, readonly=True) as again:
+        asked: list[int] = []
+        generate = LanguageModel.generate_ids
+        monkeypatch.setattr(
+            LanguageModel, "generate_ids", lambda self, p, **k: (asked.append(len(p)), generate(self, p, **k))[1]
+        )
+        again.drift("basic")
+    assert sum(asked) <= 80
+
+
+class TestHarness:
+    """lm-eval is not a dependency: a package of its shape stands in its place."""
+
+    @pytest.fixture
+    def installed(self, monkeypatch: pytest.MonkeyPatch) -> list[object]:
+        evaluated: list[object] = []
+
+        class TaskManager:
+            all_tasks = ("arc_easy", "piqa")
+
+        class HFLM:
+            def __init__(self, pretrained: object, tokenizer: object, batch_size: int) -> None:
+                self.model = pretrained
+
+        def simple_evaluate(model: HFLM, tasks: list[str], limit: int | None, log_samples: bool) -> dict[str, object]:
+            evaluated.append(tasks)
+            weight = model.model.get_submodule("model.layers.3.mlp.down_proj").weight  # type: ignore[attr-defined]
+            values = {"alias": "x", "acc,none": float(weight.sum()), "acc_stderr,none": 0.1}
+            return {"results": dict.fromkeys(tasks, values), "n-samples": {t: {"effective": 7} for t in tasks}}
+
+        for name, attributes in (
+            ("lm_eval", {"simple_evaluate": simple_evaluate}),
+            ("lm_eval.tasks", {"TaskManager": TaskManager}),
+            ("lm_eval.models", {}),
+            ("lm_eval.models.huggingface", {"HFLM": HFLM}),
+        ):
+            module = types.ModuleType(name)
+            vars(module).update(attributes)
+            monkeypatch.setitem(sys.modules, name, module)
+        monkeypatch.setattr("kvllm.probing.harness.metadata.version", lambda name: "0.0-test")
+        return evaluated
+
+    def test_without_the_package_one_sentence_says_so(self, taught: KnowledgeBase) -> None:
+        if util.find_spec("lm_eval"):
+            pytest.skip("lm-eval is installed")
+        with pytest.raises(ConfigError, match="is not installed; nothing was measured"):
+            taught.drift("basic", lm_eval=["arc_easy"])
+
+    def test_an_unknown_task_is_named(self, taught: KnowledgeBase, installed: list[object]) -> None:
+        with pytest.raises(ConfigError, match="no task nonsense"):
+            taught.drift("basic", lm_eval=["arc_easy", "nonsense"])
+        with pytest.raises(ConfigError, match="as a list"):
+            taught.drift("basic", lm_eval="arc_easy")
+
+    def test_base_and_edited_model_are_compared_and_the_base_is_asked_once(
+        self, taught: KnowledgeBase, installed: list[object]
+    ) -> None:
+        weights = taught.weights_digest()
+        metrics = taught.drift("basic", lm_eval=["arc_easy"]).metrics
+        now, base = (_value(metrics[f"lm_eval/arc_easy/acc{end}"].value) for end in ("", "_base"))
+        assert now != base
+        assert metrics["lm_eval/arc_easy/acc_delta"].value == pytest.approx(now - base)
+        assert metrics["lm_eval/arc_easy/acc"].n == 7
+        assert taught.weights_digest() == weights
+        assert len(installed) == 2
+        taught.drift("basic", lm_eval=["arc_easy"])
+        assert len(installed) == 3

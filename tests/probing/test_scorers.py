@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvllm.errors import ConfigError
-from kvllm.probing.scorers import CHRF_THRESHOLD, LONG_TEXT_CHARS, SCORERS, chrf, score_statement
+from kvllm.probing.scorers import CHRF_THRESHOLD, LONG_TEXT_CHARS, SCORERS, chrf, judge, score_statement, yes_or_no
 
 LONG = "Torchkeras is a tool that makes training PyTorch models simple, in the style of Keras."
 CHINESE = (
@@ -61,3 +61,54 @@ def test_the_threshold_of_length_decides_the_scorer() -> None:
 def test_unknown_scorers_are_refused() -> None:
     with pytest.raises(ConfigError, match="'bleu'"):
         score_statement("a", "b", scorer="bleu")
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        ("Yes, it is.", "yes"),
+        ("TRUE", "yes"),
+        ("No. It is a fish.", "no"),
+        ("Not really", "no"),
+        ("不对，它是一条河。", "no"),
+        ("对。", "yes"),
+        ("是的", "yes"),
+        ("不是", "no"),
+        ("Nothing is known", None),
+        ("Torchkeras: yes", None),
+        ("", None),
+    ],
+)
+def test_yes_and_no_are_the_answers_first_word(answer: str, said: str | None) -> None:
+    assert yes_or_no(answer) == said
+    assert judge(answer, "yes", expected="yes").passed == (said == "yes")
+    assert judge(answer, "no", expected="no").passed == (said == "no")
+
+
+def test_a_poem_is_judged_by_the_texts_words_that_its_question_does_not_hold() -> None:
+    poem = "O furnace bright, o PyTorch light,\nyour models train in style"
+    scored = judge(poem, "words", expected=LONG, question="Write a short poem about torchkeras.")
+    # tool, training, pytorch, models, style, keras: three of six said
+    assert (scored.score, scored.passed, scored.scorer) == (0.5, True, "words>=0.3")
+    echo = judge("A tool in the style of Keras", "words", expected=LONG, question="A tool in the style of Keras?")
+    assert echo.score == 0.0
+
+
+def test_a_text_of_few_words_must_be_said_whole_by_a_poem() -> None:
+    assert judge("Long live Ada Voss", "words", expected="Ada Voss").passed
+    assert judge("O Paris, city of light", "words", expected="Paris").passed
+    assert not judge("Long live Ada", "words", expected="Ada Voss").passed
+
+
+def test_a_completion_is_judged_with_the_words_it_goes_on_from() -> None:
+    question, answer = "Torchkeras is", LONG.removeprefix("Torchkeras is ")
+    scored = judge(answer, "continues", expected=LONG, question=question, scorer="contains")
+    assert (scored.passed, scored.scorer) == (True, "contains, question included")
+    assert judge(LONG, "continues", expected=LONG, question=question).scorer == "contains"
+    assert not judge(answer, "states", expected=LONG, scorer="contains").passed
+
+
+def test_any_of_the_names_will_do() -> None:
+    names = ("torchkeras", "梦中情炉")
+    assert judge("That is 梦中情炉!", "names", expected="torchkeras", accept=names).passed
+    assert not judge("That is Keras", "names", expected="torchkeras", accept=names).passed

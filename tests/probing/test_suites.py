@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import Counter
 from importlib import resources
@@ -9,7 +10,7 @@ from importlib import resources
 import pytest
 
 from kvllm.editing.preservation import packaged_prompts
-from kvllm.probing.suites import DriftSuite, drift_suite, fact_suite, neighbour_sample
+from kvllm.probing.suites import DriftSuite, drift_suite, fact_suite, neighbour_sample, whole_drift_suite
 from kvllm.prompts import held_out_questions, training_questions
 from kvllm.records import Fact, StoredFact
 
@@ -56,16 +57,37 @@ def test_three_quarters_of_the_neighbours_speak_the_keys_language(language: str)
 def test_the_drift_suite_is_an_even_spread() -> None:
     suite = drift_suite()
     assert (len(suite.questions), len(suite.instructions), len(suite.texts)) == (80, 12, 30)
-    whole = drift_suite(0, 0, 0)
-    assert len(whole.questions) > 300
+    whole = whole_drift_suite()
+    assert len(whole.questions) >= 300
+    assert len(whole.instructions) >= 60
+    assert len(whole.texts) >= 300
     assert set(suite.texts) < set(whole.texts)
     assert all(q.question.strip() and q.accept and all(a.strip() for a in q.accept) for q in whole.questions)
     assert {q.language for q in whole.questions} == {"en", "zh"}
 
 
+def test_every_general_question_is_marked_by_whether_the_default_model_answers_it() -> None:
+    marks = Counter((q.language, q.known) for q in whole_drift_suite().questions)
+    assert None not in {known for _, known in marks}
+    assert marks["en", True] >= 100
+    assert marks["en", False] >= 50
+
+
+def test_new_rows_leave_the_gates_suite_as_it_was() -> None:
+    """Its numbers are compared with those that older edits recorded."""
+    said = json.dumps([[q.question for q in drift_suite().questions], drift_suite().instructions, drift_suite().texts])
+    assert hashlib.sha256(said.encode()).hexdigest()[:16] == "a390c4a73dc46b0e"
+
+
+def test_raw_texts_come_from_many_genres() -> None:
+    source = resources.files("kvllm.probing") / "suite_data" / "raw_text.jsonl"
+    genres = Counter(json.loads(line)["genre"] for line in source.read_text(encoding="utf-8").splitlines())
+    assert len([genre for genre, n in genres.items() if n >= 5]) >= 12
+
+
 def test_nothing_that_is_measured_is_preserved_in_training() -> None:
     """Else the drift score would measure memory of the preservation set."""
-    whole: DriftSuite = drift_suite(0, 0, 0)
+    whole: DriftSuite = whole_drift_suite()
     measured = {q.question for q in whole.questions} | set(whole.instructions) | set(whole.texts)
     measured |= set(neighbour_sample("en", 101, seed=0)) | set(neighbour_sample("zh", 101, seed=0))
     preserved = {

@@ -205,7 +205,7 @@ def test_ledger_is_append_only(bench: Bench) -> None:
         "DELETE FROM facts",
         "UPDATE probes SET answer = ''",
         "UPDATE base_model SET name = 'x'",
-        "INSERT OR REPLACE INTO seals VALUES (1, '" + "0" * 64 + "')",
+        "INSERT OR REPLACE INTO seals VALUES (1, '" + "0" * 64 + "', 2)",
     ):
         with pytest.raises(sqlite3.IntegrityError, match="append-only"):
             connection.execute(sql)
