@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     )
     from kvllm.knowledge_base import KnowledgeBase
     from kvllm.records import (
+        BisectReport,
         DeltaInfo,
         Edit,
         EditOutcome,
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
         ProbeResult,
         Problem,
         Progress,
+        RegressionReport,
         Report,
         StoredFact,
         VerifyReport,
@@ -57,6 +59,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AmbiguousKey",
     "BaseMismatch",
+    "BisectReport",
     "Busy",
     "ConfigError",
     "Corrupt",
@@ -82,6 +85,7 @@ __all__ = [
     "ProbeResult",
     "Problem",
     "Progress",
+    "RegressionReport",
     "Report",
     "StaleHead",
     "StoreError",
@@ -97,8 +101,8 @@ _ERRORS = (
     "KvllmError ModelError OutOfResources StaleHead StoreError StoreNotFound Untrusted"
 )
 _RECORDS = (
-    "DeltaInfo Edit EditOutcome ExportResult Fact Match Metric ProbeResult Problem Progress Report "
-    "StoredFact VerifyReport"
+    "BisectReport DeltaInfo Edit EditOutcome ExportResult Fact Match Metric ProbeResult Problem Progress "
+    "RegressionReport Report StoredFact VerifyReport"
 )
 _HOME = {
     "KnowledgeBase": "kvllm.knowledge_base",

@@ -5,6 +5,7 @@ contains("The capital is Paris.", "paris")   # 1.0
 
 from __future__ import annotations
 
+import math
 import re
 import unicodedata
 from collections.abc import Iterable, Sequence
@@ -87,6 +88,13 @@ def harmonic_mean(values: Sequence[float]) -> float:
     if not values or any(v <= 0 for v in values):
         return 0.0
     return len(values) / sum(1 / v for v in values)
+
+
+def shown(value: float | None, digits: int = 3) -> str:
+    """Return a number as every report prints it, whatever the format; an en dash where nothing was measured."""
+    if value is None or math.isnan(value):
+        return "–"
+    return f"{value:.{digits}f}"
 
 
 def mean(values: Iterable[float]) -> float | None:

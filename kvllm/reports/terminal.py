@@ -8,7 +8,6 @@ them passes `inline` or `block`, so that no escape sequence, bidirectional overr
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -18,6 +17,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from kvllm.metrics import shown as number
 from kvllm.records import (
     Edit,
     EditOutcome,
@@ -29,29 +29,7 @@ from kvllm.records import (
     StoredFact,
     VerifyReport,
 )
-
-# Invisible characters that reorder or hide what follows: as dangerous on a terminal as an escape sequence.
-_UNSEEN = frozenset("\u061c\u200e\u200f\u2028\u2029\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\ufeff")
-
-
-def neutral(text: str, *, keep: str = "\n\t") -> str:
-    """Return the text with control characters, bidirectional overrides and lone surrogates written as `\\x1b`.
-
-    `keep` lists the control characters that stay as they are.
-    """
-    return "".join(ch if ch in keep or not _unsafe(ch) else _escaped(ch) for ch in text)
-
-
-def _unsafe(ch: str) -> bool:
-    point = ord(ch)
-    return point < 0x20 or 0x7F <= point <= 0x9F or 0xD800 <= point <= 0xDFFF or ch in _UNSEEN
-
-
-def _escaped(ch: str) -> str:
-    point = ord(ch)
-    if ch in "\n\t\r":
-        return {"\n": "\\n", "\t": "\\t", "\r": "\\r"}[ch]
-    return f"\\x{point:02x}" if point < 0x100 else f"\\u{point:04x}"
+from kvllm.reports.text import neutral
 
 
 def inline(text: object, style: str = "") -> Text:
@@ -62,13 +40,6 @@ def inline(text: object, style: str = "") -> Text:
 def block(text: object, style: str = "") -> Text:
     """Return untrusted text as a paragraph: line breaks and tabs stay, nothing else is interpreted."""
     return Text(neutral(str(text)), style=style)
-
-
-def number(value: float | None, digits: int = 3) -> str:
-    """Return a metric's value for a person; an en dash where nothing was measured."""
-    if value is None or math.isnan(value):
-        return "–"
-    return f"{value:.{digits}f}"
 
 
 def size(n_bytes: float) -> str:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvllm.probing.paired import Interval, bootstrap, holm, mcnemar, wilson
+from kvllm.paired import Interval, bootstrap, holm, mcnemar, wilson
 
 
 @pytest.mark.parametrize(
