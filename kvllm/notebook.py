@@ -11,7 +11,7 @@ import html
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from kvllm.metrics import shown
+from kvllm.metrics import shown, shown_p
 
 if TYPE_CHECKING:
     from kvllm.records import Metric, ProbeResult, RegressionReport, Report
@@ -37,7 +37,7 @@ def regression_html(report: RegressionReport) -> str:
                 f"{shown(suite.low)} to {shown(suite.high)}",
                 str(suite.lost),
                 str(suite.gained),
-                shown(suite.p_holm),
+                shown_p(suite.p_holm),
                 suite.scorer,
             )
             for suite in report.suites

@@ -58,7 +58,7 @@ def test_a_regression_shows_what_was_lost_with_both_answers() -> None:
         drift_before=Report({"drift_kl": Metric(0.1, 40, scorer="kl")}),
     )  # fmt: skip
     read = Reader(report._repr_html_())
-    for shown in ("k<b>", "0.250", "-0.900 to -0.500", "0.062", "said before", HOSTILE, "0.500", "0.100"):
+    for shown in ("k<b>", "0.250", "-0.900 to -0.500", "0.0625", "said before", HOSTILE, "0.500", "0.100"):
         assert shown in read.text, shown
     assert "script" not in read.tags
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from kvllm.editing.engine import Engine
 from kvllm.errors import AmbiguousKey, ConfigError
-from kvllm.metrics import accepts
+from kvllm.metrics import RECALLED_SHARE, accepts
 from kvllm.probing import regression as pairing
 from kvllm.probing.drift import ANSWER_TOKENS
 from kvllm.probing.runner import run_probes
@@ -155,7 +155,7 @@ def _searched(engine: Engine, probe: str, expected: str | None, neighbours: int)
     for fact in facts:
         if fact.key == probe:
             trained = tuple(p for p in fact_suite(fact) if p.kind == "trained")
-            share = pairing.RECALLED_SHARE
+            share = RECALLED_SHARE
             return _Searched(trained, fact.edit_id, fact.text, fact.key, pairing.FACTS_SCORER, share)
     taken = _names(facts)
     found = [p for f in facts for p in fact_suite(f, neighbours=neighbours, taken=taken) if p.question == probe]

@@ -72,7 +72,7 @@ def regression_checks(
         metric = report.drift.metrics.get("drift_kl")
         checks.append(at_most(DRIFT_RISE, rise, max_drift, metric.n if metric is not None else 0))
     if max_lost is not None:
-        checks.append(at_most(FACTS_LOST, float(len(report.lost)), float(max_lost), len(report.facts)))
+        checks.append(at_most(FACTS_LOST, len(report.lost), max_lost, len(report.facts)))
     return checks
 
 

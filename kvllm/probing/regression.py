@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
+from kvllm.metrics import RECALLED_SHARE
 from kvllm.paired import bootstrap, holm, mcnemar, wilson
 from kvllm.records import (
     AnswerChange,
@@ -25,10 +26,7 @@ from kvllm.records import (
     SuiteComparison,
 )
 
-# A fact counts as recalled when at least this share of its trained questions states the text. A fixed line, because a
-# fact is lost for the user long before its last question fails, and not yet when one wording of eight does.
-RECALLED_SHARE = 0.5
-FACTS_SCORER = f"at least {RECALLED_SHARE:.0%} of the trained questions state the text"
+FACTS_SCORER = f"trained>={RECALLED_SHARE}"
 FACTS_SUITE = "facts"
 Pair = tuple[ProbeResult, ProbeResult]
 

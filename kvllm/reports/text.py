@@ -7,7 +7,10 @@ Keys, texts and answers are untrusted: none of them may set a colour, open a lin
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Mapping
+from typing import Any
 
 # Invisible characters that reorder or hide what follows: as dangerous on a terminal as an escape sequence.
 _UNSEEN = frozenset("\u061c\u200e\u200f\u2028\u2029\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\ufeff")
@@ -46,6 +49,17 @@ def xml(text: str) -> str:
     (a carriage return is read as a line feed).
     """
     return "".join(f"\\u{ord(ch):04x}" if ch in "\ufffe\uffff" else ch for ch in neutral(text))
+
+
+def finite(value: Any) -> Any:
+    """Return plain data with every number that JSON does not have (NaN, infinity) as None."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(name): finite(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(item) for item in value]
+    return value
 
 
 def _unsafe(ch: str) -> bool:
