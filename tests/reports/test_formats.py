@@ -136,7 +136,8 @@ def test_metrics_are_the_same_number_in_all_five_formats(kind: str) -> None:
         assert properties[f"{name}.scorer"] == (metric["scorer"] or "")
         rows = {"html": page.cells, "markdown": text.cells, "terminal": terminal}
         for format, cells in rows.items():
-            mine = [row for row in cells if row and row[0] == name]
+            # The gate's own table names no scorer, and a finding is a sentence: the tables of metrics have both.
+            mine = [row for row in cells if len(row) > 5 and row[0] == name and row[2] != "nats"]
             assert mine, (format, name)
             for row in mine:
                 assert value in row, (format, name)
