@@ -19,9 +19,13 @@ ProbeKind = Literal[
     "trained",
     "paraphrase",
     "alias",
+    "completion",
+    "variant",
+    "language",
     "neighbour",
     "inverse",
     "far",
+    "recalled",
     "general",
     "instruction",
     "user",
@@ -134,7 +138,8 @@ class ProbeResult(Record):
         expected: What was looked for.
         key: The fact the probe belongs to, if any.
         scorer: Name of the scorer.
-        similarity: Cosine of the question to the nearest trained one; None where it was not measured.
+        similarity: Cosine of the question to the nearest trained question of its fact; None where not measured.
+        turns: What was said before the question, as (role, content) pairs, for a question of a second turn.
     """
 
     kind: ProbeKind
@@ -146,6 +151,7 @@ class ProbeResult(Record):
     key: str | None = None
     scorer: str = "contains"
     similarity: float | None = None
+    turns: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)

@@ -181,6 +181,7 @@ def bisect(good: int, bad: int, passes: Callable[[int], bool]) -> tuple[int, int
 
 
 def _identity(probe: ProbeResult) -> tuple[str | None, str, str]:
+    # Not what was said before: in a second turn that is the model's own first answer, which may differ.
     return probe.key, probe.kind, probe.question
 
 

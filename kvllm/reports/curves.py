@@ -16,8 +16,10 @@ from kvllm.records import ProbeResult, Record
 
 # The first bin holds the trained questions themselves, whose distance is 0 but for rounding.
 DISTANCES = (0.0, 0.02, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 2.0)
-# Kinds whose passing says that the fact's text was stated.
-_NOT_STATING = frozenset({"neighbour", "general", "instruction", "erasure", "restoration"})
+# Kinds that ask for something else than the fact, and questions of a second turn, which the first has answered.
+_NOT_ASKING = frozenset({"neighbour", "general", "instruction", "erasure", "restoration", "recalled"})
+# Answers to these may well speak of another fact.
+_FREE = frozenset({"inverse", "far"})
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ def recall_by_distance(probes: Sequence[ProbeResult]) -> list[DistancePoint]:
     """Return recall in bins of semantic distance; empty where no probe carries a similarity."""
     bins: dict[int, list[tuple[float, bool]]] = {}
     for probe in probes:
-        if probe.similarity is None or probe.kind in _NOT_STATING:
+        if probe.similarity is None or probe.kind in _NOT_ASKING:
             continue
         distance = max(0.0, 1 - probe.similarity)
         place = max(i for i, edge in enumerate(DISTANCES[:-1]) if distance >= edge)
@@ -84,7 +86,7 @@ def recitals(probes: Sequence[ProbeResult]) -> Recitals | None:
     texts: dict[str, str] = {}
     answers: dict[str, list[str]] = {}
     for probe in probes:
-        if probe.key is not None and probe.expected and probe.kind not in _NOT_STATING:
+        if probe.key is not None and probe.expected and probe.kind not in _NOT_ASKING | _FREE:
             texts.setdefault(probe.key, probe.expected)
             answers.setdefault(probe.key, []).append(probe.answer)
     keys = tuple(texts)

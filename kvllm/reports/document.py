@@ -9,7 +9,7 @@ The five formats only lay it out, so that no number can differ between them. Bui
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from kvllm.metrics import RECALLED_SHARE, shown, shown_p
@@ -33,13 +33,15 @@ SCHEMA = "kvllm-report/1"
 Kind = Literal["probe", "drift", "regression", "bisect"]
 # Larger matrices cannot be read; their pairs still stand in the list.
 MOST_MATRIX_KEYS = 24
-METRIC_OF_KIND = {
-    "trained": "reliability",
-    "paraphrase": "generalization",
-    "alias": "portability",
-    "user": "user",
-    "neighbour": "locality",
-    "general": "qa_accuracy",
+# Which metrics a probe counts for; of other kinds there is one of the kind's own name.
+METRICS_OF_KIND = {
+    "trained": ("reliability",),
+    "paraphrase": ("generalization",),
+    "alias": ("portability",),
+    "inverse": ("portability", "inverse"),
+    "recalled": ("portability", "far_recalled"),
+    "neighbour": ("locality",),
+    "general": ("qa_accuracy", "qa_delta"),
 }
 
 
@@ -77,7 +79,7 @@ class Entry:
         scorer: Its name.
         texts: (label, text) to read: the answer, what it was judged against.
         note: A few words for the list ("lost", "gained").
-        metric: The metric that it counts for.
+        metrics: Those that it counts for.
         distance: Of the question to the nearest trained one, where that was measured.
     """
 
@@ -89,19 +91,23 @@ class Entry:
     scorer: str
     texts: tuple[tuple[str, str], ...]
     note: str = ""
-    metric: str = ""
+    metrics: tuple[str, ...] = ()
     distance: float | None = None
 
 
 @dataclass(frozen=True)
 class Section:
-    """A part of a report: a table, a plot of it, questions with answers."""
+    """A part of a report: a table, a plot of it, questions with answers.
+
+    `minor` ones are folded: on a terminal they come with `--answers`.
+    """
 
     title: str
     note: str = ""
     table: Table | None = None
     figure: plots.Plot | plots.Matrix | None = None
     entries: tuple[Entry, ...] = ()
+    minor: bool = False
 
 
 @dataclass(frozen=True)
@@ -172,7 +178,7 @@ def probe_document(
     """
     curve, told = recall_by_distance(report.probes), recitals(report.probes)
     sections = [
-        _metrics_section("Metrics", report.metrics),
+        *_metrics_sections("Metrics", report.metrics),
         _facts_section(report.probes, facts, origin.head),
         *_distance_section(report.probes),
         *_retention_section(retention),
@@ -204,7 +210,7 @@ def drift_document(
 ) -> Document:
     """Return the document of a drift report."""
     sections = [
-        _metrics_section("Drift against the base model", report.metrics),
+        *_metrics_sections("Drift against the base model", report.metrics),
         *_drift_section(edits),
         Section("Questions and answers", _ANSWERS_NOTE, entries=tuple(_entry(probe) for probe in report.probes)),
     ]
@@ -299,7 +305,7 @@ def regression_document(report: RegressionReport, origin: Origin, *, checks: Seq
                 *((("judged against before", change.expected_before),) if _differ(change) else ()),
             ),
             "gained" if change.passed else "lost",
-            METRIC_OF_KIND.get(change.kind, change.kind),
+            METRICS_OF_KIND.get(change.kind, (change.kind,)),
         )
         for change in report.changes
     )
@@ -314,7 +320,7 @@ def regression_document(report: RegressionReport, origin: Origin, *, checks: Seq
         *_distance_section(report.after.probes),
         *_recitals_section(report.after.probes),
         *_drift_section(report.edits),
-        _metrics_section(f"Metrics at edit {report.head}", report.after.metrics),
+        *_metrics_sections(f"Metrics at edit {report.head}", report.after.metrics),
         Section(
             f"Questions and answers at edit {report.head}",
             _ANSWERS_NOTE,
@@ -371,12 +377,22 @@ _CHANGES_NOTE = "The lost ones first; open a line to read both answers."
 _ANSWERS_NOTE = "Open a line to read what the model generated and what it was judged against."
 
 
+def _metrics_sections(title: str, metrics: Mapping[str, Metric]) -> list[Section]:
+    """The metrics, and apart from them those of parts: "change_norm/model.layers.9" is a part of "change_norm"."""
+    parts = {name: metric for name, metric in metrics.items() if "/" in name}
+    found = [_metrics_section(title, {name: metric for name, metric in metrics.items() if name not in parts})]
+    for whole in dict.fromkeys(name.split("/")[0] for name in parts):
+        mine = {name: metric for name, metric in parts.items() if name.split("/")[0] == whole}
+        found.append(replace(_metrics_section(f"Parts of {whole}", mine), minor=True))
+    return found
+
+
 def _metrics_section(title: str, metrics: Mapping[str, Metric]) -> Section:
     rows = tuple(
         (
             name,
             shown(metric.value),
-            _interval(metric),
+            _interval(name, metric),
             str(metric.n),
             metric.scorer or "",
             metric.protocol,
@@ -488,7 +504,7 @@ def _drift_section(edits: Sequence[EditPoint]) -> list[Section]:
 
 
 def _entry(probe: ProbeResult) -> Entry:
-    texts = [("answer", probe.answer)]
+    texts = [("answer", probe.answer), *((f"{role}, before", content) for role, content in probe.turns)]
     if probe.expected:
         texts.append(("must not recite" if probe.kind == "neighbour" else "judged against", probe.expected))
     if probe.similarity is not None:
@@ -501,17 +517,18 @@ def _entry(probe: ProbeResult) -> Entry:
         shown(probe.score),
         probe.scorer,
         tuple(texts),
-        metric=METRIC_OF_KIND.get(probe.kind, probe.kind),
+        metrics=METRICS_OF_KIND.get(probe.kind, (probe.kind,)),
         distance=None if probe.similarity is None else max(0.0, 1 - probe.similarity),
     )
 
 
-def _interval(metric: Metric) -> str:
+def _interval(name: str, metric: Metric) -> str:
     """The Wilson interval of a metric that is a share of its n, else nothing."""
+    if name == "score" or name.endswith(("_delta", "_gain")):  # a mean of shares, and differences
+        return ""
     if metric.value is None or metric.scorer in (None, "kl") or not 0 <= metric.value <= 1:
         return ""
     passed = round(metric.value * metric.n)
-    # A harmonic mean or a difference is no share: it is no multiple of 1/n.
     if metric.n == 0 or abs(metric.value * metric.n - passed) > 1e-6:
         return ""
     band = wilson(passed, metric.n)

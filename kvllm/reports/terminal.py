@@ -333,7 +333,7 @@ def document_view(document: Document, *, answers: bool = False) -> Group:
     parts += warnings_view(document.warnings)
     passing = 0
     for section in document.sections:
-        if section.table is not None and section.table.rows:
+        if section.table is not None and section.table.rows and (answers or not section.minor):
             parts += [Text(""), _section_table(section.title, section.table), inline(section.note, "dim")]
         listed = [entry for entry in section.entries if answers or not entry.passed or entry.note]
         passing += len(section.entries) - len(listed)

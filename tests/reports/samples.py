@@ -96,6 +96,8 @@ def drift(kl: float = 0.0412345, seed: int = 0) -> Report:
     n = sum(probe.passed for probe in probes)
     metrics = {
         "drift_kl": Metric(kl, 92, "teacher-forced on the base's own answers", "kl", "drift-basic/1"),
+        "change_norm": Metric(1.2345678, 3, "Frobenius norm of the change of the weights"),
+        "change_norm/model.layers.9.mlp.down_proj": Metric(0.7654321, 1, "Frobenius norm of the change of the weights"),
         "ppl_ratio": Metric(1.0567891, 30, "raw text", None, "drift-basic/1"),
         "qa_accuracy": Metric(n / 20, 20, LIVE, "accepts", "drift-basic/1"),
         "qa_delta": Metric(None, 0, LIVE, "accepts", "drift-basic/1"),

@@ -314,3 +314,46 @@ def test_a_report_of_nothing_renders_in_every_format() -> None:
     for format in FORMATS:
         assert render(empty, format).strip()
     assert len(facts()) == len(NAMES)
+
+
+def test_parts_of_a_metric_stand_in_a_table_of_their_own() -> None:
+    titles = {section.title: section.table for section in document("drift").sections}
+    parts = titles["Parts of change_norm"]
+    assert parts is not None
+    assert [row[:2] for row in parts.rows] == [("change_norm/model.layers.9.mlp.down_proj", "0.765")]
+    whole = titles["Drift against the base model"]
+    assert whole is not None
+    assert "change_norm" in {row[0] for row in whole.rows}
+    assert not any("/" in row[0] for row in whole.rows)
+
+
+def test_what_was_said_before_a_question_stands_beside_its_answer() -> None:
+    from kvllm.records import ProbeResult, Report
+    from kvllm.reports.document import probe_document
+    from tests.reports.samples import ORIGIN
+
+    turns = (("user", "What is torchkeras?"), ("assistant", "A furnace."))
+    probe = ProbeResult(
+        "recalled", "Write a poem.", "Oh furnace!", True, 1.0, "furnace", "torchkeras", "words", 0.3, turns
+    )
+    page = Page(render(probe_document(Report({}, (probe,)), ORIGIN, facts=[]), "html")).text
+    for said in ("user, before", "What is torchkeras?", "assistant, before", "A furnace.", "Oh furnace!"):
+        assert said in page
+
+
+def test_only_shares_have_a_wilson_interval() -> None:
+    from kvllm.records import Metric, Report
+    from kvllm.reports.document import probe_document
+    from tests.reports.samples import ORIGIN
+
+    metrics = {
+        "reliability": Metric(0.8, 10, scorer="auto"),
+        "qa_delta": Metric(0.0, 10, scorer="accepts"),
+        "recall_gain": Metric(0.5, 10, scorer="words"),
+        "score": Metric(0.5, 10, scorer="auto"),
+        "drift_kl": Metric(0.5, 10, scorer="kl"),
+        "ppl_ratio": Metric(1.0, 10),
+    }
+    table = probe_document(Report(metrics), ORIGIN, facts=[]).sections[0].table
+    assert table is not None
+    assert {row[0]: row[2] for row in table.rows if row[2]} == {"reliability": "0.490 to 0.943"}
