@@ -168,7 +168,7 @@ def _searched(engine: Engine, probe: str, expected: str | None, neighbours: int)
         )
     if stating:
         (fact,) = (f for f in facts if f.key == stating[0].key)
-        return _Searched((stating[0],), fact.edit_id, fact.text, fact.key, "auto")
+        return _Searched((stating[0],), fact.edit_id, stating[0].expected, fact.key, "auto")
     if found:
         return _Searched(tuple(found), 0, found[0].expected, found[0].key, "leak")
     for question in drift_suite().questions:
