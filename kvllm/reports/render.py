@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import json
 from pathlib import PurePath
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
-from kvllm.reports.document import Document
 from kvllm.reports.text import finite
+
+if TYPE_CHECKING:
+    from kvllm.reports.document import Document
 
 Format = Literal["terminal", "json", "markdown", "junit", "html"]
 FORMATS: tuple[Format, ...] = get_args(Format)
