@@ -42,7 +42,10 @@ def mcnemar(lost: int, gained: int) -> float:
     if lost < 0 or gained < 0:
         raise ValueError("counts of pairs cannot be negative")
     n = lost + gained
-    tail = sum(math.comb(n, k) for k in range(min(lost, gained) + 1))
+    ways = tail = 1  # n choose 0
+    for k in range(min(lost, gained)):
+        ways = ways * (n - k) // (k + 1)  # n choose k + 1, exactly
+        tail += ways
     return min(1.0, 2 * tail / (1 << n))
 
 
