@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     )
     from kvllm.knowledge_base import KnowledgeBase
     from kvllm.records import (
+        BisectReport,
         CollisionPair,
         Collisions,
         DeltaInfo,
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
         ProbeResult,
         Problem,
         Progress,
+        RegressionReport,
         Report,
         StoredFact,
         VerifyReport,
@@ -60,6 +62,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AmbiguousKey",
     "BaseMismatch",
+    "BisectReport",
     "Busy",
     "CollisionPair",
     "Collisions",
@@ -88,6 +91,7 @@ __all__ = [
     "ProbeResult",
     "Problem",
     "Progress",
+    "RegressionReport",
     "Report",
     "StaleHead",
     "StoreError",
@@ -103,8 +107,8 @@ _ERRORS = (
     "KvllmError ModelError OutOfResources StaleHead StoreError StoreNotFound Untrusted"
 )
 _RECORDS = (
-    "CollisionPair Collisions DeltaInfo Edit EditOutcome ExportResult Fact Match Metric Neighbour ProbeResult Problem "
-    "Progress Report StoredFact VerifyReport"
+    "BisectReport CollisionPair Collisions DeltaInfo Edit EditOutcome ExportResult Fact Match Metric Neighbour "
+    "ProbeResult Problem Progress RegressionReport Report StoredFact VerifyReport"
 )
 _HOME = {
     "KnowledgeBase": "kvllm.knowledge_base",

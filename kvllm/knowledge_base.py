@@ -38,6 +38,7 @@ from kvllm.errors import (
 )
 from kvllm.prompts import REFUSALS, clean_fact, clean_key, clean_text, key_question, language_of, training_questions
 from kvllm.records import (
+    BisectReport,
     Collisions,
     DeleteMode,
     Edit,
@@ -50,6 +51,7 @@ from kvllm.records import (
     Op,
     ProbeResult,
     Progress,
+    RegressionReport,
     Report,
     StoredFact,
     VerifyReport,
@@ -470,6 +472,49 @@ class KnowledgeBase:
             found = compare_tasks(engine.lm, engine.base_weights, self._store.base.digest, lm_eval, limit=limit)
             report = replace(report, metrics={**report.metrics, **found})
         return replace(report, warnings=(*report.warnings, *mistakes))
+
+    def regression(self, since: int | str | None = None, *, neighbours: int = 1, seed: int = 0) -> RegressionReport:
+        """Measure every live fact and the drift suite at an earlier edit and now, and compare answer by answer.
+
+        The weights are brought to the earlier state by replay and put back whatever happens.
+
+        Args:
+            since: An edit or tag; 0 or "base" is the untouched base. By default the edit before the newest.
+            neighbours: Packaged neighbour questions per fact.
+            seed: Chooses the neighbours and seeds the bootstrap.
+
+        Raises:
+            EditNotFound: no such edit or tag.
+        """
+        from kvllm.editing.states import measure_regression
+
+        head = self._store.head()
+        if since is None:
+            earlier = (self._store.edit(head).parent or 0) if head else 0
+        else:
+            earlier = self._store.resolve(since)
+        return measure_regression(self._engine, since=earlier, neighbours=neighbours, seed=seed, tick=self._ticker)
+
+    def bisect(self, probe: str, *, expected: str | None = None) -> BisectReport:
+        """Find the edit that broke a probe, in log₂(n) replays; weights and ledger stay as they are.
+
+        Args:
+            probe: A live key, a question of a report, or any question together with `expected`.
+            expected: What the answer must state.
+
+        Raises:
+            ConfigError: it is unknown what the probe should be answered with.
+            AmbiguousKey: the question belongs to several facts.
+        """
+        from kvllm.editing.states import find_culprit
+
+        return find_culprit(
+            self._engine,
+            clean_text(probe, name="probe"),
+            expected=None if expected is None else clean_text(expected, name="expected text"),
+            neighbours=_GATE_NEIGHBOURS,
+            tick=self._ticker,
+        )
 
     def find(self, query: str, n: int = 5) -> list[Match]:
         """Return the live facts whose keys mean what the query means, nearest first."""

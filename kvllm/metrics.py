@@ -5,10 +5,14 @@ contains("The capital is Paris.", "paris")   # 1.0
 
 from __future__ import annotations
 
+import math
 import re
 import unicodedata
 from collections.abc import Iterable, Sequence
 
+# A fact counts as recalled when at least this share of its trained questions states the text. A fixed line, because a
+# fact is lost for the user long before its last question fails, and not yet when one wording of eight does.
+RECALLED_SHARE = 0.5
 _PUNCTUATION = re.compile(r"[^\w\s]|_", re.UNICODE)
 _CJK = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]")
 _NUMERALS = {
@@ -91,6 +95,21 @@ def harmonic_mean(values: Sequence[float]) -> float:
     if not values or any(v <= 0 for v in values):
         return 0.0
     return len(values) / sum(1 / v for v in values)
+
+
+def shown(value: float | None, digits: int = 3) -> str:
+    """Return a number as every report prints it, whatever the format; an en dash where nothing was measured.
+
+    A count (an int) has no decimals.
+    """
+    if value is None or math.isnan(value):
+        return "–"
+    return str(value) if isinstance(value, int) else f"{value:.{digits}f}"
+
+
+def shown_p(p_value: float) -> str:
+    """Return a p-value as every report prints it: none is ever 0."""
+    return "<0.0001" if p_value < 0.0001 else shown(p_value, 4)
 
 
 def mean(values: Iterable[float]) -> float | None:

@@ -169,6 +169,11 @@ class Report(Record):
         metric = self.metrics.get(name)
         return None if metric is None else metric.value
 
+    def _repr_html_(self) -> str:
+        from kvllm.notebook import report_html
+
+        return report_html(self)
+
 
 @dataclass(frozen=True)
 class DeltaInfo(Record):
@@ -248,6 +253,211 @@ class EditOutcome(Record):
     @property
     def ok(self) -> bool:
         return self.edit is not None
+
+
+@dataclass(frozen=True)
+class GateCheck(Record):
+    """One rule of a quality gate, and whether it held.
+
+    Attributes:
+        metric: What was judged: a metric's name, "drift_kl_rise" or "facts_lost".
+        sense: Whether the limit is the least or the most that is allowed.
+        limit: The limit.
+        value: What was measured; None where it was not, which fails the rule.
+        n: Of how many.
+        passed: The verdict.
+    """
+
+    metric: str
+    sense: Literal["at least", "at most"]
+    limit: float
+    value: float | None
+    n: int
+    passed: bool
+
+
+@dataclass(frozen=True)
+class SuiteComparison(Record):
+    """The same questions before and after, as pairs.
+
+    Attributes:
+        suite: Which rung of the ladder ("trained", "paraphrase", …), "general" for drift, "facts" for whole facts.
+        n: Pairs.
+        groups: How many facts (or single questions) the bootstrap drew from.
+        before, after: Shares that passed.
+        low, high: 95 % bootstrap interval of after − before.
+        lost, gained: Pairs that passed before only, and now only.
+        p_value: Exact McNemar test of lost against gained, two-sided.
+        p_holm: The same, adjusted for the number of suites (Holm).
+        scorer: Who judged.
+    """
+
+    suite: str
+    n: int
+    groups: int
+    before: float
+    after: float
+    low: float
+    high: float
+    lost: int
+    gained: int
+    p_value: float
+    p_holm: float
+    scorer: str
+
+
+@dataclass(frozen=True)
+class AnswerChange(Record):
+    """One question whose verdict changed, with both answers; texts differ where the fact was updated in between."""
+
+    kind: ProbeKind
+    key: str | None
+    question: str
+    passed_before: bool
+    passed: bool
+    answer_before: str
+    answer: str
+    expected_before: str
+    expected: str
+    scorer: str
+
+
+@dataclass(frozen=True)
+class FactChange(Record):
+    """One live fact before and after.
+
+    Attributes:
+        key: Of the fact.
+        edit_id: The edit that taught its present text.
+        further_edits: How many edits followed that one, up to the head.
+        status: "kept" and "missing" (recalled, or not, on both sides), "lost", "gained"; "new" and "new, missing" for
+            facts that were not live before.
+        recalled: Share of its trained questions whose answer states the text now; None where none was asked.
+        recalled_before: The same before; None for a new fact.
+        n: Trained questions asked.
+        updated: Whether its text was changed in between.
+    """
+
+    key: str
+    edit_id: int
+    further_edits: int
+    status: Literal["kept", "lost", "gained", "missing", "new", "new, missing"]
+    recalled: float | None
+    recalled_before: float | None
+    n: int
+    updated: bool = False
+
+
+@dataclass(frozen=True)
+class RetentionPoint(Record):
+    """retention@n: of the facts that n further edits followed, how many are recalled (`low`, `high`: 95 % Wilson)."""
+
+    further_edits: int
+    n: int
+    recalled: int
+    value: float
+    low: float
+    high: float
+    keys: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class EditPoint(Record):
+    """What one edit's own report said when it was committed, for curves over the history."""
+
+    edit_id: int
+    op: Op
+    keys: tuple[str, ...]
+    reliability: float | None
+    drift_kl: float | None
+    ppl_ratio: float | None
+
+
+@dataclass(frozen=True)
+class RegressionReport(Record):
+    """Every live fact and the drift suite at an earlier edit and at the head, paired.
+
+    Attributes:
+        since: The earlier edit; 0 is the untouched base.
+        head: The later one.
+        suites: One comparison per suite.
+        facts: One row per live fact.
+        changes: Every question whose verdict changed, the lost ones first.
+        retention: retention@n at the head.
+        edits: What each edit of the history reported, the base first.
+        before, after: What was measured on the facts on either side.
+        drift_before, drift: Drift against the base on either side.
+        deleted: Keys that were live before and are no longer.
+        seed: Of the bootstrap.
+        warnings: What a reader should know first.
+    """
+
+    since: int
+    head: int
+    suites: tuple[SuiteComparison, ...] = ()
+    facts: tuple[FactChange, ...] = ()
+    changes: tuple[AnswerChange, ...] = ()
+    retention: tuple[RetentionPoint, ...] = ()
+    edits: tuple[EditPoint, ...] = ()
+    before: Report = field(default_factory=Report)
+    after: Report = field(default_factory=Report)
+    drift_before: Report = field(default_factory=Report)
+    drift: Report = field(default_factory=Report)
+    deleted: tuple[str, ...] = ()
+    seed: int = 0
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def lost(self) -> tuple[str, ...]:
+        """The keys of facts that were recalled before and are not now."""
+        return tuple(fact.key for fact in self.facts if fact.status == "lost")
+
+    def _repr_html_(self) -> str:
+        from kvllm.notebook import regression_html
+
+        return regression_html(self)
+
+
+@dataclass(frozen=True)
+class BisectStep(Record):
+    """One state that `bisect` looked at."""
+
+    edit_id: int
+    passed: bool
+    answer: str
+
+
+@dataclass(frozen=True)
+class BisectReport(Record):
+    """Which edit broke a probe.
+
+    Attributes:
+        question: The probe.
+        expected: What its answer is judged against.
+        key: The fact it belongs to, if any.
+        scorer: Who judged.
+        verdict: "broken" (see `edit`), "still passes" at the head, or "never passed": neither at the head nor at
+            `start`.
+        start, head: The states between which was searched; `start` is the edit that taught the fact, or the base.
+        edit: The edit after which the probe first failed, for "broken".
+        steps: Every state looked at, in the order of looking.
+        replays: How many states were brought up by replay.
+    """
+
+    question: str
+    expected: str
+    key: str | None
+    scorer: str
+    verdict: Literal["broken", "still passes", "never passed"]
+    start: int
+    head: int
+    edit: Edit | None = None
+    steps: tuple[BisectStep, ...] = ()
+    replays: int = 0
+
+    def answer_at(self, edit_id: int) -> str:
+        """Return the answer at a state that was looked at."""
+        return next(step.answer for step in self.steps if step.edit_id == edit_id)
 
 
 @dataclass(frozen=True)

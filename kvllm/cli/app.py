@@ -9,8 +9,9 @@ import typer
 
 import kvllm
 
-COMMAND_MODULES = ("demo", "edits", "lookup", "chat", "history", "base", "about")
+COMMAND_MODULES = ("demo", "edits", "lookup", "chat", "measure", "history", "base", "about")
 FACTS, LOOKUP, HISTORY, BASE = "Change facts", "Ask and look up", "History", "Knowledge base and models"
+MEASURE = "Measure"
 
 app = typer.Typer(
     name="kvllm",

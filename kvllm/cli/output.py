@@ -10,11 +10,10 @@ spoil the data.
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING, Any
 
@@ -38,13 +37,15 @@ class Result:
         document: What `--json` prints, or a function that makes it where that costs something.
         view: Makes what people see; not called for `--json`.
         raw: What `-r` prints instead of the view.
-        exit_code: 0 unless the answer itself is bad news (some facts refused, the store not clean).
+        exit_code: 0 unless the answer itself is bad news (some facts refused, the store not clean, a gate that fails).
+        failure: The line that says so on stderr; with `--json` it stands in the document.
     """
 
     document: Any
     view: Callable[[], RenderableType | None]
     raw: str | None = None
     exit_code: int = 0
+    failure: str | None = None
 
 
 class Output:
@@ -105,6 +106,13 @@ class Output:
             view = result.view()
             if view is not None:
                 print_view(view, self._stdout)
+        if result.failure is not None and not self.json:
+            from rich.console import Console
+
+            from kvllm.reports.terminal import inline
+
+            console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+            console.print(inline("error:", "bold red"), inline(result.failure))
 
     def pause(self) -> None:
         """Take the progress bars off the screen; the next tick brings them back."""
@@ -129,19 +137,11 @@ def print_view(view: RenderableType, stream: IO[str], *, width: int | None = Non
 
 def print_json(document: Any, stream: IO[str]) -> None:
     """Print one JSON document; a number that JSON does not have (NaN, infinity) becomes null."""
+    from kvllm.reports.text import finite
+
     ascii_only = (getattr(stream, "encoding", None) or "ascii").lower().replace("-", "") != "utf8"
-    text = json.dumps(_finite(document), ensure_ascii=ascii_only, indent=2, allow_nan=False, default=str)
+    text = json.dumps(finite(document), ensure_ascii=ascii_only, indent=2, allow_nan=False, default=str)
     stream.write(_UNSAFE_IN_JSON.sub(lambda found: f"\\u{ord(found[0]):04x}", text) + "\n")
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {str(name): _finite(item) for name, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return value
 
 
 def _is_terminal(stream: IO[str]) -> bool:

@@ -11,7 +11,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from rich.text import Text
 
 from kvllm.records import Progress as Tick
-from kvllm.reports.terminal import neutral
+from kvllm.reports.text import neutral
 
 
 class ProgressBars:

@@ -191,6 +191,24 @@ class Engine:
         return from_files(self.store.read_delta(sha).files)
 
     @contextmanager
+    def at(self, edit_id: int) -> Iterator[None]:
+        """Hold the weights of an edit's state for as long as this is open; those before come back whatever happens.
+
+        Raises:
+            Corrupt: the weights that came back are not those that were there.
+        """
+        state, digest, head = self.weights.state(), self.weights.digest(), self.head
+        self.head = -1  # should even the way back fail, the next use replays the ledger's head
+        try:
+            self.load_state(edit_id)
+            yield
+        finally:
+            self.weights.restore(state)
+            if self.weights.digest() != digest:
+                raise Corrupt(f"The weights could not be put back after edit {edit_id} was looked at; open them again.")
+            self.head = head
+
+    @contextmanager
     def _base_weights(self) -> Iterator[None]:
         """The base's weights in the model and in the compute copy, for as long as this is open."""
         state = self.weights.state()

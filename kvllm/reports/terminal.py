@@ -8,9 +8,8 @@ them passes `inline` or `block`, so that no escape sequence, bidirectional overr
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Group, RenderableType
@@ -18,10 +17,12 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from kvllm.metrics import shown as number
 from kvllm.records import (
     Edit,
     EditOutcome,
     ExportResult,
+    GateCheck,
     Match,
     Metric,
     ProbeResult,
@@ -29,29 +30,11 @@ from kvllm.records import (
     StoredFact,
     VerifyReport,
 )
+from kvllm.reports.text import neutral
 
-# Invisible characters that reorder or hide what follows: as dangerous on a terminal as an escape sequence.
-_UNSEEN = frozenset("\u061c\u200e\u200f\u2028\u2029\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\ufeff")
-
-
-def neutral(text: str, *, keep: str = "\n\t") -> str:
-    """Return the text with control characters, bidirectional overrides and lone surrogates written as `\\x1b`.
-
-    `keep` lists the control characters that stay as they are.
-    """
-    return "".join(ch if ch in keep or not _unsafe(ch) else _escaped(ch) for ch in text)
-
-
-def _unsafe(ch: str) -> bool:
-    point = ord(ch)
-    return point < 0x20 or 0x7F <= point <= 0x9F or 0xD800 <= point <= 0xDFFF or ch in _UNSEEN
-
-
-def _escaped(ch: str) -> str:
-    point = ord(ch)
-    if ch in "\n\t\r":
-        return {"\n": "\\n", "\t": "\\t", "\r": "\\r"}[ch]
-    return f"\\x{point:02x}" if point < 0x100 else f"\\u{point:04x}"
+if TYPE_CHECKING:
+    from kvllm.reports.document import Document, Entry
+    from kvllm.reports.document import Table as DocumentTable
 
 
 def inline(text: object, style: str = "") -> Text:
@@ -62,13 +45,6 @@ def inline(text: object, style: str = "") -> Text:
 def block(text: object, style: str = "") -> Text:
     """Return untrusted text as a paragraph: line breaks and tabs stay, nothing else is interpreted."""
     return Text(neutral(str(text)), style=style)
-
-
-def number(value: float | None, digits: int = 3) -> str:
-    """Return a metric's value for a person; an en dash where nothing was measured."""
-    if value is None or math.isnan(value):
-        return "–"
-    return f"{value:.{digits}f}"
 
 
 def size(n_bytes: float) -> str:
@@ -343,3 +319,61 @@ def comparison_table(
 def drift_table(report: Report, *, title: str = "Drift against the base model") -> Table:
     """Return the drift metrics (drift_kl, ppl_ratio, qa_delta, …), each with its n."""
     return metrics_table(report.metrics, title=title)
+
+
+def document_view(document: Document, *, answers: bool = False) -> Group:
+    """Return a measured report: findings, gate, tables, and the questions that did not pass with their answers.
+
+    Args:
+        document: The report.
+        answers: Show every question with its answer, not only those that did not pass.
+    """
+    parts: list[RenderableType] = [inline(document.title, "bold"), *(inline(f) for f in document.findings)]
+    parts += [_check_line(check) for check in document.checks]
+    parts += warnings_view(document.warnings)
+    passing = 0
+    for section in document.sections:
+        if section.table is not None and section.table.rows and (answers or not section.minor):
+            parts += [Text(""), _section_table(section.title, section.table), inline(section.note, "dim")]
+        listed = [entry for entry in section.entries if answers or not entry.passed or entry.note]
+        passing += len(section.entries) - len(listed)
+        if listed:
+            parts += [Text(""), _entries_table(section.title, listed)]
+    if passing:
+        parts.append(Text(f"{passing} answers that passed are not shown; --answers shows them.", style="dim"))
+    return Group(*parts)
+
+
+def _check_line(check: GateCheck) -> Text:
+    mark = ("gate holds: ", "green") if check.passed else ("gate fails: ", "bold red")
+    said = f"{check.metric} {number(check.value)}, {check.sense} {number(check.limit)} (n={check.n})"
+    return Text.assemble(mark, inline(said))
+
+
+def _section_table(title: str, given: DocumentTable) -> Table:
+    table = _table(*given.columns, title=neutral(title, keep=""))
+    for row in given.rows:
+        table.add_row(*(inline(cell) for cell in row))
+    return table
+
+
+def _entries_table(title: str, entries: Sequence[Entry]) -> Table:
+    """One row per text, so that both answers of a change stand under each other."""
+    table = _table(
+        "!kind", "question", "!which", "text", ">score", "!scorer", "!verdict", title=neutral(title, keep="")
+    )
+    for entry in entries:
+        word = entry.note or {True: "passed", False: "not passed", None: ""}[entry.passed]
+        style = {True: "green", False: "red", None: ""}[entry.passed]
+        for place, (label, text) in enumerate(entry.texts):
+            first = place == 0
+            table.add_row(
+                inline(entry.kind if first else ""),
+                inline(entry.question if first else ""),
+                inline(label, "dim"),
+                inline(text),
+                entry.score if first else "",
+                inline(entry.scorer if first else ""),
+                Text(word if first else "", style=style),
+            )
+    return table

@@ -15,15 +15,19 @@ from kvllm.config import EditConfig, GateConfig
 from kvllm.errors import EditNotFound, KeyExists, KeyNotFound, StoreNotFound
 from kvllm.prompts import training_questions
 from kvllm.records import (
+    BisectReport,
+    BisectStep,
     DeltaInfo,
     Edit,
     EditOutcome,
     ExportResult,
     Fact,
+    FactChange,
     Match,
     Metric,
     ProbeResult,
     Progress,
+    RegressionReport,
     Report,
     StoredFact,
     VerifyReport,
@@ -230,8 +234,36 @@ class StandIn:
         self._meet("verify", deep=deep)
         return VerifyReport(True, edits=len(self._edits), facts=len(self._facts), deep=deep)
 
+    def probe(self, key: str | None = None) -> Report:
+        self._meet("probe", key=key)
+        facts = [self[key]] if key is not None else list(self._facts.values())
+        probes = [
+            ProbeResult(
+                "trained", f"{n}: what is {fact.key}?", fact.text if n else "no", bool(n), 1.0, fact.text, fact.key
+            )
+            for fact in facts
+            for n in range(4)
+        ]
+        return Report({"reliability": Metric(0.75, len(probes), "live", "auto")}, tuple(probes))
+
     def drift(self, suite: str | None = None) -> Report:
+        self._meet("drift")
         return Report({"drift_kl": Metric(0.02, 40, "teacher-forced"), "qa_delta": Metric(0.0, 30)})
+
+    def regression(self, since: int | str | None = None) -> RegressionReport:
+        self._meet("regression", since=since)
+        return RegressionReport(
+            1,
+            2,
+            facts=(FactChange("torchkeras", 1, 1, "lost", 0.0, 1.0, 8),),
+            after=report(),
+            drift_before=Report({"drift_kl": Metric(0.01, 40)}),
+            drift=self.drift(),
+        )
+
+    def bisect(self, probe: str, *, expected: str | None = None) -> BisectReport:
+        self._meet("bisect", probe=probe, expected=expected)
+        return BisectReport(probe, "text", None, "auto", "still passes", 0, 1, steps=(BisectStep(1, True, "text"),))
 
     def weights_digest(self) -> str:
         return "d1" * 32

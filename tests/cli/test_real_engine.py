@@ -266,3 +266,44 @@ def test_options_of_one_edit_leave_the_stored_configuration_in_force(
     used, stored = said["edit"]["config"]["edit"], taught._edit_config.to_dict()
     assert used == {**stored, "max_steps": 3, "seed": 5}
     assert said["edit"]["config"]["gate"] == taught._gate.to_dict()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["probe"],
+        ["probe", KEY, "--ladder", "--collisions"],
+        ["drift"],
+        ["regression", "--since", "base"],
+        ["bisect", KEY],
+    ],
+)
+def test_measuring_commands_follow_the_published_schema(
+    taught: KnowledgeBase, ask_json: Callable[..., tuple[int, Any]], tmp_path: Path, arguments: list[str]
+) -> None:
+    from jsonschema import Draft202012Validator
+
+    from kvllm.reports.schema import load
+
+    page = tmp_path / "report.html"
+    options = [arguments[0], taught.path, *arguments[1:], "--output", page]
+    with unchanged(taught):
+        code, said = ask_json(*options)
+    assert code == 0, said
+    assert [error.message for error in Draft202012Validator(load()).iter_errors(said)] == []
+    assert (said["kind"], said["knowledge_base"]["head"]) == (arguments[0], 1)
+    assert page.read_text(encoding="utf-8").startswith("<!doctype html>")
+
+
+def test_a_gate_on_a_taught_knowledge_base(taught: KnowledgeBase, ask_json: Callable[..., tuple[int, Any]]) -> None:
+    code, said = ask_json("probe", taught.path, "--fail-under", "reliability=1")
+    assert (code, said["report"]["reliability"]["value"], said["gate"]["passed"]) == (0, 1.0, True)
+    code, said = ask_json("probe", taught.path, "--fail-under", "reliability=1,generalization=1.01")
+    assert (code, said["code"], [check["passed"] for check in said["gate"]["checks"]]) == (
+        6,
+        "gate_failed",
+        [True, False],
+    )
+    taught.rollback(0)
+    code, said = ask_json("regression", taught.path, "--max-lost", "0")
+    assert (code, said["regression"]["deleted"]) == (0, [KEY])
