@@ -37,16 +37,20 @@ if TYPE_CHECKING:
     )
     from kvllm.knowledge_base import KnowledgeBase
     from kvllm.records import (
+        BackupResult,
         DeltaInfo,
         Edit,
         EditOutcome,
         ExportResult,
         Fact,
+        Garbage,
+        GcReport,
         Match,
         Metric,
         ProbeResult,
         Problem,
         Progress,
+        Repair,
         Report,
         StoredFact,
         VerifyReport,
@@ -56,6 +60,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AmbiguousKey",
+    "BackupResult",
     "BaseMismatch",
     "Busy",
     "ConfigError",
@@ -69,7 +74,9 @@ __all__ = [
     "EditRejected",
     "ExportResult",
     "Fact",
+    "Garbage",
     "GateConfig",
+    "GcReport",
     "KeyExists",
     "KeyNotFound",
     "KnowledgeBase",
@@ -82,6 +89,7 @@ __all__ = [
     "ProbeResult",
     "Problem",
     "Progress",
+    "Repair",
     "Report",
     "StaleHead",
     "StoreError",
@@ -97,8 +105,8 @@ _ERRORS = (
     "KvllmError ModelError OutOfResources StaleHead StoreError StoreNotFound Untrusted"
 )
 _RECORDS = (
-    "DeltaInfo Edit EditOutcome ExportResult Fact Match Metric ProbeResult Problem Progress Report "
-    "StoredFact VerifyReport"
+    "BackupResult DeltaInfo Edit EditOutcome ExportResult Fact Garbage GcReport Match Metric ProbeResult Problem "
+    "Progress Repair Report StoredFact VerifyReport"
 )
 _HOME = {
     "KnowledgeBase": "kvllm.knowledge_base",

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from kvllm.errors import ConfigError, Corrupt, StoreError, StoreNotFound
-from kvllm.store import artefacts, files, rows, schema
+from kvllm.store import artefacts, files, guard, rows, schema
 from kvllm.store.failpoints import failpoint
 from kvllm.store.lock import WriterLock
 from kvllm.store.rows import Base
@@ -65,6 +65,7 @@ def build(folder: Path, base: Base, settings: Mapping[str, str]) -> None:
         )
         connection.executemany("INSERT INTO base_files (name, sha256) VALUES (?, ?)", sorted(base.files.items()))
         connection.executemany("INSERT INTO settings (name, value) VALUES (?, ?)", list(settings.items()))
+        guard.seal_state(connection)
         connection.execute("COMMIT")
     finally:
         connection.close()

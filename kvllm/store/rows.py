@@ -365,7 +365,9 @@ def read_edits(db: sqlite3.Connection, first: int, last: int, *, light: bool = F
     ):
         keys.setdefault(edit_id, []).append(key)
     tags: dict[int, list[str]] = {}
-    for edit_id, name in db.execute("SELECT edit_id, name FROM tags WHERE edit_id BETWEEN ? AND ? ORDER BY name", span):
+    for edit_id, name in db.execute(
+        "SELECT edit_id, name FROM tags NOT INDEXED WHERE edit_id BETWEEN ? AND ? ORDER BY name", span
+    ):
         tags.setdefault(edit_id, []).append(name)
     metrics: dict[int, dict[str, Metric]] = {}
     probes: dict[int, list[ProbeResult]] = {}
@@ -428,15 +430,18 @@ def base_seal(db: sqlite3.Connection) -> str:
         db.execute("SELECT name, source, revision, digest, license FROM base_model").fetchall(),
         db.execute("SELECT name, sha256 FROM base_files ORDER BY name").fetchall(),
     ]
-    return _hash(["kvllm/1", rows])
+    return sha256_of_rows(["kvllm/1", rows])
 
 
 def edit_seal(db: sqlite3.Connection, edit_id: int, before: str) -> str:
     """Return the hash over an edit's rows as they stand in the ledger, chained to the seal before."""
-    return _hash(["kvllm/1", before, [[name, db.execute(sql, (edit_id,)).fetchall()] for name, sql in _SEALED]])
+    return sha256_of_rows(
+        ["kvllm/1", before, [[name, db.execute(sql, (edit_id,)).fetchall()] for name, sql in _SEALED]]
+    )
 
 
-def _hash(value: Any) -> str:
+def sha256_of_rows(value: Any) -> str:
+    """Return the hash of rows as SQLite gives them."""
     # repr for what no honest row holds (a BLOB in a text column), so that verify reports instead of failing
     return hashlib.sha256(json.dumps(value, separators=(",", ":"), default=repr).encode()).hexdigest()
 

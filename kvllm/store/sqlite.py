@@ -113,8 +113,8 @@ def translate(error: BaseException, path: Path, doing: str) -> KvllmError | None
             )
         if primary == _READONLY:
             return StoreError(
-                f"{where} failed because the ledger cannot be written, or has an interrupted write to roll back; "
-                f"{unchanged}, open it once with write permission."
+                f"{where} failed because the ledger cannot be written, was replaced by a repair meanwhile, or has an "
+                f"interrupted write to roll back; {unchanged}, open it again with write permission."
             )
         if primary == _CANTOPEN:
             return StoreError(f"{where} failed because ledger.db cannot be opened; check the folder's permissions.")
@@ -122,7 +122,7 @@ def translate(error: BaseException, path: Path, doing: str) -> KvllmError | None
             return StoreError(f"{where} was refused by the ledger's own rules ({error}); {unchanged}.")
         if primary == _TOOBIG:
             return ConfigError(f"{where} failed because a value is too long for SQLite; {unchanged}.")
-        if any(sign in str(error).lower() for sign in ("no such table", "no such column", "decode")):
+        if any(sign in str(error).lower() for sign in ("no such table", "no such column", "no such index", "decode")):
             return Corrupt(
                 f"{where} failed because ledger.db does not hold what it should ({error}); {unchanged}, run "
                 f"`kvllm verify {path}`."

@@ -13,11 +13,21 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
-from kvllm.errors import KvllmError
+from kvllm.errors import Corrupt, KvllmError
 from kvllm.records import Problem, VerifyReport
-from kvllm.store import artefacts, files, rows, schema
-from kvllm.store.opening import CREATING_NAME, DELTAS_NAME, LEDGER_NAME, LOCK_NAME, SNAPSHOT_FILE, SNAPSHOTS_NAME
-from kvllm.store.sqlite import sqlite3
+from kvllm.store import artefacts, files, guard, rows, schema
+from kvllm.store.opening import (
+    CREATING_NAME,
+    DELTAS_NAME,
+    LEDGER_NAME,
+    LOCK_NAME,
+    SNAPSHOT_FILE,
+    SNAPSHOTS_NAME,
+    connect_recovered,
+    find_ledger,
+    identify,
+)
+from kvllm.store.sqlite import sqlite3, translated
 
 _FOLDERS = (DELTAS_NAME, SNAPSHOTS_NAME)
 _KNOWN = (LEDGER_NAME, f"{LEDGER_NAME}-journal", LOCK_NAME, CREATING_NAME, *_FOLDERS)
@@ -82,6 +92,25 @@ def verify(path: Path, db: sqlite3.Connection, *, deep: bool) -> VerifyReport:
     )
 
 
+def verify_folder(path: Path, *, deep: bool) -> VerifyReport:
+    """Check a knowledge base that may be too damaged to be opened; a ledger that cannot be read is one more problem.
+
+    Raises:
+        StoreNotFound, StoreError: There is none at the path, or a newer kvllm made it.
+    """
+    ledger = find_ledger(path)
+    try:
+        with translated(path, "Reading the ledger"):
+            db = connect_recovered(ledger, readonly=True)
+            try:
+                identify(db, path, readonly=True)
+                return verify(path, db, deep=deep)
+            finally:
+                db.close()
+    except Corrupt as error:
+        return VerifyReport(False, (Problem(str(error), LEDGER_NAME),), deep=deep)
+
+
 # -------------------------------------------------------------------- rows
 
 
@@ -100,6 +129,9 @@ def _check_schema(db: sqlite3.Connection, problems: _Problems) -> None:
             problems.add(f"the {kind} is missing", name)
         elif found[name] != (kind, sql):
             problems.add(f"the {kind} is not as kvllm made it", name)
+    for name, (kind, _) in found.items():
+        if kind == "trigger" and name not in schema.expected_objects():
+            problems.add("the trigger is not kvllm's, and may change what is committed", name)
 
 
 def _check_history(db: sqlite3.Connection, problems: _Problems) -> None:
@@ -161,6 +193,11 @@ def _check_state(db: sqlite3.Connection, problems: _Problems) -> None:
                 f"the history says version {state.get(key)} is live, the list of live facts says {live.get(key)}",
                 f"fact {key!r}",
             )
+    recorded = guard.recorded_state_seal(db)
+    if recorded is None:
+        problems.add("it has no seal over head, tags and settings; the next change makes one", LEDGER_NAME, "warning")
+    elif recorded != guard.state_seal(db):
+        problems.add("head, tags, settings or live facts are not those that were committed", "ledger.db")
 
 
 def _check_records(db: sqlite3.Connection, problems: _Problems) -> None:
