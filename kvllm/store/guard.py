@@ -17,6 +17,7 @@ from kvllm.store.sqlite import sqlite3
 
 RESERVED = "."  # settings whose names begin so are kvllm's own
 STATE_SEAL = ".state"
+SEALED = ".sealed"  # says that there must be a seal, so that a damaged name cannot make a ledger look like an older one
 
 _STATE = (
     "SELECT id, head FROM ledger NOT INDEXED ORDER BY rowid",
@@ -40,11 +41,23 @@ def recorded_state_seal(db: sqlite3.Connection) -> str | None:
     return None if row is None else str(row[0]).strip('"')
 
 
-def seal_state(db: sqlite3.Connection) -> None:
-    """Renew the seal, as the last thing in a transaction."""
-    value = f'"{state_seal(db)}"'
+def state_fits(db: sqlite3.Connection) -> bool:
+    """Say whether what may change is what the last transaction left, as far as a ledger of an earlier kvllm tells."""
+    recorded = recorded_state_seal(db)
+    if recorded is not None:
+        return recorded == state_seal(db)
+    names = [name for (name,) in db.execute("SELECT name FROM settings NOT INDEXED")]
+    return bool(names) and SEALED not in names  # each knowledge base has settings
+
+
+def seal_state(db: sqlite3.Connection) -> str:
+    """Renew the seal, as the last thing in a transaction, and return it."""
+    db.execute("INSERT OR IGNORE INTO settings (name, value) VALUES (?, 'true')", (SEALED,))
+    seal = state_seal(db)
+    value = f'"{seal}"'
     if not db.execute("UPDATE settings SET value = ? WHERE name = ?", (value, STATE_SEAL)).rowcount:
         db.execute("INSERT INTO settings (name, value) VALUES (?, ?)", (STATE_SEAL, value))
+    return seal
 
 
 class Guard:
@@ -65,8 +78,7 @@ class Guard:
         now = (db.execute("PRAGMA data_version").fetchone()[0], db.total_changes)
         if now == self._state:
             return
-        recorded = recorded_state_seal(db)
-        if recorded is not None and recorded != state_seal(db):
+        if not state_fits(db):
             raise Corrupt(
                 f"The ledger of {self.path} is damaged: its head, tags, settings or live facts are not those that were "
                 f"committed; nothing was read or changed, run `kvllm verify {self.path}` or restore a backup."

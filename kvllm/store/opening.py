@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from kvllm.errors import ConfigError, Corrupt, StoreError, StoreNotFound
@@ -37,7 +38,8 @@ def refuse_foreign(folder: Path) -> None:
         raise StoreError(
             f"{folder} already is a knowledge base; nothing was changed, open it or choose another folder."
         )
-    empty = all(
+    # An interrupted backup has deltas before it has a ledger; its `.creating` goes last.
+    empty = CREATING_NAME in names or all(
         not any(os.scandir(folder / name))
         for name in (DELTAS_NAME, SNAPSHOTS_NAME)
         if name in names and (folder / name).is_dir()
@@ -49,7 +51,7 @@ def refuse_foreign(folder: Path) -> None:
 
 
 def build(folder: Path, base: Base, settings: Mapping[str, str]) -> None:
-    """Build ledger and folders; the ledger's rename makes the folder a knowledge base."""
+    """Build ledger and folders; the ledger's rename makes the folder a knowledge base, and is yet to be synced."""
     creating = folder / CREATING_NAME
     files.remove(creating)
     creating.mkdir()
@@ -70,14 +72,15 @@ def build(folder: Path, base: Base, settings: Mapping[str, str]) -> None:
     finally:
         connection.close()
     for name in (DELTAS_NAME, SNAPSHOTS_NAME):
-        (folder / name).mkdir(exist_ok=True)
+        files.remove(folder / name)
+        (folder / name).mkdir()
     failpoint("create.ledger.built")
     files.fsync_folder(creating)
     files.fsync_folder(folder)
     os.rename(ledger, folder / LEDGER_NAME)
     failpoint("create.ledger.renamed")
-    files.remove(creating)
-    files.fsync_folder(folder)
+    with suppress(OSError):
+        files.remove(creating)  # it exists now, and an empty folder does no harm
 
 
 def undo_create(folder: Path, *, remove_folder: bool) -> None:

@@ -218,7 +218,7 @@ def _finish(new: sqlite3.Connection, whole: int, *, created_at: str) -> bool:
     _cut_rows(new, whole)
     new.execute("DELETE FROM ledger")
     new.execute("INSERT INTO ledger (id, head, created_at) VALUES (1, ?, ?)", (whole or None, created_at))
-    fits = guard.recorded_state_seal(new) in (None, guard.state_seal(new))
+    fits = guard.state_fits(new)
     guard.seal_state(new)
     new.execute("COMMIT")
     return fits
@@ -381,6 +381,11 @@ def _tidy(path: Path, db: sqlite3.Connection, log: _Log, *, sound: bool) -> None
     for edit_id in damaged:
         files.remove(path / SNAPSHOTS_NAME / str(edit_id))
         log.done("dropped the damaged snapshot; opening replays the deltas instead", f"{SNAPSHOTS_NAME}/{edit_id}")
+    if vectors := rows.damaged_vectors(db):
+        db.execute("BEGIN IMMEDIATE")
+        db.executemany("DELETE FROM key_vectors WHERE rowid = ?", [(row,) for row in vectors])
+        db.execute("COMMIT")
+        log.done("dropped damaged ones; they are computed again", "key vectors")
     for item in gc.find_garbage(path, db, keep_snapshots=len(recorded)):
         files.remove(path / item.where)
         log.done(f"removed {item.what}", item.where)

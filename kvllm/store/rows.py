@@ -24,6 +24,7 @@ FACT_COLUMNS = (
     "facts.id, facts.edit_id, facts.key, facts.text, facts.aliases, facts.questions, facts.probes, facts.language, "
     "facts.tags, facts.trained_questions, facts.base_answers, facts.created_at"
 )
+_CHECKSUM_BYTES = 8
 _EDIT_COLUMNS = (
     "edits.id, edits.op, edits.parent, edits.target, edits.mode, edits.steps, edits.seconds, edits.seed, "
     "edits.weights_digest, edits.warnings, edits.created_at, "
@@ -422,6 +423,25 @@ def read_edits(db: sqlite3.Connection, first: int, last: int, *, light: bool = F
             )
         )
     return edits
+
+
+def checked_vector(fact_id: int, encoder: str, vector: bytes) -> bytes:
+    """Return an embedding with a checksum behind it: no seal covers the cache, and `find` must not answer nonsense."""
+    return vector + hashlib.sha256(f"{fact_id} {encoder} ".encode() + vector).digest()[:_CHECKSUM_BYTES]
+
+
+def vector_of(fact_id: Any, encoder: Any, stored: Any) -> bytes | None:
+    """Return the embedding, or None if it is not as it was put (or from before there was a checksum)."""
+    if not isinstance(stored, bytes) or not isinstance(encoder, str):
+        return None
+    vector = stored[:-_CHECKSUM_BYTES]
+    return vector if checked_vector(fact_id, encoder, vector) == stored else None
+
+
+def damaged_vectors(db: sqlite3.Connection) -> list[int]:
+    """Return the row ids of cached embeddings that are not used because they are damaged."""
+    found = db.execute("SELECT rowid, fact_id, encoder, vector FROM key_vectors NOT INDEXED")
+    return [row for row, fact_id, encoder, stored in found if vector_of(fact_id, encoder, stored) is None]
 
 
 def base_seal(db: sqlite3.Connection) -> str:

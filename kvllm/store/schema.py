@@ -7,6 +7,8 @@ sqlite-utils runs the migrations and is imported only then. This module knows no
 
 from __future__ import annotations
 
+from functools import cache
+
 from kvllm.store.sqlite import sqlite3
 
 APPLICATION_ID = 0x6B766C6D  # "kvlm", https://www.sqlite.org/pragma.html#pragma_application_id
@@ -231,6 +233,7 @@ def migrate(connection: sqlite3.Connection) -> None:
     migrations.apply(Database(connection, execute_plugins=False))
 
 
+@cache
 def expected_objects() -> dict[str, tuple[str, str]]:
     """Return name → (type, SQL) of every table, index, trigger and view that the present schema has."""
     connection = sqlite3.connect(":memory:", isolation_level=None)

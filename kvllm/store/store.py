@@ -18,7 +18,7 @@ import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from kvllm.errors import (
     ConfigError,
@@ -45,7 +45,7 @@ from kvllm.store.opening import (
     WRITER_SECONDS,
 )
 from kvllm.store.rows import Base, NewEdit
-from kvllm.store.sqlite import sqlite3, translated
+from kvllm.store.sqlite import UNCONFIRMED, sqlite3, translate, translated
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -107,8 +107,10 @@ class Store:
             try:
                 opening.refuse_foreign(folder)  # another process may have been faster
                 opening.build(folder, base, written)
-                for made in missing:
-                    files.fsync_folder(made.parent)
+                with translated(folder, "Creating the knowledge base", UNCONFIRMED):
+                    files.fsync_folder(folder)
+                    for made in missing:
+                        files.fsync_folder(made.parent)
             except BaseException:
                 opening.undo_create(folder, remove_folder=folder in missing)
                 raise
@@ -708,11 +710,11 @@ class Store:
     def vectors(self, encoder: str) -> dict[int, bytes]:
         """Return fact id → cached embedding (bytes as they were put) for one encoder."""
         with self._reading("Reading the key vectors") as db:
-            return dict(
-                db.execute(
-                    "SELECT fact_id, vector FROM key_vectors WHERE encoder = ?", (_bindable(encoder),)
-                ).fetchall()
-            )
+            found = db.execute(
+                "SELECT fact_id, vector FROM key_vectors NOT INDEXED WHERE encoder = ?", (_bindable(encoder),)
+            ).fetchall()
+        vectors = {fact_id: rows.vector_of(fact_id, encoder, stored) for fact_id, stored in found}
+        return {fact_id: vector for fact_id, vector in vectors.items() if vector is not None}
 
     def put_vectors(self, encoder: str, vectors: Mapping[int, bytes]) -> None:
         """Cache embeddings of facts' keys, by fact id; they can be computed again at any time."""
@@ -720,7 +722,7 @@ class Store:
         with self._transaction("Caching key vectors") as db:
             db.executemany(
                 "INSERT OR REPLACE INTO key_vectors (fact_id, encoder, vector) VALUES (?, ?, ?)",
-                [(fact_id, encoder, bytes(vector)) for fact_id, vector in vectors.items()],
+                [(i, encoder, rows.checked_vector(i, encoder, bytes(vector))) for i, vector in vectors.items()],
             )
 
     # ---------------------------------------------------------------- lock and verify
@@ -851,12 +853,34 @@ class Store:
                 connection.execute("BEGIN IMMEDIATE")
                 try:
                     self._guard.state(connection)  # damage must not be sealed as if it were meant
+                    before = guard.recorded_state_seal(connection)
                     yield connection
-                    guard.seal_state(connection)
-                    connection.execute("COMMIT")
+                    after = guard.seal_state(connection)
+                    try:
+                        connection.execute("COMMIT")
+                    except sqlite3.Error as error:
+                        self._told(error, doing, before, after)
                 except BaseException:
                     history.roll_back(connection)
                     raise
+
+    def _told(self, error: sqlite3.Error, doing: str, before: str | None, after: str) -> NoReturn:
+        """Raise a COMMIT's error, without saying that nothing was changed if something was.
+
+        The transaction is over once its journal is gone. If only the last sync fails, the one of the folder, SQLite
+        reports an error and the change is there.
+        """
+        connection = self._connection()
+        history.roll_back(connection)
+        try:
+            happened = before != after and guard.recorded_state_seal(connection) == after
+        except sqlite3.Error:
+            happened = False
+        if happened:
+            known = translate(error, self.path, doing, UNCONFIRMED)
+            if known is not None:
+                raise known from error
+        raise error
 
 
 # -------------------------------------------------------------------- small checks

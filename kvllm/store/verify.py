@@ -124,13 +124,14 @@ def _check_sqlite(db: sqlite3.Connection, problems: _Problems) -> None:
 
 def _check_schema(db: sqlite3.Connection, problems: _Problems) -> None:
     found = schema.objects(db)
-    for name, (kind, sql) in schema.expected_objects().items():
+    expected = schema.expected_objects()
+    for name, (kind, sql) in expected.items():
         if name not in found:
             problems.add(f"the {kind} is missing", name)
         elif found[name] != (kind, sql):
             problems.add(f"the {kind} is not as kvllm made it", name)
     for name, (kind, _) in found.items():
-        if kind == "trigger" and name not in schema.expected_objects():
+        if kind == "trigger" and name not in expected:
             problems.add("the trigger is not kvllm's, and may change what is committed", name)
 
 
@@ -193,11 +194,10 @@ def _check_state(db: sqlite3.Connection, problems: _Problems) -> None:
                 f"the history says version {state.get(key)} is live, the list of live facts says {live.get(key)}",
                 f"fact {key!r}",
             )
-    recorded = guard.recorded_state_seal(db)
-    if recorded is None:
+    if not guard.state_fits(db):
+        problems.add("head, tags, settings or live facts are not those that were committed", LEDGER_NAME)
+    elif guard.recorded_state_seal(db) is None:
         problems.add("it has no seal over head, tags and settings; the next change makes one", LEDGER_NAME, "warning")
-    elif recorded != guard.state_seal(db):
-        problems.add("head, tags, settings or live facts are not those that were committed", "ledger.db")
 
 
 def _check_records(db: sqlite3.Connection, problems: _Problems) -> None:
@@ -218,6 +218,8 @@ def _check_records(db: sqlite3.Connection, problems: _Problems) -> None:
             rows.loaded(value, f"setting {name!r}")
         except KvllmError as error:
             problems.add(f"it cannot be read: {error}", f"setting {name!r}")
+    if damaged := rows.damaged_vectors(db):
+        problems.add(f"{len(damaged)} are damaged; they are not used, and are computed again", "key vectors", "warning")
 
 
 # -------------------------------------------------------------------- files
