@@ -6,11 +6,9 @@ python -m tests.robustness.concurrency --n 5
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import random
 import signal
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -133,7 +131,8 @@ def many_inserters(results: Results, path: Path) -> None:
                             write(store, f"{name}.{number}")
                             break
                         except Busy as error:
-                            assert error.exit_code == 7 and "database is locked" not in str(error), error
+                            if error.exit_code != 7 or "database is locked" in str(error):
+                                raise RuntimeError(f"a waiting writer was told {error}") from error
                             os.write(pipe, b"busy\n")
 
         return act
@@ -189,5 +188,4 @@ def run(results: Results, given: argparse.Namespace, work: Path) -> None:
 
 
 if __name__ == "__main__":
-    assert json and sys
     campaign(run, n=5)

@@ -106,9 +106,9 @@ def examine(results: Results, path: Path, true: dict[str, Any], where: str, *, t
             results.counts["repaired"] += once.ok and not report.ok
             if once.ok:
                 for name, answer in reads(path):
-                    if name in true and answer != true[name] and not isinstance(true[name], KvllmError):
-                        if not missing_at_worst(name, answer):
-                            results.check(f"after a repair without consent {name} is {answer!r:.200}", where)
+                    differs = name in true and answer != true[name] and not isinstance(true[name], KvllmError)
+                    if differs and not missing_at_worst(name, answer):
+                        results.check(f"after a repair without consent {name} is {answer!r:.200}", where)
     except KvllmError as error:
         results.counts["refused altogether"] += 1
         if "\n" in str(error):

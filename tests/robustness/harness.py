@@ -1,7 +1,7 @@
 """What the store's campaigns share: every verb with a state before and after it, forked children, shards, results.
 
-A campaign is a module that is run as a process of its own (`python -m tests.robustness.kill --n 100`): no torch, so that
-a fork costs a millisecond, and no pytest between a signal and the store. It prints one JSON document: counts, and
+A campaign is a module that is run as a process of its own (`python -m tests.robustness.kill --n 100`): no torch, so
+that a fork costs a millisecond, and no pytest between a signal and the store. It prints one JSON document: counts, and
 failures as sentences. The tests start the campaigns, several at a time, and read the documents.
 """
 
@@ -114,11 +114,11 @@ def _snapshots(folder: Path) -> Any:
     with Store.open(folder / KB, readonly=True) as store:
         for edit_id in range(1, found["head"] + 1):
             assert store.read_snapshot(edit_id) in (None, b"weights" * 50, b"newer" * 50)
-    return {name: value for name, value in found.items()}
+    return found
 
 
 def _litter(folder: Path) -> None:
-    for name in ("deltas/.incoming-1-x", f"deltas/{'0' * 64}", "snapshots/1", "snapshots/2", ".creating"):
+    for name in ("deltas/.incoming-1-x", f"deltas/{'0' * 64}", "snapshots/1", "snapshots/3", ".creating"):
         (folder / KB / name).mkdir(exist_ok=True)
         (folder / KB / name / "weights.safetensors").write_bytes(b"x" * 100)
 
@@ -380,10 +380,6 @@ def campaign(run: Callable[[Results, argparse.Namespace, Path], None], *, n: int
 def mine(given: argparse.Namespace, items: Sequence[Any]) -> list[Any]:
     """Return this shard's share."""
     return list(items[given.part :: given.parts])
-
-
-def new_edit(op: Any, keys: tuple[str, ...], parent: int, **more: Any) -> NewEdit:
-    return NewEdit(op, keys, parent, **more)
 
 
 __all__ = ["BASE", "Bench", "NewEdit", "fact", "tiny_delta"]

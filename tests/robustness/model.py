@@ -14,10 +14,8 @@ from typing import Any
 import hypothesis.strategies as st
 from hypothesis import HealthCheck, Phase, seed, settings
 from hypothesis.stateful import (
-    Bundle,
     RuleBasedStateMachine,
     invariant,
-    multiple,
     precondition,
     rule,
     run_state_machine_as_test,
@@ -37,8 +35,6 @@ COUNTS: dict[str, int] = {"examples": 0, "steps": 0, "edits": 0, "refusals": 0, 
 
 class KnowledgeBaseMachine(RuleBasedStateMachine):
     """The store beside what it must be: a dictionary of live facts, and a list of such dictionaries by edit."""
-
-    tags = Bundle("tags")
 
     def __init__(self) -> None:
         super().__init__()
@@ -243,5 +239,4 @@ def run(results: Results, given: argparse.Namespace, work: Path) -> None:
 
 
 if __name__ == "__main__":
-    assert multiple
     campaign(run, n=10)

@@ -31,15 +31,18 @@ _TRACEME, _CONT, _GETREGS, _SETREGS, _SETOPTIONS = 0, 7, 12, 13, 0x4200
 _O_TRACESECCOMP, _O_EXITKILL, _EVENT_SECCOMP = 0x80, 0x100000, 7
 _O_DIRECTORY, _O_CREAT, _O_ACCMODE = 0o200000, 0o100, 3
 _AT_REMOVEDIR, _AT_FDCWD = 0x200, -100
+# user_regs_struct of sys/user.h
+_NAMES = (
+    "r15 r14 r13 r12 rbp rbx r11 r10 r9 r8 rax rcx rdx rsi rdi orig_rax rip cs eflags rsp ss "
+    "fs_base gs_base ds es fs gs"
+)
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.ptrace.argtypes = (ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p)
 _libc.ptrace.restype = ctypes.c_long
 
 
 class _Registers(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_ulonglong) for name in (
-        "r15 r14 r13 r12 rbp rbx r11 r10 r9 r8 rax rcx rdx rsi rdi orig_rax rip cs eflags rsp ss fs_base gs_base "
-        "ds es fs gs").split()]  # fmt: skip
+    _fields_ = [(name, ctypes.c_ulonglong) for name in _NAMES.split()]
 
 
 @dataclass

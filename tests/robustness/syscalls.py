@@ -15,6 +15,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path, PurePath
 
 from kvllm.store import files
@@ -154,8 +155,8 @@ class _Inode:
 class Disk:
     """What a disk may hold: names by folder, in order, and files' bytes; both certain only once synced.
 
-    Names become certain when their folder is synced, and not before the names changed earlier: a journalling file system
-    keeps their order. Of a file's changes since its last sync, none, the first half, or all may be there.
+    Names become certain when their own folder is synced; until then, as many of the changes as there is time for, in
+    their order. Of a file's changes since its last sync, none, the first half, or all may be there.
     """
 
     def __init__(self, root: Path) -> None:
@@ -205,10 +206,18 @@ class Disk:
         _rename(self.names, what, path, to, inode)
 
     def _sync_folder(self, folder: str) -> None:
-        last = max((n for n, (_, a, b, _) in enumerate(self.pending) if folder in (_up(a), _up(b))), default=-1)
-        for change in self.pending[: last + 1]:
-            _rename(self.certain, *change)
-        del self.pending[: last + 1]
+        """What was done to this folder's names is certain now; what was done in other folders is not."""
+        left: list[tuple[str, str, str, _Inode | None]] = []
+        waiting = self.pending
+        while waiting:
+            (what, path, to, inode), *waiting = waiting
+            if folder not in (_up(path), _up(to)):
+                left.append((what, path, to, inode))
+                continue
+            _rename(self.certain, what, path, to, inode)
+            if what == "move":  # what is not certain yet in a folder that moved will be in its new place
+                left = [(w, _moved(p, path, to), _moved(t, path, to), i) for w, p, t, i in left]
+        self.pending = left
 
     def states(self) -> Iterator[dict[str, bytes | None]]:
         """Yield every state that a power cut now may leave."""
@@ -232,6 +241,10 @@ class Disk:
                     yield state
 
 
+def _moved(path: str, source: str, target: str) -> str:
+    return target + path[len(source) :] if path.startswith(source + "/") else path
+
+
 def _up(path: str) -> str:
     return os.path.dirname(path)
 
@@ -246,7 +259,7 @@ def _rename(names: dict[str, _Inode | None], what: str, path: str, to: str, inod
             names[to + name[len(path) :]] = names.pop(name)
 
 
-def power_cuts(results: Results, stages_: list[Stage], work: Path) -> None:
+def power_cuts(results: Results, stages_: list[Stage], work: Path, *, at_end_only: bool = False) -> None:
     """After every call of every verb: is each state that the disk may be in the one before, or the one after?"""
     case = work / "case"
     for stage in stages_:
@@ -257,7 +270,7 @@ def power_cuts(results: Results, stages_: list[Stage], work: Path) -> None:
         disk = Disk(case)
         shutil.rmtree(case)
         for call in calls:
-            if disk.do(call):
+            if disk.do(call) and not at_end_only:
                 lay_out(results, stage, case, disk, f"{stage.verb.name}, after call {call.number}", end=False)
         lay_out(results, stage, case, disk, f"{stage.verb.name}, after its end", end=True)
 
@@ -287,7 +300,7 @@ def seeded(results: Results, stages_: list[Stage], work: Path) -> None:
     for name in ("fsync_fd", "fsync_folder"):
         setattr(files, name, lambda *_: None)
         without = Results()
-        power_cuts(without, stages_, work)
+        power_cuts(without, stages_, work, at_end_only=True)
         files.fsync_fd, files.fsync_folder = real
         results.counts[f"found without {name}"] += without.counts["failures"]
 
@@ -310,7 +323,7 @@ def small_disks(results: Results, stages_: list[Stage], work: Path, cases: int) 
         ballast = mount / "ballast"
         fill(ballast, shutil.disk_usage(mount).free - left)
         read, write = os.pipe()
-        code = reaped(forked(lambda: stage.verb.act(case), said=write))
+        code = reaped(forked(partial(stage.verb.act, case), said=write))
         os.close(write)
         said = os.read(read, 1 << 16).decode(errors="replace")
         os.close(read)
