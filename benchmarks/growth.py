@@ -1,7 +1,7 @@
 """How a knowledge base grows to 2,000 edits: opening time, ledger size and memory as curves, and what gc finds.
 
-The store alone, with a stub in the place of training: what is measured is bookkeeping. Each edit brings a small delta, a
-report of 25 probes and three metrics, as the engine's do.
+The store alone, with a stub in the place of training: what is measured is bookkeeping. Each edit brings a small delta,
+a report of 25 probes and three metrics, as the engine's do.
 
     python benchmarks/growth.py --edits 200        # a look
     python benchmarks/growth.py                    # 2,000 edits

@@ -100,6 +100,8 @@ def _copy_deltas(source: Path, copied: sqlite3.Connection, target: Path) -> None
             try:
                 content[name] = files.read_regular(source / sha256 / name, limit=size)
             except OSError as error:
+                if not files.is_no_file(error):
+                    raise
                 raise _damaged(sha256) from error
             if len(content[name]) != size or files.sha256_of(content[name]) != digest:
                 raise _damaged(sha256)

@@ -276,7 +276,9 @@ def _damaged_deltas(path: Path, recorded: Mapping[str, Mapping[str, tuple[int, s
             fine = names == set(listing) and all(
                 files.sha256_of_file(folder / name) == (digest, size) for name, (size, digest) in listing.items()
             )
-        except OSError:
+        except OSError as error:
+            if not files.is_no_file(error):
+                raise  # cannot be read just now: no reason to give it up
             fine = False
         if not fine:
             damaged.append(sha)

@@ -914,7 +914,11 @@ def _bindable(text: str) -> str:
 
 
 def _folder_address(folder: Path) -> str | None:
-    """Return the content address of a folder as it is on disk; None if it is no plain folder of readable files."""
+    """Return the content address of a folder as it is on disk; None if it is no plain folder of files.
+
+    Raises:
+        OSError: It cannot be read now, which says nothing about what it holds.
+    """
     if folder.is_symlink() or not folder.is_dir():
         return None
     try:
@@ -922,7 +926,9 @@ def _folder_address(folder: Path) -> str | None:
         for entry in os.scandir(folder):
             digest, size = files.sha256_of_file(folder / entry.name)
             listing[entry.name] = (size, digest)
-    except OSError:
+    except OSError as error:
+        if not files.is_no_file(error):
+            raise
         return None
     return artefacts.address(listing)
 

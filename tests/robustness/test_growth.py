@@ -1,4 +1,4 @@
-"""The shape of growth: what is constant stays constant, what is linear stays linear; for times: benchmarks/growth.py."""
+"""The shape of growth: what is constant stays so, what is linear stays linear. Times: benchmarks/growth.py."""
 
 from __future__ import annotations
 
