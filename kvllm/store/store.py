@@ -783,14 +783,19 @@ class Store:
         made = not folder.exists()
         with self._mutex:
             backup.copy(self.path, self._connection(), folder)
-        with Store.open(folder, readonly=True) as copied:
-            report, head = copied.verify(deep=True), copied.head()
-        if not report.ok:
+        try:
+            with Store.open(folder, readonly=True) as copied:
+                report, head = copied.verify(deep=True), copied.head()
+            if not report.ok:
+                where, what = report.problems[0].where, report.problems[0].what
+                kind = StoreError if self.verify().ok else Corrupt
+                raise kind(
+                    f"The copy of {self.path} does not verify ({where}: {what}); it was removed, run `kvllm verify "
+                    "--deep` on the original."
+                )
+        except BaseException:
             backup.discard(folder, remove_folder=made)
-            raise Corrupt(
-                f"The copy of {self.path} does not verify ({report.problems[0].where}: {report.problems[0].what}); it "
-                "was removed, run `kvllm verify --deep` on the original."
-            )
+            raise
         size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
         return BackupResult(str(folder), head, report.edits, report.facts, report.deltas, size)
 
