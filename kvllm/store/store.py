@@ -787,11 +787,11 @@ class Store:
             with Store.open(folder, readonly=True) as copied:
                 report, head = copied.verify(deep=True), copied.head()
             if not report.ok:
-                where, what = report.problems[0].where, report.problems[0].what
+                first = next(problem for problem in report.problems if problem.severity == "error")
                 kind = StoreError if self.verify().ok else Corrupt
                 raise kind(
-                    f"The copy of {self.path} does not verify ({where}: {what}); it was removed, run `kvllm verify "
-                    "--deep` on the original."
+                    f"The copy of {self.path} does not verify ({first.where}: {first.what}); it was removed, run "
+                    "`kvllm verify --deep` on the original."
                 )
         except BaseException:
             backup.discard(folder, remove_folder=made)

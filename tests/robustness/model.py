@@ -218,7 +218,7 @@ def run(results: Results, given: argparse.Namespace, work: Path) -> None:
     WORK[0] = work
     Store.create(work / "empty.kb", BASE, {"model": "tiny"}).close()
     files.fsync_fd = lambda fd: None  # most of the time would go there, and no power is cut
-    examples = max(1, given.n // given.parts)
+    examples = -(-given.n // given.parts)
     machine = seed(given.seed * 100 + given.part)(KnowledgeBaseMachine)
     try:
         run_state_machine_as_test(

@@ -8,7 +8,7 @@ import pytest
 
 from kvllm.store import failpoints
 from tests.robustness import ptrace
-from tests.robustness.campaigns import Outcome, asks_for, enough
+from tests.robustness.campaigns import SIZE, Outcome, asks_for, enough
 from tests.robustness.harness import VERBS
 
 Wait = Callable[[str], Outcome]
@@ -40,8 +40,9 @@ def test_every_failing_system_call_leaves_the_state_before_or_after(campaign: Wa
     assert found.failures == []
     calls = found.counts["calls"]
     assert calls >= 20 * len(VERBS)
-    for what in ("failed with EIO", "failed with ENOSPC", "failed with EINTR", "killed between two calls"):
+    for what in ("failed with EIO", "failed with ENOSPC", "failed with EINTR"):
         assert found.counts[what] == calls
+    assert found.counts["killed between two calls"] >= calls / 3
 
 
 @needs_tracing
@@ -88,7 +89,8 @@ def test_the_store_is_a_dictionary_and_a_list(campaign: Wait) -> None:
     assert found.counts["examples"] >= enough(300)
     assert found.counts["steps"] >= 25 * found.counts["examples"]
     assert found.counts["refusals"] > 0
-    assert found.counts["reopened"] > 0
+    for what, least in (("edits", 3000), ("reopened", 300)):
+        assert found.counts[what] >= int(least * min(SIZE, 1.0)) if SIZE >= 0.1 else True
 
 
 @asks_for("concurrency")
