@@ -784,6 +784,8 @@ class Store:
         with self._mutex:
             backup.copy(self.path, self._connection(), folder)
         try:
+            with translated(folder, "Making the backup"):
+                size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
             with Store.open(folder, readonly=True) as copied:
                 report, head = copied.verify(deep=True), copied.head()
             if not report.ok:
@@ -796,7 +798,6 @@ class Store:
         except BaseException:
             backup.discard(folder, remove_folder=made)
             raise
-        size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
         return BackupResult(str(folder), head, report.edits, report.facts, report.deltas, size)
 
     def gc(self, *, dry_run: bool = False) -> GcReport:

@@ -13,6 +13,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import sys
 import tempfile
 import traceback
@@ -371,6 +372,7 @@ def campaign(run: Callable[[Results, argparse.Namespace, Path], None], *, n: int
     given = parser.parse_args()
     given.part, given.parts = map(int, given.shard.split("/"))
     results = Results()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the working folder goes too
     random.seed(given.seed)
     with working_folder() as work:
         run(results, given, work)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from collections.abc import Callable
@@ -278,6 +279,26 @@ def test_backup_of_a_damaged_knowledge_base_is_refused_and_leaves_nothing(full: 
     with pytest.raises(Corrupt, match="does not verify"):
         full.store.backup(tmp_path / "copy.kb")
     assert not (tmp_path / "copy.kb").exists()
+
+
+def test_copy_that_cannot_be_read_back_is_removed(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench.insert("a")
+    real = os.scandir
+
+    def failing(path: str | Path) -> object:
+        if str(path).startswith(str(tmp_path / "copy.kb")) and Store.exists(tmp_path / "copy.kb"):
+            raise OSError(errno.EIO, "Input/output error")
+        return real(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "scandir", failing)
+        with pytest.raises(StoreError) as raised:
+            bench.store.backup(tmp_path / "copy.kb")
+    assert not isinstance(raised.value, Corrupt)
+    assert not Store.exists(tmp_path / "copy.kb")
+    assert bench.store.verify(deep=True).problems == ()
 
 
 def test_backup_does_not_write_over_anything(bench: Bench, tmp_path: Path) -> None:
