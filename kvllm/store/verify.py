@@ -196,8 +196,6 @@ def _check_state(db: sqlite3.Connection, problems: _Problems) -> None:
             )
     if not guard.state_fits(db):
         problems.add("head, tags, settings or live facts are not those that were committed", LEDGER_NAME)
-    elif guard.recorded_state_seal(db) is None:
-        problems.add("it has no seal over head, tags and settings; the next change makes one", LEDGER_NAME, "warning")
 
 
 def _check_records(db: sqlite3.Connection, problems: _Problems) -> None:
