@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     )
     from kvllm.knowledge_base import KnowledgeBase
     from kvllm.records import (
+        BackupResult,
         BisectReport,
         CollisionPair,
         Collisions,
@@ -45,6 +46,8 @@ if TYPE_CHECKING:
         EditOutcome,
         ExportResult,
         Fact,
+        Garbage,
+        GcReport,
         Match,
         Metric,
         Neighbour,
@@ -52,6 +55,7 @@ if TYPE_CHECKING:
         Problem,
         Progress,
         RegressionReport,
+        Repair,
         Report,
         StoredFact,
         VerifyReport,
@@ -61,6 +65,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AmbiguousKey",
+    "BackupResult",
     "BaseMismatch",
     "BisectReport",
     "Busy",
@@ -77,7 +82,9 @@ __all__ = [
     "EditRejected",
     "ExportResult",
     "Fact",
+    "Garbage",
     "GateConfig",
+    "GcReport",
     "KeyExists",
     "KeyNotFound",
     "KnowledgeBase",
@@ -92,6 +99,7 @@ __all__ = [
     "Problem",
     "Progress",
     "RegressionReport",
+    "Repair",
     "Report",
     "StaleHead",
     "StoreError",
@@ -107,8 +115,8 @@ _ERRORS = (
     "KvllmError ModelError OutOfResources StaleHead StoreError StoreNotFound Untrusted"
 )
 _RECORDS = (
-    "BisectReport CollisionPair Collisions DeltaInfo Edit EditOutcome ExportResult Fact Match Metric Neighbour "
-    "ProbeResult Problem Progress RegressionReport Report StoredFact VerifyReport"
+    "BackupResult BisectReport CollisionPair Collisions DeltaInfo Edit EditOutcome ExportResult Fact Garbage GcReport "
+    "Match Metric Neighbour ProbeResult Problem Progress RegressionReport Repair Report StoredFact VerifyReport"
 )
 _HOME = {
     "KnowledgeBase": "kvllm.knowledge_base",

@@ -38,6 +38,7 @@ from kvllm.errors import (
 )
 from kvllm.prompts import REFUSALS, clean_fact, clean_key, clean_text, key_question, language_of, training_questions
 from kvllm.records import (
+    BackupResult,
     BisectReport,
     Collisions,
     DeleteMode,
@@ -45,6 +46,7 @@ from kvllm.records import (
     EditOutcome,
     ExportResult,
     Fact,
+    GcReport,
     InsertMode,
     Match,
     Metric,
@@ -779,9 +781,18 @@ class KnowledgeBase:
 
     # ------------------------------------------------------------------ trust
 
-    def verify(self, deep: bool = False) -> VerifyReport:
-        """Check that rows, files and hashes agree; `deep` re-reads every byte and replays the head's weights."""
-        report = self._store.verify(deep=deep)
+    def verify(self, deep: bool = False, *, repair: bool = False, yes: bool = False) -> VerifyReport:
+        """Check that rows, files and hashes agree; `deep` re-reads every byte and replays the head's weights.
+
+        Args:
+            deep: Read everything, and load the model.
+            repair: First restore what can be restored; `repairs` of the report says what was done, `problems` what is
+                wrong still.
+            yes: Let the repair give up committed data where nothing else brings the rest back.
+        """
+        report = self._store.verify(deep=deep, repair=repair, yes=yes)
+        if report.repairs:
+            self._loaded = None  # the head may be another one now
         if not deep or not report.ok:
             return report
         from kvllm.records import Problem
@@ -803,6 +814,56 @@ class KnowledgeBase:
         except KvllmError as error:
             problems.append(Problem(str(error), "replay"))
         return replace(report, problems=tuple(problems), ok=all(p.severity != "error" for p in problems))
+
+    @staticmethod
+    def check(
+        path: str | os.PathLike[str],
+        *,
+        deep: bool = False,
+        repair: bool = False,
+        yes: bool = False,
+        lock_timeout: float = 10.0,
+    ) -> VerifyReport:
+        """Verify (and repair) the files of a knowledge base that may be too damaged to be opened; loads no model.
+
+        Args:
+            path: Its folder.
+            deep, repair, yes: As for `verify`; a repair is always deep.
+            lock_timeout: Seconds a repair waits for another writer before `Busy`.
+
+        Raises:
+            StoreNotFound, StoreError: there is none, or a newer kvllm made it.
+            Corrupt: the ledger is no longer a database, so there is nothing to repair it from.
+        """
+        from kvllm.store.repair import repair as repaired
+        from kvllm.store.verify import verify_folder
+
+        folder = Path(path).expanduser()
+        if repair:
+            return repaired(folder, yes=yes, lock_timeout=lock_timeout)
+        return verify_folder(folder, deep=deep)
+
+    def backup(self, path: str | os.PathLike[str]) -> BackupResult:
+        """Copy the knowledge base to a new or empty folder, as it is at one moment, and verify every byte of the copy.
+
+        Neither readers nor a writer are held up. The base model is not copied, as it never is.
+
+        Raises:
+            StoreError: the folder holds something.
+            Corrupt: this knowledge base is damaged; nothing is left at the path.
+        """
+        return self._store.backup(path)
+
+    def gc(self, *, dry_run: bool = False) -> GcReport:
+        """Remove what no history needs: deltas of no edit, temporary names of killed writers, old snapshots.
+
+        Args:
+            dry_run: Only say what would be removed.
+        """
+        if dry_run:
+            return self._store.gc(dry_run=True)
+        with self._store.writer(timeout=self._lock_timeout):
+            return self._store.gc()
 
     def export(
         self,

@@ -548,8 +548,20 @@ class Problem(Record):
 
 
 @dataclass(frozen=True)
+class Repair(Record):
+    """One thing that `verify(repair=True)` did, or would do only with consent because it gives up committed data."""
+
+    what: str
+    where: str
+    done: bool = True
+
+
+@dataclass(frozen=True)
 class VerifyReport(Record):
-    """Whether rows, files and hashes agree, and (deep) whether a replay gives the recorded weights."""
+    """Whether rows, files and hashes agree, and (deep) whether a replay gives the recorded weights.
+
+    `repairs` says what a repair did before; `problems` is then what it could not restore.
+    """
 
     ok: bool
     problems: tuple[Problem, ...] = ()
@@ -557,6 +569,37 @@ class VerifyReport(Record):
     facts: int = 0
     deltas: int = 0
     deep: bool = False
+    repairs: tuple[Repair, ...] = ()
+
+
+@dataclass(frozen=True)
+class BackupResult(Record):
+    """Where a copy of a knowledge base lies, and what it holds; it was verified, every byte."""
+
+    path: str
+    head: int
+    edits: int
+    facts: int
+    deltas: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Garbage(Record):
+    """One thing on disk that no history needs."""
+
+    what: str
+    where: str
+    bytes: int = 0
+
+
+@dataclass(frozen=True)
+class GcReport(Record):
+    """What `gc` removed, or (dry run) would remove."""
+
+    dry_run: bool
+    garbage: tuple[Garbage, ...] = ()
+    bytes: int = 0
 
 
 @dataclass(frozen=True)

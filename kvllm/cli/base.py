@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
 from kvllm.cli.app import BASE, app
-from kvllm.cli.command import Device, Dtype, Model, Store, command, opened
+from kvllm.cli.command import Device, Dtype, LockTimeout, Model, Store, command, opened
 from kvllm.cli.output import Output, Result
 
 
@@ -35,19 +36,40 @@ def verify(
     deep: Annotated[
         bool, typer.Option("--deep", help="Re-read every byte and replay the weights too; loads the model.")
     ] = False,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="First restore what can be restored; gives up nothing that was committed.")
+    ] = False,
+    yes: Annotated[
+        bool, typer.Option("--yes", help="With --repair: give up damaged edits too where nothing else helps.")
+    ] = False,
     model: Model = None,
     device: Device = None,
     dtype: Dtype = None,
+    lock_timeout: LockTimeout = 10.0,
 ) -> Result:
     """Check that rows, files and hashes agree; the exit code is 8 where they do not.
 
     kvllm verify my.kb --deep
     """
-    from kvllm.errors import Corrupt
+    from kvllm.errors import ConfigError, Corrupt
+    from kvllm.knowledge_base import KnowledgeBase
     from kvllm.reports import terminal
 
-    with opened(out, kb, readonly=True, model=model, device=device, dtype=dtype) as base:
-        report = base.verify(deep=deep)
+    if yes and not repair:
+        raise ConfigError("--yes belongs to --repair; nothing was changed.")
+    repaired = None
+    if repair:
+        repaired = KnowledgeBase.check(kb, repair=True, yes=yes, lock_timeout=lock_timeout)
+    if repaired is not None and not (deep and repaired.ok):
+        report = repaired
+    else:
+        try:
+            with opened(out, kb, readonly=True, model=model, device=device, dtype=dtype) as base:
+                report = base.verify(deep=deep)
+        except Corrupt:  # too damaged to be opened: then what is wrong is the answer
+            report = KnowledgeBase.check(kb, deep=deep)
+        if repaired is not None:
+            report = replace(report, repairs=repaired.repairs)
     document = {"ok": report.ok, "verify": report.to_dict()}
     if not report.ok:
         n = sum(problem.severity == "error" for problem in report.problems)

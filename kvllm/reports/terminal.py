@@ -23,6 +23,7 @@ from kvllm.records import (
     EditOutcome,
     ExportResult,
     GateCheck,
+    GcReport,
     Match,
     Metric,
     ProbeResult,
@@ -242,14 +243,33 @@ def verify_view(report: VerifyReport) -> Group:
     """Return what `verify` checked and each disagreement it found."""
     depth = "every byte re-read, the weights replayed" if report.deep else "rows, files and hashes"
     checked = f"{report.edits} edits, {report.facts} facts, {report.deltas} deltas checked ({depth})"
+    repairs: list[RenderableType] = []
+    if report.repairs:
+        done = _table("!repair", "what", "where")
+        for repair in report.repairs:
+            said = Text("done", style="green") if repair.done else Text("needs --yes", style="yellow")
+            done.add_row(said, inline(repair.what), inline(repair.where))
+        repairs = [done, Text()]
     if not report.problems:
-        return Group(Text.assemble(("ok: ", "green"), checked))
+        return Group(*repairs, Text.assemble(("ok: ", "green"), checked))
     table = _table("!severity", "what", "where")
     for problem in report.problems:
         style = "red" if problem.severity == "error" else "yellow"
         table.add_row(Text(problem.severity, style=style), inline(problem.what), inline(problem.where))
     mark = ("ok, with warnings: ", "yellow") if report.ok else ("not ok: ", "red")
-    return Group(Text.assemble(mark, checked), table)
+    return Group(*repairs, Text.assemble(mark, checked), table)
+
+
+def gc_view(report: GcReport) -> Group:
+    """Return what was removed, or would be."""
+    verb = "would be removed" if report.dry_run else "removed"
+    total = Text(f"{len(report.garbage)} things {verb}, {size(report.bytes)}")
+    if not report.garbage:
+        return Group(Text("nothing to remove", style="green"))
+    table = _table("what", "where", ">size")
+    for item in report.garbage:
+        table.add_row(inline(item.what), inline(item.where), size(item.bytes))
+    return Group(total, table)
 
 
 def export_view(result: ExportResult) -> Group:

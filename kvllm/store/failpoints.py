@@ -30,6 +30,18 @@ NAMES = (
     "snapshot.written",
     "snapshot.renamed",
     "snapshot.committed",
+    "gc.forgotten",
+    "gc.removed",
+    "backup.ledger",
+    "backup.deltas",
+    "backup.synced",
+    "backup.renamed",
+    "backup.done",
+    "repair.deltas.prepared",
+    "repair.delta.aside",
+    "repair.built",
+    "repair.renamed",
+    "repair.cut",
 )
 
 

@@ -6,6 +6,7 @@ finds the complete folder or none. Knows nothing of SQLite, of tensors, or of wh
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import secrets
@@ -16,6 +17,7 @@ from pathlib import Path
 
 INCOMING = ".incoming-"
 _CHUNK = 1 << 20
+_NOT_A_FILE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP}
 
 
 def sha256_of(content: bytes) -> str:
@@ -37,7 +39,9 @@ class open_regular:
     """A file descriptor for reading that never follows a link: `with open_regular(path) as f: os.read(f.fd, n)`."""
 
     def __init__(self, path: Path) -> None:
-        flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+        flags = os.O_RDONLY
+        for name in ("O_NOFOLLOW", "O_CLOEXEC", "O_BINARY", "O_NONBLOCK"):  # the last: a pipe must not hold us up
+            flags |= getattr(os, name, 0)
         self.fd = os.open(path, flags)
 
     def __enter__(self) -> open_regular:
@@ -57,6 +61,11 @@ def read_regular(path: Path, *, limit: int | None = None) -> bytes:
             if limit is not None and size > limit:
                 break
     return b"".join(parts)
+
+
+def is_no_file(error: OSError) -> bool:
+    """Say whether a read failed because no plain file is there; other errors say nothing about what is on the disk."""
+    return error.errno in _NOT_A_FILE
 
 
 def fsync_fd(fd: int) -> None:

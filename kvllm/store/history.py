@@ -12,9 +12,11 @@ from kvllm.errors import Corrupt
 from kvllm.store.sqlite import sqlite3
 
 # Ids of the facts whose newest event up to an edit says they begin. SQLite takes the bare column `event` from the row
-# that has max(edit_id): https://www.sqlite.org/lang_select.html#bareagg
+# that has max(edit_id): https://www.sqlite.org/lang_select.html#bareagg. Read through the index that the seals are read
+# through: another one may be damaged without a seal showing it.
 LIVE_AT = (
-    "SELECT fact_id FROM (SELECT fact_id, event, max(edit_id) FROM fact_events WHERE edit_id <= ? GROUP BY fact_id) "
+    "SELECT fact_id FROM (SELECT fact_id, event, max(edit_id) FROM fact_events INDEXED BY fact_events_by_edit "
+    "WHERE edit_id <= ? GROUP BY fact_id) "
     "WHERE event = 'begins'"
 )
 

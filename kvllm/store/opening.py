@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from kvllm.errors import ConfigError, Corrupt, StoreError, StoreNotFound
-from kvllm.store import artefacts, files, rows, schema
+from kvllm.store import artefacts, files, guard, rows, schema
 from kvllm.store.failpoints import failpoint
 from kvllm.store.rows import Base
 from kvllm.store.sqlite import connect, is_readonly_rollback, sqlite3, translated
@@ -36,7 +37,8 @@ def refuse_foreign(folder: Path) -> None:
         raise StoreError(
             f"{folder} already is a knowledge base; nothing was changed, open it or choose another folder."
         )
-    empty = all(
+    # An interrupted backup has deltas before it has a ledger; its `.creating` goes last.
+    empty = CREATING_NAME in names or all(
         not any(os.scandir(folder / name))
         for name in (DELTAS_NAME, SNAPSHOTS_NAME)
         if name in names and (folder / name).is_dir()
@@ -48,7 +50,7 @@ def refuse_foreign(folder: Path) -> None:
 
 
 def build(folder: Path, base: Base, settings: Mapping[str, str]) -> None:
-    """Build ledger and folders; the ledger's rename makes the folder a knowledge base."""
+    """Build ledger and folders; the ledger's rename makes the folder a knowledge base, and is yet to be synced."""
     creating = folder / CREATING_NAME
     files.remove(creating)
     creating.mkdir()
@@ -64,18 +66,20 @@ def build(folder: Path, base: Base, settings: Mapping[str, str]) -> None:
         )
         connection.executemany("INSERT INTO base_files (name, sha256) VALUES (?, ?)", sorted(base.files.items()))
         connection.executemany("INSERT INTO settings (name, value) VALUES (?, ?)", list(settings.items()))
+        guard.seal_state(connection)
         connection.execute("COMMIT")
     finally:
         connection.close()
     for name in (DELTAS_NAME, SNAPSHOTS_NAME):
-        (folder / name).mkdir(exist_ok=True)
+        files.remove(folder / name)
+        (folder / name).mkdir()
     failpoint("create.ledger.built")
     files.fsync_folder(creating)
     files.fsync_folder(folder)
     os.rename(ledger, folder / LEDGER_NAME)
     failpoint("create.ledger.renamed")
-    files.remove(creating)
-    files.fsync_folder(folder)
+    with suppress(OSError):
+        files.remove(creating)  # it exists now, and an empty folder does no harm
 
 
 def undo_create(folder: Path, *, remove_folder: bool) -> None:

@@ -25,6 +25,7 @@ FACT_COLUMNS = (
     "facts.id, facts.edit_id, facts.key, facts.text, facts.aliases, facts.questions, facts.probes, facts.language, "
     "facts.tags, facts.trained_questions, facts.base_answers, facts.created_at"
 )
+_CHECKSUM_BYTES = 8
 _EDIT_COLUMNS = (
     "edits.id, edits.op, edits.parent, edits.target, edits.mode, edits.steps, edits.seconds, edits.seed, "
     "edits.weights_digest, edits.warnings, edits.created_at, "
@@ -374,7 +375,9 @@ def read_edits(db: sqlite3.Connection, first: int, last: int, *, light: bool = F
     ):
         keys.setdefault(edit_id, []).append(key)
     tags: dict[int, list[str]] = {}
-    for edit_id, name in db.execute("SELECT edit_id, name FROM tags WHERE edit_id BETWEEN ? AND ? ORDER BY name", span):
+    for edit_id, name in db.execute(
+        "SELECT edit_id, name FROM tags NOT INDEXED WHERE edit_id BETWEEN ? AND ? ORDER BY name", span
+    ):
         tags.setdefault(edit_id, []).append(name)
     metrics: dict[int, dict[str, Metric]] = {}
     probes: dict[int, list[ProbeResult]] = {}
@@ -436,13 +439,32 @@ def read_edits(db: sqlite3.Connection, first: int, last: int, *, light: bool = F
     return edits
 
 
+def checked_vector(fact_id: int, encoder: str, vector: bytes) -> bytes:
+    """Return an embedding with a checksum behind it: no seal covers the cache, and `find` must not answer nonsense."""
+    return vector + hashlib.sha256(f"{fact_id} {encoder} ".encode() + vector).digest()[:_CHECKSUM_BYTES]
+
+
+def vector_of(fact_id: Any, encoder: Any, stored: Any) -> bytes | None:
+    """Return the embedding, or None if it is not as it was put (or from before there was a checksum)."""
+    if not isinstance(stored, bytes) or not isinstance(encoder, str):
+        return None
+    vector = stored[:-_CHECKSUM_BYTES]
+    return vector if checked_vector(fact_id, encoder, vector) == stored else None
+
+
+def damaged_vectors(db: sqlite3.Connection) -> list[int]:
+    """Return the row ids of cached embeddings that are not used because they are damaged."""
+    found = db.execute("SELECT rowid, fact_id, encoder, vector FROM key_vectors NOT INDEXED")
+    return [row for row, fact_id, encoder, stored in found if vector_of(fact_id, encoder, stored) is None]
+
+
 def base_seal(db: sqlite3.Connection) -> str:
     """Return the hash that the first edit's seal starts from: over the pinned base model."""
     rows = [
         db.execute("SELECT name, source, revision, digest, license FROM base_model").fetchall(),
         db.execute("SELECT name, sha256 FROM base_files ORDER BY name").fetchall(),
     ]
-    return _hash(["kvllm/1", rows])
+    return sha256_of_rows(["kvllm/1", rows])
 
 
 def edit_seal(db: sqlite3.Connection, edit_id: int, before: str, *, version: int = SEAL_VERSION) -> str:
@@ -456,10 +478,21 @@ def edit_seal(db: sqlite3.Connection, edit_id: int, before: str, *, version: int
     """
     tables = _SEALED if version < 2 else _SEALED_SINCE_2
     covered = [[name, db.execute(sql, (edit_id,)).fetchall()] for name, sql in tables]
-    return _hash([f"kvllm/{version}", before, covered])
+    return sha256_of_rows([f"kvllm/{version}", before, covered])
 
 
-def _hash(value: Any) -> str:
+def recorded_seals(db: sqlite3.Connection, first: int = 1, last: int | None = None) -> dict[int, tuple[str, int]]:
+    """Return edit id → (seal, the version it was made in) for a span of edits, by default for all."""
+    column = "version" if schema.version(db) >= 2 else "1"
+    found = db.execute(
+        f"SELECT edit_id, sha256, {column} FROM seals WHERE edit_id >= ? AND (? IS NULL OR edit_id <= ?)",
+        (first, last, last),
+    )
+    return {edit_id: (sha256, version) for edit_id, sha256, version in found}
+
+
+def sha256_of_rows(value: Any) -> str:
+    """Return the hash of rows as SQLite gives them."""
     # repr for what no honest row holds (a BLOB in a text column), so that verify reports instead of failing
     return hashlib.sha256(json.dumps(value, separators=(",", ":"), default=repr).encode()).hexdigest()
 

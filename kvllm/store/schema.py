@@ -7,6 +7,8 @@ sqlite-utils runs the migrations and is imported only then. This module knows no
 
 from __future__ import annotations
 
+from functools import cache
+
 from kvllm.store.sqlite import sqlite3
 
 APPLICATION_ID = 0x6B766C6D  # "kvlm", https://www.sqlite.org/pragma.html#pragma_application_id
@@ -251,6 +253,7 @@ def version(connection: sqlite3.Connection) -> int:
     return int(found)
 
 
+@cache
 def expected_objects(at: int = SCHEMA_VERSION) -> dict[str, tuple[str, str]]:
     """Return name → (type, SQL) of every table, index, trigger and view that a schema version has."""
     connection = sqlite3.connect(":memory:", isolation_level=None)

@@ -15,10 +15,10 @@ import os
 import shutil
 import threading
 import unicodedata
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from kvllm.errors import (
     ConfigError,
@@ -30,8 +30,8 @@ from kvllm.errors import (
     StaleHead,
     StoreError,
 )
-from kvllm.records import Edit, StoredFact, VerifyReport
-from kvllm.store import artefacts, files, history, opening, rows, schema
+from kvllm.records import BackupResult, Edit, GcReport, StoredFact, VerifyReport
+from kvllm.store import artefacts, files, guard, history, opening, rows, schema
 from kvllm.store.artefacts import Delta
 from kvllm.store.failpoints import failpoint
 from kvllm.store.lock import WriterLock
@@ -45,7 +45,7 @@ from kvllm.store.opening import (
     WRITER_SECONDS,
 )
 from kvllm.store.rows import Base, NewEdit
-from kvllm.store.sqlite import sqlite3, translated
+from kvllm.store.sqlite import UNCONFIRMED, sqlite3, translate, translated
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -70,6 +70,7 @@ class Store:
         self._pid = os.getpid()
         self._mutex = threading.RLock()  # one connection, one transaction at a time
         self._lock = WriterLock(path / LOCK_NAME)
+        self._guard = guard.Guard(path)
 
     # ---------------------------------------------------------------- create, open, close
 
@@ -95,6 +96,7 @@ class Store:
             rows.checked(name, "A setting's name"): rows.dumped(rows.plain(value), f"The setting {name}")
             for name, value in settings.items()
         }
+        _refuse_reserved(settings)
         with translated(folder, "Creating the knowledge base"):
             opening.refuse_foreign(folder)
             missing = [parent for parent in (folder, *folder.parents) if not parent.exists()]
@@ -105,8 +107,10 @@ class Store:
             try:
                 opening.refuse_foreign(folder)  # another process may have been faster
                 opening.build(folder, base, written)
-                for made in missing:
-                    files.fsync_folder(made.parent)
+                with translated(folder, "Creating the knowledge base", UNCONFIRMED):
+                    files.fsync_folder(folder)
+                    for made in missing:
+                        files.fsync_folder(made.parent)
             except BaseException:
                 opening.undo_create(folder, remove_folder=folder in missing)
                 raise
@@ -134,7 +138,9 @@ class Store:
             connection = opening.connect_recovered(ledger, readonly=readonly)
             try:
                 opening.identify(connection, folder)
-                base = opening.read_base(connection, folder)
+                with history.snapshot(connection):
+                    guard.Guard(folder).state(connection)
+                    base = opening.read_base(connection, folder)
             except BaseException:
                 connection.close()
                 raise
@@ -170,7 +176,11 @@ class Store:
         """The knowledge base's settings, by name."""
         with self._reading("Reading the settings") as db:
             found = db.execute("SELECT name, value FROM settings ORDER BY rowid").fetchall()
-        return {name: rows.loaded(value, f"setting {name!r}") for name, value in found}
+        return {
+            name: rows.loaded(value, f"setting {name!r}")
+            for name, value in found
+            if not name.startswith(guard.RESERVED)
+        }
 
     def set_settings(self, **settings: Any) -> None:
         """Set some settings to JSON values; the others stay."""
@@ -178,6 +188,7 @@ class Store:
             (rows.checked(name, "A setting's name"), rows.dumped(rows.plain(value), f"The setting {name}"))
             for name, value in settings.items()
         ]
+        _refuse_reserved(settings)
         with self._transaction("Changing the settings") as db:
             # plain UPDATE and INSERT keep the order of names
             for name, value in written:
@@ -198,6 +209,8 @@ class Store:
             EditNotFound: There is none with the id; 0, the base, is no edit.
         """
         with self._reading("Reading an edit") as db:
+            if 1 <= edit_id <= history.head(db):
+                self._guard.edits(db, [edit_id])
             found = rows.read_edits(db, edit_id, edit_id)
         if not found:
             raise EditNotFound(f"There is no edit {edit_id} in {self.path}; see `kvllm history`.")
@@ -213,6 +226,7 @@ class Store:
         with self._reading("Reading the history") as db, history.snapshot(db):
             head = history.head(db)
             first = 1 if limit is None else max(1, head - max(0, limit) + 1)
+            self._guard.edits(db, range(first, head + 1))
             return rows.read_edits(db, first, head, light=light)
 
     def resolve(self, ref: int | str) -> int:
@@ -263,7 +277,11 @@ class Store:
     def tags(self) -> dict[str, int]:
         """Return tag → edit id (0: the base), oldest first."""
         with self._reading("Reading the tags") as db:
-            return dict(db.execute("SELECT name, coalesce(edit_id, 0) FROM tags ORDER BY created_at, rowid").fetchall())
+            return dict(
+                db.execute(
+                    "SELECT name, coalesce(edit_id, 0) FROM tags NOT INDEXED ORDER BY created_at, rowid"
+                ).fetchall()
+            )
 
     # ---------------------------------------------------------------- facts
 
@@ -276,15 +294,19 @@ class Store:
         with self._reading("Listing the facts") as db, history.snapshot(db):
             if at is None or at == history.head(db):
                 found = db.execute(
-                    f"SELECT {rows.FACT_COLUMNS} FROM live_facts JOIN facts ON facts.id = live_facts.fact_id "
-                    "ORDER BY facts.ordinal"
+                    f"SELECT {rows.FACT_COLUMNS} FROM live_facts NOT INDEXED JOIN facts "
+                    "ON facts.id = live_facts.fact_id ORDER BY facts.ordinal"
                 ).fetchall()
+                (expected,) = db.execute("SELECT count(*) FROM live_facts NOT INDEXED").fetchone()
             else:
                 self._check_edit(db, at)
+                self._guard.history(db, at)
+                (expected,) = db.execute(f"SELECT count(*) FROM ({history.LIVE_AT})", (at,)).fetchone()
                 found = db.execute(
                     f"SELECT {rows.FACT_COLUMNS} FROM facts WHERE id IN ({history.LIVE_AT}) ORDER BY ordinal",
                     (at,),
                 ).fetchall()
+            self._guard.facts(db, [(row[0], row[1]) for row in found], expected=expected)
         return [rows.fact_from_row(row) for row in found]
 
     def fact(self, key: str, at: int | None = None) -> StoredFact:
@@ -296,14 +318,13 @@ class Store:
         keys: Sequence[str]
         if at is None:
             with self._reading("Reading a fact") as db, history.snapshot(db):
-                row = db.execute(
-                    f"SELECT {rows.FACT_COLUMNS} FROM live_facts JOIN facts ON facts.id = live_facts.fact_id "
-                    "WHERE live_facts.key = ?",
-                    (_bindable(key),),
-                ).fetchone()
-                if row is not None:
-                    return rows.fact_from_row(row)
-                keys = [name for (name,) in db.execute("SELECT key FROM live_facts")]
+                # No index: one that lost an entry would deny a fact that is there.
+                live = dict(db.execute("SELECT key, fact_id FROM live_facts NOT INDEXED").fetchall())
+                if key in live:
+                    found = db.execute(f"SELECT {rows.FACT_COLUMNS} FROM facts WHERE id = ?", (live[key],)).fetchall()
+                    self._guard.facts(db, [(row[0], row[1]) for row in found], expected=1)
+                    return rows.fact_from_row(found[0])
+                keys = list(live)
         else:
             state = {fact.key: fact for fact in self.facts(at)}
             if key in state:
@@ -317,19 +338,22 @@ class Store:
     def has(self, key: str) -> bool:
         """Say whether a live fact has exactly this key."""
         with self._reading("Looking for a key") as db:
-            return db.execute("SELECT 1 FROM live_facts WHERE key = ?", (_bindable(key),)).fetchone() is not None
+            found = db.execute("SELECT 1 FROM live_facts NOT INDEXED WHERE key = ?", (_bindable(key),)).fetchone()
+            return found is not None
 
     def count(self) -> int:
         """Return how many facts are live."""
         with self._reading("Counting the facts") as db:
-            return int(db.execute("SELECT count(*) FROM live_facts").fetchone()[0])
+            return int(db.execute("SELECT count(*) FROM live_facts NOT INDEXED").fetchone()[0])
 
     def fact_versions(self, key: str) -> list[StoredFact]:
         """Return every version the key ever had, oldest first; empty for a key never stored."""
         with self._reading("Reading a key's versions") as db:
+            self._guard.history(db)
             found = db.execute(
-                f"SELECT {rows.FACT_COLUMNS} FROM facts WHERE key = ? ORDER BY id", (_bindable(key),)
+                f"SELECT {rows.FACT_COLUMNS} FROM facts NOT INDEXED WHERE key = ? ORDER BY id", (_bindable(key),)
             ).fetchall()
+            self._guard.facts(db, [(row[0], row[1]) for row in found])
         return [rows.fact_from_row(row) for row in found]
 
     # ---------------------------------------------------------------- commit
@@ -494,6 +518,7 @@ class Store:
         """Insert the new versions and return key → fact id after the edit."""
         if new.op == "rollback":
             assert new.target is not None  # check_new_edit
+            self._guard.history(db, new.target)
             return history.state(db, new.target)
         for key in new.retired:
             if key not in live:
@@ -523,6 +548,7 @@ class Store:
         """Return the deltas, as sha256, whose sum over the base is the state at an edit, in replay order."""
         with self._reading("Reading the history") as db, history.snapshot(db):
             self._check_edit(db, edit_id)
+            self._guard.history(db, edit_id)
             return history.chain(history.links(db), edit_id)
 
     def delta_path(self, sha: str) -> Path:
@@ -639,6 +665,7 @@ class Store:
         """
         with self._reading("Looking for a snapshot") as db, history.snapshot(db):
             self._check_edit(db, edit_id)
+            self._guard.history(db, edit_id)
             links = history.links(db)
             recorded = db.execute("SELECT edit_id, bytes FROM snapshots ORDER BY edit_id DESC").fetchall()
         chain = history.chain(links, edit_id)
@@ -687,11 +714,11 @@ class Store:
     def vectors(self, encoder: str) -> dict[int, bytes]:
         """Return fact id → cached embedding (bytes as they were put) for one encoder."""
         with self._reading("Reading the key vectors") as db:
-            return dict(
-                db.execute(
-                    "SELECT fact_id, vector FROM key_vectors WHERE encoder = ?", (_bindable(encoder),)
-                ).fetchall()
-            )
+            found = db.execute(
+                "SELECT fact_id, vector FROM key_vectors NOT INDEXED WHERE encoder = ?", (_bindable(encoder),)
+            ).fetchall()
+        vectors = {fact_id: rows.vector_of(fact_id, encoder, stored) for fact_id, stored in found}
+        return {fact_id: vector for fact_id, vector in vectors.items() if vector is not None}
 
     def put_vectors(self, encoder: str, vectors: Mapping[int, bytes]) -> None:
         """Cache embeddings of facts' keys, by fact id; they can be computed again at any time."""
@@ -699,7 +726,7 @@ class Store:
         with self._transaction("Caching key vectors") as db:
             db.executemany(
                 "INSERT OR REPLACE INTO key_vectors (fact_id, encoder, vector) VALUES (?, ?, ?)",
-                [(fact_id, encoder, bytes(vector)) for fact_id, vector in vectors.items()],
+                [(i, encoder, rows.checked_vector(i, encoder, bytes(vector))) for i, vector in vectors.items()],
             )
 
     # ---------------------------------------------------------------- lock and verify
@@ -720,16 +747,82 @@ class Store:
         finally:
             self._lock.release()
 
-    def verify(self, deep: bool = False) -> VerifyReport:
+    def verify(self, deep: bool = False, *, repair: bool = False, yes: bool = False) -> VerifyReport:
         """Compare rows, files and hashes in both directions; damage is reported, never raised.
 
         Args:
             deep: Read and hash every byte of every delta and snapshot, and check the deltas' numbers.
+            repair: First restore what can be restored; see `kvllm.store.repair.repair`. Implies `deep`.
+            yes: Let the repair give up committed data where nothing else brings the rest back.
         """
+        from kvllm.store.repair import repair as repaired
         from kvllm.store.verify import verify
 
         with self._mutex:
-            return verify(self.path, self._connection(), deep=deep)
+            if not repair:
+                return verify(self.path, self._connection(), deep=deep)
+            with self.writer(timeout=WRITER_SECONDS):
+                self.close()  # the ledger may be replaced
+                try:
+                    return repaired(self.path, yes=yes, lock=self._lock)
+                finally:
+                    with translated(self.path, "Opening the knowledge base"):
+                        self._db = opening.connect_recovered(self.path / LEDGER_NAME, readonly=False)
+                    self._guard = guard.Guard(self.path)
+
+    # ---------------------------------------------------------------- backup and garbage
+
+    def backup(self, target: str | os.PathLike[str]) -> BackupResult:
+        """Copy the knowledge base to a new or empty folder, as it is at one moment, and verify the copy deeply.
+
+        Neither readers nor a writer are held up; what is committed meanwhile is not in the copy.
+
+        Raises:
+            StoreError: The folder holds something.
+            Corrupt: This knowledge base is damaged; nothing is left at the target.
+        """
+        from kvllm.store import backup
+
+        folder = Path(target).expanduser()
+        made = not folder.exists()
+        with self._mutex:
+            backup.copy(self.path, self._connection(), folder)
+        try:
+            with translated(folder, "Making the backup"):
+                size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+            with Store.open(folder, readonly=True) as copied:
+                report, head = copied.verify(deep=True), copied.head()
+            if not report.ok:
+                first = next(problem for problem in report.problems if problem.severity == "error")
+                kind = StoreError if self.verify().ok else Corrupt
+                raise kind(
+                    f"The copy of {self.path} does not verify ({first.where}: {first.what}); it was removed, run "
+                    "`kvllm verify --deep` on the original."
+                )
+        except BaseException:
+            backup.discard(folder, remove_folder=made)
+            raise
+        return BackupResult(str(folder), head, report.edits, report.facts, report.deltas, size)
+
+    def gc(self, *, dry_run: bool = False) -> GcReport:
+        """Remove what no history needs: deltas of no edit, temporary names, all but the newest snapshots.
+
+        Args:
+            dry_run: Only say what would be removed; takes no lock.
+        """
+        from kvllm.store import gc
+
+        if dry_run:
+            with self._reading("Looking for garbage") as db:
+                return gc.report(gc.find_garbage(self.path, db), dry_run=True)
+        with self.writer(timeout=WRITER_SECONDS), translated(self.path, "Removing garbage"):
+            with self._transaction("Forgetting old snapshots") as db:
+                garbage = gc.find_garbage(self.path, db)
+                forgotten = [(gc.snapshot_of(item),) for item in garbage]
+                db.executemany("DELETE FROM snapshots WHERE edit_id = ?", forgotten)
+            failpoint("gc.forgotten")  # rows first: a folder without a row is harmless
+            gc.remove(self.path, garbage)
+        return gc.report(garbage, dry_run=False)
 
     # ---------------------------------------------------------------- the connection
 
@@ -753,7 +846,6 @@ class Store:
             self._lock.acquire(timeout=WRITER_SECONDS)
             try:
                 schema.migrate(connection)
-                failpoint("upgrade.migrated")
             finally:
                 self._lock.release()
 
@@ -766,7 +858,12 @@ class Store:
         with self._mutex:
             connection = self._connection()
             with translated(self.path, doing):
-                yield connection
+                if connection.in_transaction:
+                    yield connection
+                    return
+                with history.snapshot(connection):
+                    self._guard.state(connection)
+                    yield connection
 
     @contextmanager
     def _transaction(self, doing: str) -> Iterator[sqlite3.Connection]:
@@ -777,11 +874,35 @@ class Store:
             with translated(self.path, doing):
                 connection.execute("BEGIN IMMEDIATE")
                 try:
+                    self._guard.state(connection)  # damage must not be sealed as if it were meant
+                    before = guard.recorded_state_seal(connection)
                     yield connection
-                    connection.execute("COMMIT")
+                    after = guard.seal_state(connection)
+                    try:
+                        connection.execute("COMMIT")
+                    except sqlite3.Error as error:
+                        self._told(error, doing, before, after)
                 except BaseException:
                     history.roll_back(connection)
                     raise
+
+    def _told(self, error: sqlite3.Error, doing: str, before: str | None, after: str) -> NoReturn:
+        """Raise a COMMIT's error, without saying that nothing was changed if something was.
+
+        The transaction is over once its journal is gone. If only the last sync fails, the one of the folder, SQLite
+        reports an error and the change is there.
+        """
+        connection = self._connection()
+        history.roll_back(connection)
+        try:
+            happened = before != after and guard.recorded_state_seal(connection) == after
+        except sqlite3.Error:
+            happened = False
+        if happened:
+            known = translate(error, self.path, doing, UNCONFIRMED)
+            if known is not None:
+                raise known from error
+        raise error
 
 
 # -------------------------------------------------------------------- small checks
@@ -799,6 +920,12 @@ def _checked_tag(name: str) -> str:
     return name
 
 
+def _refuse_reserved(names: Iterable[str]) -> None:
+    for name in names:
+        if name.startswith(guard.RESERVED):
+            raise ConfigError(f"The setting {name!r} begins with a dot, as kvllm's own do; nothing was changed.")
+
+
 def _bindable(text: str) -> str:
     """Return the text as a query's parameter; what cannot be stored cannot be found, so any absent text will do."""
     try:
@@ -809,7 +936,11 @@ def _bindable(text: str) -> str:
 
 
 def _folder_address(folder: Path) -> str | None:
-    """Return the content address of a folder as it is on disk; None if it is no plain folder of readable files."""
+    """Return the content address of a folder as it is on disk; None if it is no plain folder of files.
+
+    Raises:
+        OSError: It cannot be read now, which says nothing about what it holds.
+    """
     if folder.is_symlink() or not folder.is_dir():
         return None
     try:
@@ -817,7 +948,9 @@ def _folder_address(folder: Path) -> str | None:
         for entry in os.scandir(folder):
             digest, size = files.sha256_of_file(folder / entry.name)
             listing[entry.name] = (size, digest)
-    except OSError:
+    except OSError as error:
+        if not files.is_no_file(error):
+            raise
         return None
     return artefacts.address(listing)
 

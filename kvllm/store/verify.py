@@ -13,11 +13,21 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
-from kvllm.errors import KvllmError
+from kvllm.errors import Corrupt, KvllmError
 from kvllm.records import Problem, VerifyReport
-from kvllm.store import artefacts, files, rows, schema
-from kvllm.store.opening import CREATING_NAME, DELTAS_NAME, LEDGER_NAME, LOCK_NAME, SNAPSHOT_FILE, SNAPSHOTS_NAME
-from kvllm.store.sqlite import sqlite3
+from kvllm.store import artefacts, files, guard, rows, schema
+from kvllm.store.opening import (
+    CREATING_NAME,
+    DELTAS_NAME,
+    LEDGER_NAME,
+    LOCK_NAME,
+    SNAPSHOT_FILE,
+    SNAPSHOTS_NAME,
+    connect_recovered,
+    find_ledger,
+    identify,
+)
+from kvllm.store.sqlite import sqlite3, translated
 
 _FOLDERS = (DELTAS_NAME, SNAPSHOTS_NAME)
 _KNOWN = (LEDGER_NAME, f"{LEDGER_NAME}-journal", LOCK_NAME, CREATING_NAME, *_FOLDERS)
@@ -82,6 +92,25 @@ def verify(path: Path, db: sqlite3.Connection, *, deep: bool) -> VerifyReport:
     )
 
 
+def verify_folder(path: Path, *, deep: bool) -> VerifyReport:
+    """Check a knowledge base that may be too damaged to be opened; a ledger that cannot be read is one more problem.
+
+    Raises:
+        StoreNotFound, StoreError: There is none at the path, or a newer kvllm made it.
+    """
+    ledger = find_ledger(path)
+    try:
+        with translated(path, "Reading the ledger"):
+            db = connect_recovered(ledger, readonly=True)
+            try:
+                identify(db, path)
+                return verify(path, db, deep=deep)
+            finally:
+                db.close()
+    except Corrupt as error:
+        return VerifyReport(False, (Problem(str(error), LEDGER_NAME),), deep=deep)
+
+
 # -------------------------------------------------------------------- rows
 
 
@@ -95,11 +124,15 @@ def _check_sqlite(db: sqlite3.Connection, problems: _Problems) -> None:
 
 def _check_schema(db: sqlite3.Connection, problems: _Problems) -> None:
     found = schema.objects(db)
-    for name, (kind, sql) in schema.expected_objects(schema.version(db)).items():
+    expected = schema.expected_objects(schema.version(db))
+    for name, (kind, sql) in expected.items():
         if name not in found:
             problems.add(f"the {kind} is missing", name)
         elif found[name] != (kind, sql):
             problems.add(f"the {kind} is not as kvllm made it", name)
+    for name, (kind, _) in found.items():
+        if kind == "trigger" and name not in expected:
+            problems.add("the trigger is not kvllm's, and may change what is committed", name)
 
 
 def _check_history(db: sqlite3.Connection, problems: _Problems) -> None:
@@ -113,8 +146,7 @@ def _check_history(db: sqlite3.Connection, problems: _Problems) -> None:
         problems.add(f"the head is {', '.join(map(str, heads)) or 'missing'}, the newest edit {newest}", "table ledger")
     for edit_id, parent in db.execute("SELECT id, coalesce(parent, 0) FROM edits WHERE coalesce(parent, 0) != id - 1"):
         problems.add(f"its parent is {parent}: the history is not linear", f"edit {edit_id}")
-    column = "version" if schema.version(db) >= 2 else "1"
-    seals = {i: (sha256, version) for i, sha256, version in db.execute(f"SELECT edit_id, sha256, {column} FROM seals")}
+    seals = rows.recorded_seals(db)
     before = rows.base_seal(db)
     for edit_id in ids:
         recorded, version = seals.get(edit_id, (None, 0))
@@ -162,6 +194,8 @@ def _check_state(db: sqlite3.Connection, problems: _Problems) -> None:
                 f"the history says version {state.get(key)} is live, the list of live facts says {live.get(key)}",
                 f"fact {key!r}",
             )
+    if not guard.state_fits(db):
+        problems.add("head, tags, settings or live facts are not those that were committed", LEDGER_NAME)
 
 
 def _check_records(db: sqlite3.Connection, problems: _Problems) -> None:
@@ -182,6 +216,8 @@ def _check_records(db: sqlite3.Connection, problems: _Problems) -> None:
             rows.loaded(value, f"setting {name!r}")
         except KvllmError as error:
             problems.add(f"it cannot be read: {error}", f"setting {name!r}")
+    if damaged := rows.damaged_vectors(db):
+        problems.add(f"{len(damaged)} are damaged; they are not used, and are computed again", "key vectors", "warning")
 
 
 # -------------------------------------------------------------------- files

@@ -15,6 +15,7 @@ from kvllm.config import EditConfig, GateConfig
 from kvllm.errors import EditNotFound, KeyExists, KeyNotFound, StoreNotFound
 from kvllm.prompts import training_questions
 from kvllm.records import (
+    BackupResult,
     BisectReport,
     BisectStep,
     DeltaInfo,
@@ -23,11 +24,14 @@ from kvllm.records import (
     ExportResult,
     Fact,
     FactChange,
+    Garbage,
+    GcReport,
     Match,
     Metric,
     ProbeResult,
     Progress,
     RegressionReport,
+    Repair,
     Report,
     StoredFact,
     VerifyReport,
@@ -233,6 +237,21 @@ class StandIn:
     def verify(self, deep: bool = False) -> VerifyReport:
         self._meet("verify", deep=deep)
         return VerifyReport(True, edits=len(self._edits), facts=len(self._facts), deep=deep)
+
+    @classmethod
+    def check(
+        cls, path: Any, *, deep: bool = False, repair: bool = False, yes: bool = False, lock_timeout: float = 10.0
+    ) -> VerifyReport:
+        cls._meet("check", deep=deep, repair=repair, yes=yes)
+        return VerifyReport(True, deep=True, repairs=(Repair("removed it", "deltas/x"),) if repair else ())
+
+    def backup(self, path: str | Path) -> BackupResult:
+        self._meet("backup", path=path)
+        return BackupResult(str(path), 1, 1, 1, 1, 1000)
+
+    def gc(self, *, dry_run: bool = False) -> GcReport:
+        self._meet("gc", dry_run=dry_run)
+        return GcReport(dry_run, (Garbage("a delta of no edit", "deltas/x", 1000),), 1000)
 
     def probe(self, key: str | None = None) -> Report:
         self._meet("probe", key=key)

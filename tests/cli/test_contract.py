@@ -44,6 +44,8 @@ COMMANDS: dict[str, list[str]] = {
     "tag NAME": ["tag", "my.kb", "v1"],
     "compact": ["compact", "my.kb"],
     "verify": ["verify", "my.kb"],
+    "backup": ["backup", "my.kb", "copy.kb"],
+    "gc": ["gc", "my.kb", "--dry-run"],
     "export": ["export", "my.kb", "out", "--format", "hf"],
     "models": ["models"],
     "info": ["info", "my.kb"],
@@ -190,6 +192,25 @@ def test_verify_with_problems_exits_8(kvllm: Run, monkeypatch: pytest.MonkeyPatc
     assert ran.code == 8
     assert (ran.document["code"], ran.document["verify"]["problems"][0]["where"]) == ("store_corrupt", "deltas/ab")
     assert "hash differs" in kvllm("verify", "my.kb").out
+
+
+def test_repair_says_what_was_done(kvllm: Run, base: type[StandIn]) -> None:
+    ran = kvllm("verify", "my.kb", "--repair", "--json")
+    assert (ran.code, ran.document["verify"]["repairs"][0]["where"]) == (0, "deltas/x")
+    assert base.calls[-1] == ("check", {"deep": False, "repair": True, "yes": False})
+    assert "removed it" in kvllm("verify", "my.kb", "--repair", "--yes").out
+    assert base.calls[-1] == ("check", {"deep": False, "repair": True, "yes": True})
+    assert kvllm("verify", "my.kb", "--yes").code == 2
+
+
+def test_verify_of_what_cannot_be_opened_says_what_is_wrong(
+    kvllm: Run, base: type[StandIn], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base.raises["open"] = errors.Corrupt("Damaged.")
+    bad = VerifyReport(False, (Problem("damaged", "ledger.db"),))
+    monkeypatch.setattr(StandIn, "check", classmethod(lambda cls, path, deep=False: bad))
+    ran = kvllm("verify", "my.kb", "--json")
+    assert (ran.code, ran.document["verify"]["problems"][0]["where"]) == (8, "ledger.db")
 
 
 def test_unexpected_error_hints_at_the_traceback_and_debug_shows_it(

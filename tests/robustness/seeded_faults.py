@@ -81,7 +81,7 @@ FAULTS = (
     fault(
         "no seal",
         "kvllm.store.verify",
-        "        elif rows.edit_seal(db, edit_id, before) != recorded:",
+        "        elif rows.edit_seal(db, edit_id, before, version=version) != recorded:",
         "        elif False:",
         f"{VERIFY}test_edited_rows_are_found",
     ),
@@ -109,7 +109,7 @@ FAULTS = (
     fault(
         "SQL by string",
         "kvllm.store.store",
-        'db.execute("SELECT 1 FROM live_facts WHERE key = ?", (_bindable(key),))',
+        'db.execute("SELECT 1 FROM live_facts NOT INDEXED WHERE key = ?", (_bindable(key),))',
         "db.execute(f\"SELECT 1 FROM live_facts WHERE key = '{key}'\")",
         f"{TEXTS}test_a_quote_in_a_key_is_a_letter_of_the_key",
     ),
@@ -186,7 +186,7 @@ FAULTS = (
     ),
     fault(
         "escape sequences reach the terminal",
-        "kvllm.reports.terminal",
+        "kvllm.reports.text",
         '"".join(ch if ch in keep or not _unsafe(ch) else _escaped(ch) for ch in text)',
         "text",
         "tests/cli/test_commands.py::test_escape_sequences_and_markup_of_others_are_shown_not_obeyed",

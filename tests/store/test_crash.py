@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from kvllm.errors import Busy, Corrupt, OutOfResources, StoreNotFound
+from kvllm.errors import Busy, Corrupt, OutOfResources, StoreError, StoreNotFound
 from kvllm.store import NewEdit, Store, failpoints, files
 from kvllm.store.sqlite import sqlite3  # the same library: two in one process ignore each other's locks
 from tests.store.bench import BASE, Bench, fact, tiny_delta
@@ -171,6 +171,81 @@ def test_bytes_that_read_back_differently_are_not_committed(bench: Bench) -> Non
     failpoints.hook = None
     assert bench.store.head() == 0
     assert list((bench.store.path / "deltas").iterdir()) == []
+
+
+def test_delta_that_cannot_be_read_back_now_is_not_called_damaged(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = files.sha256_of_file
+
+    def failing(path: Path) -> tuple[str, int]:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(files, "sha256_of_file", failing)
+    with pytest.raises(StoreError, match="Input/output error") as raised:
+        bench.insert("a")
+    assert not isinstance(raised.value, Corrupt)
+    monkeypatch.setattr(files, "sha256_of_file", real)
+    bench.insert("a")
+
+
+def test_commit_that_the_disk_did_not_confirm_is_not_said_to_have_changed_nothing(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class LastSyncFails:
+        """SQLite's own order: the journal is gone, then its folder's sync fails, and COMMIT reports an error."""
+
+        def __init__(self, connection: sqlite3.Connection) -> None:
+            self._connection = connection
+
+        def __getattr__(self, name: str) -> object:
+            return getattr(self._connection, name)
+
+        def execute(self, sql: str, *rest: object) -> object:
+            done = self._connection.execute(sql, *rest)
+            if sql == "COMMIT":
+                raise sqlite3.OperationalError("disk I/O error")
+            return done
+
+    store = bench.store
+    connection = store._connection()
+    monkeypatch.setattr(store, "_db", LastSyncFails(connection))
+    with pytest.raises(StoreError, match="did not confirm") as raised:
+        store.tag("v1", 0)
+    assert "nothing was changed" not in str(raised.value)
+    monkeypatch.setattr(store, "_db", connection)
+    assert store.tags() == {"v1": 0}
+
+
+def test_creation_whose_tidying_fails_is_a_creation(kb: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = files.remove
+
+    def failing(path: Path) -> None:
+        if path.name == ".creating" and (kb / "ledger.db").exists():
+            raise OSError(errno.EIO, "Input/output error")
+        real(path)
+
+    monkeypatch.setattr(files, "remove", failing)
+    with Store.create(kb, BASE, {"model": "tiny"}) as store:
+        assert [problem.severity for problem in store.verify().problems] == ["warning"]
+
+
+@needs_fork
+def test_killed_backup_can_be_repeated(bench: Bench, tmp_path: Path, verified: Callable[[Path], None]) -> None:
+    bench.insert("a")
+    path, copy = bench.store.path, tmp_path / "copy.kb"
+    bench.store.close()
+
+    def act() -> None:
+        with Store.open(path) as store:
+            store.backup(copy)
+
+    for name in ("backup.ledger", "backup.deltas", "backup.synced"):
+        killed_at(name, act)
+        assert not Store.exists(copy)
+    with Store.open(path) as store:
+        assert store.backup(copy).head == 1
+    verified(copy)
 
 
 @needs_fork

@@ -220,6 +220,53 @@ def test_damaged_pages_are_reported_not_raised(full: Bench) -> None:
     assert "ledger.db" in said(report)
 
 
+def test_altered_ledger_is_not_served(full: Bench) -> None:
+    edit_ledger(full, "UPDATE facts SET text = 'forged' WHERE id = 1", "UPDATE metrics SET n = 9 WHERE edit_id = 1")
+    with Store.open(full.store.path) as store:
+        for read in (
+            lambda: store.fact_versions("a"),
+            lambda: store.facts(1),
+            lambda: store.edit(1),
+            store.history,
+            lambda: store.chain(1),
+            lambda: Bench(store).rollback(1),
+        ):
+            with pytest.raises(Corrupt, match=r"edit 1 .*kvllm verify"):
+                read()
+        assert store.fact("b").text == "b is a thing."
+
+
+def test_damaged_vector_is_forgotten_and_not_used(full: Bench) -> None:
+    full.store.put_vectors("mini", {1: b"\x01" * 8, 2: b"\x02" * 8})
+    edit_ledger(full, "UPDATE key_vectors SET vector = x'03' WHERE fact_id = 2")
+    assert full.store.vectors("mini") == {1: b"\x01" * 8}
+    report = full.store.verify()
+    assert report.ok
+    assert "key vectors" in said(report)
+
+
+@pytest.mark.parametrize(
+    "statement", ["DELETE FROM settings", "UPDATE settings SET name = ',state' WHERE name = '.state'"]
+)
+def test_ledger_that_lost_its_seal_is_not_taken_for_an_older_one(full: Bench, statement: str) -> None:
+    edit_ledger(full, statement)
+    with pytest.raises(Corrupt, match="settings"):
+        full.store.tags()
+    assert not full.store.verify().ok
+
+
+def test_damage_in_a_name_is_one_sentence(full: Bench) -> None:
+    path = full.store.path / "ledger.db"
+    full.store.close()
+    raw = path.read_bytes()
+    assert raw.count(b"CREATE TABLE metrics (") == 1
+    for altered in (b'CREATE TABLE metrics "', b"CREATE TABLE metric\xc1 ("):
+        path.write_bytes(raw.replace(b"CREATE TABLE metrics (", altered))
+        with pytest.raises(Corrupt) as raised:
+            Store.open(path.parent)
+        assert "\n" not in str(raised.value)
+
+
 def test_nearest_snapshot_is_the_longest_beginning_of_the_chain(bench: Bench) -> None:
     store = bench.store
     for key in "abcd":

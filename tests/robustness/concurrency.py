@@ -1,0 +1,191 @@
+"""Processes at once: writers that wait for each other, readers that see committed states only, locks of the dead.
+
+python -m tests.robustness.concurrency --n 5
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from kvllm.errors import Busy, StaleHead
+from kvllm.store import NewEdit, Store
+from tests.robustness.harness import BASE, Results, campaign, fact, forked, reaped, tiny_delta
+
+WRITERS, READERS = 2, 4
+INSERTERS, INSERTS = 8, 50
+PATIENCE = 20.0
+DELTAS = [tiny_delta(seed) for seed in range(16)]
+
+
+def write(store: Store, key: str, *, text: str = "") -> int:
+    """Insert on the newest head, as the engine does: with the lock held from reading the head to the commit."""
+    while True:
+        try:
+            with store.writer(timeout=PATIENCE):
+                new = NewEdit("insert", (key,), store.head(), facts=(fact(key, text),))
+                return store.commit(new, DELTAS[hash(key) % len(DELTAS)]).id
+        except StaleHead:
+            continue
+
+
+def children(acts: list[Callable[[int], object]]) -> list[tuple[int, str]]:
+    """Run each in a process of its own with a pipe to report on; return exit codes and what was said."""
+    running = []
+    for act in acts:
+        read, pipe = os.pipe()
+        running.append((forked(lambda act=act, pipe=pipe: act(pipe), said=pipe), read))
+        os.close(pipe)
+    found = []
+    for pid, read in running:
+        said = b""
+        while chunk := os.read(read, 1 << 16):
+            said += chunk
+        os.close(read)
+        found.append((reaped(pid), said.decode(errors="replace")))
+    return found
+
+
+def readers_and_writers(results: Results, path: Path, seconds: float) -> None:
+    """Two write, four read. Each edit's text names its edit, so a reader can tell a committed state from another."""
+    end = time.monotonic() + seconds
+
+    def writer(name: int) -> Callable[[int], object]:
+        def act(pipe: int) -> None:
+            rng = random.Random(name)
+            with Store.open(path) as store:
+                number = 0
+                while time.monotonic() < end:
+                    number += 1
+                    with store.writer(timeout=PATIENCE):
+                        head = store.head()
+                        live = [each.key for each in store.facts()]
+                        key = f"{name}.{number}"
+                        text = f"edit {head + 1}"
+                        if live and rng.random() < 0.3:
+                            new = NewEdit("update", (live[0],), head, facts=(fact(live[0], text),))
+                        elif len(live) > 12:
+                            new = NewEdit("delete", (live[-1],), head, retired=(live[-1],))
+                        else:
+                            new = NewEdit("insert", (key,), head, facts=(fact(key, text),))
+                        edit = store.commit(new, DELTAS[rng.randrange(len(DELTAS))])
+                    os.write(pipe, f"{edit.id}\n".encode())
+                    if rng.random() < 0.05:
+                        store.write_snapshot(edit.id, b"weights" * 99)
+                        store.drop_snapshots(keep=1)
+
+        return act
+
+    def reader(name: int) -> Callable[[int], object]:
+        def act(pipe: int) -> None:
+            newest = looked = 0
+            while time.monotonic() < end:
+                with Store.open(path, readonly=bool(name % 2)) as store:
+                    for _ in range(5):
+                        head = store.head()
+                        assert head >= newest, f"the head went back from {newest} to {head}"
+                        newest = head
+                        for each in store.facts(head):
+                            assert each.text == f"edit {each.edit_id}", f"{each} is no committed state"
+                            assert each.edit_id <= head
+                        if head:
+                            assert store.edit(head).id == head
+                            for sha in store.chain(head)[-2:]:
+                                store.read_delta(sha)
+                        looked += 1
+            os.write(pipe, f"{looked}\n".encode())
+
+        return act
+
+    acts = [writer(n) for n in range(WRITERS)] + [reader(n) for n in range(READERS)]
+    ended = children(acts)
+    for code, said in ended:
+        if code:
+            results.check(f"ended with {code}: {said[-600:]}", "readers and writers")
+    acknowledged = sorted(int(line) for _, said in ended[:WRITERS] for line in said.split("\n") if line.isdigit())
+    with Store.open(path) as store:
+        if acknowledged != list(range(1, store.head() + 1)):
+            results.check(f"{len(acknowledged)} edits acknowledged, the head is {store.head()}", "readers and writers")
+        report = store.verify(deep=True)
+        results.check(None if report.problems == () else f"verify: {report.problems[0]}", "readers and writers")
+    results.counts["edits by two writers"] += len(acknowledged)
+    results.counts["states seen by four readers"] += sum(
+        int(said) for code, said in ended[WRITERS:] if code == 0 and said.strip().isdigit()
+    )
+
+
+def many_inserters(results: Results, path: Path) -> None:
+    """Eight processes insert fifty facts each; one that waits too long must say Busy, and may try again."""
+
+    def inserter(name: int) -> Callable[[int], object]:
+        def act(pipe: int) -> None:
+            with Store.open(path) as store:
+                for number in range(INSERTS):
+                    while True:
+                        try:
+                            write(store, f"{name}.{number}")
+                            break
+                        except Busy as error:
+                            if error.exit_code != 7 or "database is locked" in str(error):
+                                raise RuntimeError(f"a waiting writer was told {error}") from error
+                            os.write(pipe, b"busy\n")
+
+        return act
+
+    for code, said in children([inserter(n) for n in range(INSERTERS)]):
+        results.counts["waited in vain, exit 7"] += said.count("busy\n")
+        if code:
+            results.check(f"ended with {code}: {said[-600:]}", "inserters")
+    with Store.open(path) as store:
+        results.counts["edits by eight writers"] += store.head()
+        if not store.head() == store.count() == INSERTERS * INSERTS:
+            results.check(f"{store.head()} edits, {store.count()} facts", "inserters")
+        report = store.verify()
+        results.check(None if report.problems == () else f"verify: {report.problems[0]}", "inserters")
+
+
+def dead_holders(results: Results, path: Path, times: int) -> None:
+    """Kill who holds the lock; the next writer must get it at once. Who waits for a living one must be told."""
+    for number in range(times):
+        read, pipe = os.pipe()
+
+        def hold(pipe: int = pipe) -> None:
+            with Store.open(path) as store, store.writer():
+                os.write(pipe, b"held\n")
+                time.sleep(60)
+
+        pid = forked(hold)
+        os.read(read, 5)
+        with Store.open(path) as store:
+            try:
+                with store.writer(timeout=0):
+                    results.check("a lock that is held was given away", "dead holders")
+            except Busy as error:
+                if str(pid) not in str(error):
+                    results.check(f"the holder is not named: {error}", "dead holders")
+            os.kill(pid, signal.SIGKILL)
+            reaped(pid)
+            try:
+                write(store, f"after {number}")
+            except Busy as error:
+                results.check(f"a dead process's lock blocks: {error}", "dead holders")
+        os.close(read)
+        os.close(pipe)
+        results.counts["locks of killed holders"] += 1
+
+
+def run(results: Results, given: argparse.Namespace, work: Path) -> None:
+    for name in "abc":
+        Store.create(work / f"{name}.kb", BASE, {"model": "tiny"}).close()
+    readers_and_writers(results, work / "a.kb", given.n)
+    many_inserters(results, work / "b.kb")
+    dead_holders(results, work / "c.kb", 20)
+
+
+if __name__ == "__main__":
+    campaign(run, n=5)
