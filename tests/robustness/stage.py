@@ -199,6 +199,7 @@ def memory(folder: Path, model: Path, n: int) -> list[Outcome]:
             from kvllm import KnowledgeBase
             from kvllm.errors import OutOfResources
 
+            signal.alarm(120)  # a library that waits for memory for ever is ended, as a person would
             with KnowledgeBase.open(path) as base:
                 before = base.weights_digest(), base._engine.lm.digest()
                 used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
