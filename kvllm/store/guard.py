@@ -17,6 +17,7 @@ from kvllm.store.sqlite import sqlite3
 
 RESERVED = "."  # settings whose names begin so are kvllm's own
 STATE_SEAL = ".state"
+VECTORS = ".vectors"  # names the cached vectors put last: no seal covers those, but each change must change a seal
 SEALED = ".sealed"  # says that there must be a seal, so that a damaged name cannot make a ledger look like an older one
 
 _STATE = (
@@ -58,6 +59,13 @@ def seal_state(db: sqlite3.Connection) -> str:
     if not db.execute("UPDATE settings SET value = ? WHERE name = ?", (value, STATE_SEAL)).rowcount:
         db.execute("INSERT INTO settings (name, value) VALUES (?, ?)", (STATE_SEAL, value))
     return seal
+
+
+def note_vectors(db: sqlite3.Connection, digest: str) -> None:
+    """Write down, within a transaction, which vectors it caches, so that its COMMIT changes a seal."""
+    value = f'"{digest}"'
+    if not db.execute("UPDATE settings SET value = ? WHERE name = ?", (value, VECTORS)).rowcount:
+        db.execute("INSERT INTO settings (name, value) VALUES (?, ?)", (VECTORS, value))
 
 
 class Guard:

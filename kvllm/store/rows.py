@@ -488,7 +488,8 @@ def recorded_seals(db: sqlite3.Connection, first: int = 1, last: int | None = No
         f"SELECT edit_id, sha256, {column} FROM seals WHERE edit_id >= ? AND (? IS NULL OR edit_id <= ?)",
         (first, last, last),
     )
-    return {edit_id: (sha256, version) for edit_id, sha256, version in found}
+    # A damaged version is none: the seal will not fit.
+    return {i: (sha256, version if isinstance(version, int) else 0) for i, sha256, version in found}
 
 
 def sha256_of_rows(value: Any) -> str:

@@ -723,11 +723,13 @@ class Store:
     def put_vectors(self, encoder: str, vectors: Mapping[int, bytes]) -> None:
         """Cache embeddings of facts' keys, by fact id; they can be computed again at any time."""
         rows.checked(encoder, "An encoder's name")
+        put = [(i, encoder, rows.checked_vector(i, encoder, bytes(vector))) for i, vector in vectors.items()]
         with self._transaction("Caching key vectors") as db:
             db.executemany(
                 "INSERT OR REPLACE INTO key_vectors (fact_id, encoder, vector) VALUES (?, ?, ?)",
-                [(i, encoder, rows.checked_vector(i, encoder, bytes(vector))) for i, vector in vectors.items()],
+                put,
             )
+            guard.note_vectors(db, rows.sha256_of_rows(put))
 
     # ---------------------------------------------------------------- lock and verify
 

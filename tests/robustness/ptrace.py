@@ -47,7 +47,7 @@ class _Registers(ctypes.Structure):
 
 @dataclass
 class Call:
-    """One system call on a file below the root, about to happen.
+    """One system call on the root or a file below it, about to happen.
 
     Attributes:
         kind: write, open, fsync, truncate, rename, unlink, rmdir, mkdir, fallocate.
@@ -169,7 +169,7 @@ def _call(pid: int, registers: _Registers, root: str, number: int) -> Call | Non
 
 
 def _below(path: str, root: str) -> bool:
-    return path.startswith(root + "/")
+    return path == root or path.startswith(root + "/")
 
 
 def _path(pid: int, fd: int, address: int) -> str:

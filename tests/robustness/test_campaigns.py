@@ -89,7 +89,7 @@ def test_the_store_is_a_dictionary_and_a_list(campaign: Wait) -> None:
     assert found.counts["examples"] >= enough(300)
     assert found.counts["steps"] >= 25 * found.counts["examples"]
     assert found.counts["refusals"] > 0
-    for what, least in (("edits", 2000), ("reopened", 150)):
+    for what, least in (("edits", 1000), ("reopened", 150)):
         assert found.counts[what] >= int(least * min(SIZE, 1.0)) if SIZE >= 0.1 else True
 
 

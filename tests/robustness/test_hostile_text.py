@@ -26,7 +26,7 @@ from kvllm.cli import main
 from kvllm.cli.rows import parse_rows
 from kvllm.errors import ConfigError, KeyExists
 from kvllm.records import Edit, Fact
-from kvllm.store import NewEdit, Store, files, sqlite
+from kvllm.store import NewEdit, Store, files, guard, rows, sqlite
 from tests.robustness.hostile import attempt, tree
 from tests.robustness.hostile_texts import CONTROL, ESCAPES, INJECTIONS, KINDS, PATHS, SQL, UNICODE
 from tests.store.bench import BASE
@@ -289,23 +289,33 @@ def test_a_stolen_ledger_shows_no_escape_either(place: Path, capfd: pytest.Captu
     with KnowledgeBase.open(place) as kb:
         kb.insert("torchkeras", "plain")
     db = sqlite3.connect(place / "ledger.db")
-    db.execute("DROP TRIGGER facts_no_update")
+    dropped = [(name, sql) for name, sql in _triggers() if name in ("facts_no_update", "seals_no_update")]
+    for name, _ in dropped:
+        db.execute(f"DROP TRIGGER {name}")
     original = db.execute("SELECT text FROM facts").fetchone()
     for text in ESCAPES:
         if "\x00" in text:
             continue
         db.execute("UPDATE facts SET text = ?", (f"a{text}b",))
-        db.commit()
+        _seal(db)
         for arguments in (["ls"], ["get", "--", "torchkeras"], ["ls", "--json"], ["get", "--json", "--", "torchkeras"]):
             assert main([arguments[0], str(place), *arguments[1:]]) == 0
             assert not OBEYED.search(capfd.readouterr().out), (text, arguments)
         assert main(["verify", str(place)]) == 8
         capfd.readouterr()
     db.execute("UPDATE facts SET text = ?", original)
-    (sql,) = [s for n, s in _triggers() if n == "facts_no_update"]
-    db.execute(sql)
+    _seal(db)
+    for _, sql in dropped:
+        db.execute(sql)
     db.commit()
     db.close()
+
+
+def _seal(db: sqlite3.Connection) -> None:
+    """Make the only edit's seal, and the one over what may change, fit what the ledger holds now."""
+    db.execute("UPDATE seals SET sha256 = ?", (rows.edit_seal(db, 1, rows.base_seal(db)),))
+    guard.seal_state(db)
+    db.commit()
 
 
 def _triggers() -> list[tuple[str, str]]:
