@@ -290,6 +290,12 @@ def _damaged_deltas(path: Path, recorded: Mapping[str, Mapping[str, tuple[int, s
     return damaged
 
 
+def _unless_no_file(error: OSError) -> None:
+    """Raise what says nothing about the file: what cannot be read just now may be what is looked for."""
+    if not files.is_no_file(error):
+        raise error
+
+
 def _restore_deltas(path: Path, db: sqlite3.Connection, log: _Log) -> None:
     """Put together again the deltas whose files still lie somewhere under deltas/, under whatever name."""
     parent = path / DELTAS_NAME
@@ -297,12 +303,15 @@ def _restore_deltas(path: Path, db: sqlite3.Connection, log: _Log) -> None:
     damaged = _damaged_deltas(path, recorded)
     wanted = {digest for sha in damaged for _, digest in recorded[sha].values()}
     lying: dict[str, Path] = {}
-    for folder, _, names in os.walk(parent) if wanted else ():
+    for folder, _, names in os.walk(parent, onerror=_unless_no_file) if wanted else ():
         for name in sorted(names):
-            with suppress(OSError):
+            try:
                 digest, _ = files.sha256_of_file(Path(folder) / name)
-                if digest in wanted:
-                    lying[digest] = Path(folder) / name
+            except OSError as error:
+                _unless_no_file(error)
+                continue
+            if digest in wanted:
+                lying[digest] = Path(folder) / name
     # Everything is prepared, durably, before any name is changed: two folders may have been swapped. No commit sweeps
     # these names away if this is killed.
     prepared = {}

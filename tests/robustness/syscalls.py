@@ -329,7 +329,7 @@ def small_disks(results: Results, stages_: list[Stage], work: Path, cases: int) 
         stage = stages_[number % len(stages_)]
         case = mount / "case"
         shutil.copytree(stage.template, case)
-        left = 4096 * ((number // len(stages_)) * 2)
+        left = 4096 * ((number // len(stages_)) * 3 // 2)
         ballast = mount / "ballast"
         fill(ballast, shutil.disk_usage(mount).free - left)
         read, write = os.pipe()
