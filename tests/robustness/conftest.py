@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from tests.robustness.campaigns import Outcome, Runner, table
 
-_WANTED: list[str] = []
+_RUNNERS: list[Runner] = []
 _OUTCOMES: dict[str, Outcome] = {}
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    _WANTED[:] = {getattr(item.function, "campaign", "") for item in session.items if isinstance(item, pytest.Function)}
+    """Start them at once: most tests leave a processor idle, and the campaigns are done when it is their turn."""
+    wanted = {getattr(item.function, "campaign", "") for item in session.items if isinstance(item, pytest.Function)}
+    if not session.config.option.collectonly:
+        _RUNNERS.append(Runner(wanted))
+
+
+def pytest_sessionfinish() -> None:
+    for each in _RUNNERS:
+        each.close()
 
 
 @pytest.fixture(scope="session")
-def runner() -> Iterator[Runner]:
-    made = Runner(_WANTED)
-    yield made
-    made.close()
+def runner() -> Runner:
+    return _RUNNERS[-1]
 
 
 @pytest.fixture
