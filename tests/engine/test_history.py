@@ -17,6 +17,7 @@ from kvllm.errors import Corrupt, EditNotFound
 from kvllm.knowledge_base import SNAPSHOT_EVERY
 from kvllm.lm.model import tensors_digest
 from tests.kit import KEY, TEXT, RandomEditor, elsewhere, unchanged
+from tests.store.bench import forge_seals
 
 STUBBED = 40
 
@@ -238,6 +239,7 @@ def test_deep_verification_finds_a_wrong_recorded_digest(
     for name in triggers:
         kb._store._connection().execute(f"DROP TRIGGER {name}")
     kb._store._connection().execute("UPDATE edits SET weights_digest = ?", ("0" * 64,))
+    forge_seals(kb._store._connection())
     with pytest.raises(Corrupt, match="other weights than were recorded"):
         kb.ask("What is torchkeras?")
     assert not kb.verify(deep=True).ok

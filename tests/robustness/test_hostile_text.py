@@ -26,10 +26,10 @@ from kvllm.cli import main
 from kvllm.cli.rows import parse_rows
 from kvllm.errors import ConfigError, KeyExists
 from kvllm.records import Edit, Fact
-from kvllm.store import NewEdit, Store, files, guard, rows, sqlite
+from kvllm.store import NewEdit, Store, files, sqlite
 from tests.robustness.hostile import attempt, tree
 from tests.robustness.hostile_texts import CONTROL, ESCAPES, INJECTIONS, KINDS, PATHS, SQL, UNICODE
-from tests.store.bench import BASE
+from tests.store.bench import BASE, forge_seals
 
 ALL = tuple(dict.fromkeys(text for texts in KINDS.values() for text in texts))
 # What must not reach a terminal: C0 and C1 controls but line feeds and tabs, overrides and marks of direction.
@@ -297,25 +297,19 @@ def test_a_stolen_ledger_shows_no_escape_either(place: Path, capfd: pytest.Captu
         if "\x00" in text:
             continue
         db.execute("UPDATE facts SET text = ?", (f"a{text}b",))
-        _seal(db)
+        forge_seals(db)
+        db.commit()
         for arguments in (["ls"], ["get", "--", "torchkeras"], ["ls", "--json"], ["get", "--json", "--", "torchkeras"]):
             assert main([arguments[0], str(place), *arguments[1:]]) == 0
             assert not OBEYED.search(capfd.readouterr().out), (text, arguments)
         assert main(["verify", str(place)]) == 8
         capfd.readouterr()
     db.execute("UPDATE facts SET text = ?", original)
-    _seal(db)
+    forge_seals(db)
     for _, sql in dropped:
         db.execute(sql)
     db.commit()
     db.close()
-
-
-def _seal(db: sqlite3.Connection) -> None:
-    """Make the only edit's seal, and the one over what may change, fit what the ledger holds now."""
-    db.execute("UPDATE seals SET sha256 = ?", (rows.edit_seal(db, 1, rows.base_seal(db)),))
-    guard.seal_state(db)
-    db.commit()
 
 
 def _triggers() -> list[tuple[str, str]]:
