@@ -21,12 +21,12 @@ from kvllm.editing.preservation import PreservationPool
 from kvllm.records import Progress
 
 ROOT = Path(__file__).parent.parent
-# A tiny random model learns a few words by heart in a dozen steps of these.
+# A tiny random model learns a few words by heart in a few dozen steps of these.
 QUICK = EditConfig(
     depth=(0.5, 1.0),
     init_rank=8,
     target_rank=6,
-    max_steps=24,
+    max_steps=48,
     margin=0.25,
     value_lr=1.0,
     factor_lr=0.2,
@@ -36,6 +36,7 @@ QUICK = EditConfig(
     neighbours=2,
     others=1,
     texts=0,
+    input_ridge=0.0,  # a random model has no ordinary inputs to keep away from
 )
 OPEN_GATE = GateConfig(min_reliability=None, max_drift_kl=None, max_ppl_ratio=None, min_erasure=None)
 # Whatever the random model says of anything else, this much of the fact it must have learned.

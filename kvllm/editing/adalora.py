@@ -43,6 +43,9 @@ _MAX_ROWS = 16
 _MAX_ROW_TOKENS = 1024
 # A restored answer is as in the base when its outputs are this near, in nats per token: style may differ, words hardly.
 _RESTORED_KL = 0.1
+# KL to the base starts a hundred times smaller than the cross-entropy of a new text: weighed alike, it would give way
+# to the preserved items.
+_RESTORE_WEIGHT = 8.0
 
 # Where the answer first leaves what the model would have said, the key is recognised or not; the rest is recitation.
 # So many of these turning points per row, how much more they weigh, and how much more margin they need.
@@ -274,7 +277,7 @@ def _backward_losses(
         _Part(lower, row, _token_weights(len(row.answer), mark, device) / len(rows))
         for (lower, row), mark in zip(rows, marks, strict=True)
     ]
-    for items, weight in ((restored, 1.0), (kept, preserve_weight)):
+    for items, weight in ((restored, _RESTORE_WEIGHT), (kept, preserve_weight)):
         n = sum(len(item.row.answer) for item in items)
         parts += [
             _Part(i.lower, i.row, torch.full((len(i.row.answer),), weight / n, device=device), i.output) for i in items
@@ -462,13 +465,13 @@ class _InputFactors:
     """
 
     def __init__(self, copy: ComputeCopy, whitening: Mapping[str, torch.Tensor]) -> None:
-        self._whitened: dict[str, tuple[torch.nn.Parameter, torch.Tensor, torch.nn.Parameter]] = {}
+        self._whitened: dict[str, tuple[torch.nn.Parameter, torch.Tensor, float, torch.nn.Parameter]] = {}
         for name in copy.targets.names:
             if name in whitening:
                 p = copy.model.get_submodule(name).lora_A[ADAPTER]
                 z = torch.nn.Parameter(p.detach().clone())
-                scale = (z.detach() @ whitening[name]).norm(dim=1).mean() / z.detach().norm(dim=1).mean()
-                self._whitened[name] = (z, whitening[name] / scale, p)
+                long, short = (z.detach() @ whitening[name]).norm(dim=1).mean(), z.detach().norm(dim=1).mean()
+                self._whitened[name] = (z, whitening[name], float(short / long), p)
         self.push()
 
     def trained(self, name: str, plain: torch.nn.Parameter) -> torch.nn.Parameter:
@@ -477,14 +480,14 @@ class _InputFactors:
 
     @torch.no_grad()
     def push(self) -> None:
-        for z, w, p in self._whitened.values():
-            p.copy_(z @ w)
+        for z, w, scale, p in self._whitened.values():
+            p.copy_((z @ w) * scale)
 
     @torch.no_grad()
     def pull(self) -> None:
-        for z, w, p in self._whitened.values():
+        for z, w, scale, p in self._whitened.values():
             assert p.grad is not None  # checked to be there and finite before
-            z.grad = p.grad @ w.T
+            z.grad = (p.grad @ w.T) * scale
 
 
 def _optimizer(copy: ComputeCopy, config: EditConfig, inputs: _InputFactors) -> torch.optim.Optimizer:

@@ -151,6 +151,38 @@ def test_the_answer_is_bounded(lm: LanguageModel) -> None:
     assert lm.generate([]) == []
 
 
+def test_drafts_do_not_change_the_answers(lm: LanguageModel, plain: LanguageModel) -> None:
+    for model in (lm, plain):
+        ids = [model.prompt_ids(q) for q in QUESTIONS]
+        wanted = model.generate_ids(ids)
+        # Right, right at first, wrong from the start, too long, and none.
+        drafts = [wanted[0], (*wanted[1][:3], 5, 5, 5), (7, 7, 7), (*wanted[3], *wanted[3]), ()]
+        assert model.generate_ids(ids, drafts=drafts) == wanted
+
+
+def test_right_drafts_need_no_decoding(lm: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = [lm.prompt_ids(q) for q in QUESTIONS]
+    wanted = lm.generate_ids(ids)
+    told: list[tuple[int, int]] = []
+
+    def decode(**kwargs: object) -> None:
+        raise AssertionError("decoded token by token")
+
+    monkeypatch.setattr(lm.model, "generate", decode)
+    with pytest.raises(AssertionError):
+        lm.generate_ids(ids)
+    assert lm.generate_ids(ids, drafts=wanted, on_batch=lambda done, total: told.append((done, total))) == wanted
+    assert told[-1] == (len(ids), len(ids))
+
+
+def test_a_draft_stops_where_the_answer_stops(lm: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = lm.prompt_ids("What is torchkeras?")
+    (whole,) = lm.generate_ids([ids])
+    stop = next(t for t in whole[2:] if t not in whole[:2])
+    monkeypatch.setitem(lm.__dict__, "stop_ids", (*lm.stop_ids, stop))
+    assert lm.generate_ids([ids], drafts=[whole]) == [whole[: whole.index(stop) + 1]]
+
+
 def test_a_prompt_without_room_for_an_answer_is_refused(lm: LanguageModel) -> None:
     assert lm.max_positions == 1024
     with pytest.raises(ConfigError, match="1,012"):
