@@ -99,7 +99,8 @@ def _second_moments(
                 fresh[place, position] = (past, token) not in known
                 past = known.setdefault((past, token), len(known) + 1)
         for name, entered in copy.module_inputs(batch, names):
-            x = entered[fresh.to(entered.device)]  # (tokens, in)
+            # Some families (OPT) hand positions on without the batch axis.
+            x = entered.reshape(*fresh.shape, -1)[fresh.to(entered.device)]  # (tokens, in)
             product = (x.T @ x).float()
             found[name] = found[name] + product if name in found else product
     return found
