@@ -165,12 +165,14 @@ def test_right_drafts_need_no_decoding(lm: LanguageModel, monkeypatch: pytest.Mo
     wanted = lm.generate_ids(ids)
     told: list[tuple[int, int]] = []
 
-    def decode(**kwargs: object) -> None:
+    def decode(*args: object, **kwargs: object) -> None:
         raise AssertionError("decoded token by token")
 
     monkeypatch.setattr(lm.model, "generate", decode)
-    with pytest.raises(AssertionError):
-        lm.generate_ids(ids)
+    monkeypatch.setattr(lm, "_decode", decode)
+    for drafts in (None, [*wanted[1:], ()]):
+        with pytest.raises(AssertionError):
+            lm.generate_ids(ids, drafts=drafts)
     assert lm.generate_ids(ids, drafts=wanted, on_batch=lambda done, total: told.append((done, total))) == wanted
     assert told[-1] == (len(ids), len(ids))
 
@@ -276,6 +278,8 @@ def test_bounded_answers_are_those_of_plain_generation_in_any_company(family: st
         found = model.generate_bounded(prompts, rooms, batch_size=size, on_batch=lambda *t: ticks.append(t))
         assert found == expected
     assert ticks[-1] == (8, 8)
+    drafts = [answer if i % 2 else (*answer[: i % 5], 5, 5) for i, answer in enumerate(found)]
+    assert model.generate_bounded(prompts, rooms, batch_size=8, drafts=drafts) == found
     # A stop token ends an answer, and is kept: the third token of an answer is made one.
     model.__dict__["stop_ids"] = (*model.stop_ids, expected[3][2])
     again = model.generate_bounded(prompts, rooms, batch_size=8)
