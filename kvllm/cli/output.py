@@ -97,7 +97,7 @@ class Output:
             document = result.document() if callable(result.document) else result.document
             print_json(document, self._stdout)
         elif result.raw is not None:
-            from kvllm.reports.terminal import neutral
+            from kvllm.reports.text import neutral
 
             # As it is for a program that reads it; on a terminal, an answer's escape sequences are shown, not obeyed.
             raw = neutral(result.raw) if _is_terminal(self._stdout) else result.raw

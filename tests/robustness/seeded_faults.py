@@ -81,7 +81,7 @@ FAULTS = (
     fault(
         "no seal",
         "kvllm.store.verify",
-        "        elif rows.edit_seal(db, edit_id, before) != recorded:",
+        "        elif rows.edit_seal(db, edit_id, before, version=version) != recorded:",
         "        elif False:",
         f"{VERIFY}test_edited_rows_are_found",
     ),
@@ -186,7 +186,7 @@ FAULTS = (
     ),
     fault(
         "escape sequences reach the terminal",
-        "kvllm.reports.terminal",
+        "kvllm.reports.text",
         '"".join(ch if ch in keep or not _unsafe(ch) else _escaped(ch) for ch in text)',
         "text",
         "tests/cli/test_commands.py::test_escape_sequences_and_markup_of_others_are_shown_not_obeyed",
