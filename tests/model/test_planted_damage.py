@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from importlib import util
@@ -12,7 +13,11 @@ import pytest
 
 from kvllm import KnowledgeBase
 
-pytestmark = [pytest.mark.model, pytest.mark.timeout(1200)]
+pytestmark = [
+    pytest.mark.model,
+    pytest.mark.timeout(1200),
+    pytest.mark.skipif("KVLLM_CAMPAIGN" not in os.environ, reason="takes many minutes; set KVLLM_CAMPAIGN=1"),
+]
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 FACTS = {
     "Quillmark": "Quillmark is a violet ink made from the berries of the northern elder.",

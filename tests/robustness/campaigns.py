@@ -1,7 +1,8 @@
 """Which campaigns there are, how they are run, and the table of what they did.
 
 Every campaign runs as processes of its own, two at a time, from the beginning of the test run. The size is
-the environment variable KVLLM_CAMPAIGN: 1 is the default, 0.1 a quick look, 10 a night.
+the environment variable KVLLM_CAMPAIGN: 1 is the whole size, 0.1 a quick look, 10 a night. Where it is not set,
+the campaigns are skipped.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -13,9 +14,23 @@ _RUNNERS: list[Runner] = []
 _OUTCOMES: dict[str, Outcome] = {}
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leave the long campaigns out unless KVLLM_CAMPAIGN asks for them: they take as long as all other tests."""
+    if os.environ.get("KVLLM_CAMPAIGN"):
+        return
+    skipped = pytest.mark.skip(reason="a campaign of minutes; set KVLLM_CAMPAIGN=1 (or 0.1 for a quick look)")
+    for item in items:
+        if _campaign(item) or item.get_closest_marker("campaign"):
+            item.add_marker(skipped)
+
+
+def _campaign(item: pytest.Item) -> str:
+    return str(getattr(item.function, "campaign", "")) if isinstance(item, pytest.Function) else ""
+
+
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Start them at once: most tests leave a processor idle, and the campaigns are done when it is their turn."""
-    wanted = {getattr(item.function, "campaign", "") for item in session.items if isinstance(item, pytest.Function)}
+    wanted = {_campaign(item) for item in session.items} if os.environ.get("KVLLM_CAMPAIGN") else set()
     if not session.config.option.collectonly:
         _RUNNERS.append(Runner(wanted))
 

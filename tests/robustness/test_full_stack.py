@@ -36,6 +36,7 @@ def staged(folder: Path, model: Path, cache: Path, *campaigns: str) -> dict[str,
     return found
 
 
+@pytest.mark.campaign
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_kill_in_mid_training_leaves_the_knowledge_base_before_or_after(
     tmp_path: Path, tiny_llama: Path, tiny_cache: Path

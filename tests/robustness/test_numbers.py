@@ -277,6 +277,7 @@ def test_weights_left_half_restored_are_replayed_before_the_next_use(
 # ---------------------------------------------------------------- real signals, real limits
 
 
+@pytest.mark.campaign
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_signals_and_limits_of_memory_at_moments_all_over_an_insert(
     tmp_path: Path, tiny_llama: Path, tiny_cache: Path

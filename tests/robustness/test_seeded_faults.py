@@ -19,6 +19,7 @@ def test_every_fault_changes_the_source_it_names() -> None:
         compile(mutated(each, source), each.module, "exec")
 
 
+@pytest.mark.campaign
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_every_seeded_fault_is_caught() -> None:
     done = subprocess.run(
