@@ -186,7 +186,7 @@ def test_the_command_line_says_it_with_the_exit_code(
 AFTERWARDS = (
     ("kvllm.editing.delta.AdaptedWeights.apply", "apply"),
     ("kvllm.editing.delta.AdaptedWeights.digest", "digest"),
-    ("kvllm.lm.model.LanguageModel.generate", "generate"),
+    ("kvllm.lm.model.LanguageModel.generate_bounded", "generate"),
     ("kvllm.lm.model.LanguageModel.answer_states", "drift"),
     ("kvllm.editing.delta.to_files", "serialise"),
     ("kvllm.store.Store.commit", "commit"),
