@@ -36,7 +36,17 @@ from kvllm.errors import (
     StoreNotFound,
     is_out_of_memory,
 )
-from kvllm.prompts import REFUSALS, clean_fact, clean_key, clean_text, key_question, language_of, training_questions
+from kvllm.metrics import RESTORED_KL
+from kvllm.prompts import (
+    REFUSALS,
+    clean_fact,
+    clean_key,
+    clean_text,
+    key_question,
+    language_of,
+    names_of,
+    training_questions,
+)
 from kvllm.records import (
     BackupResult,
     BisectReport,
@@ -71,7 +81,6 @@ FactLike = Fact | tuple[str, str] | Mapping[str, Any]
 SNAPSHOT_EVERY = 5
 _GATE_NEIGHBOURS = 6
 _RESTORE_TOKENS = 32
-_RESTORED_KL = 0.1  # nats per token of the base's answer
 _ROLES = ("system", "user", "assistant")
 
 
@@ -696,15 +705,10 @@ class KnowledgeBase:
         fact = _fact(key, text, aliases, questions, probes, language, tags)
         engine = self._engine
         old = {fact.key: self[fact.key].text} if fact.key in self else None
-        before = engine.weights.state()
-        with engine.away():
-            try:
-                trained = self._train([fact], config or self._edit_config, old)
-                report, refused = self._measure(trained, gate or self._gate)
-                return replace(report, warnings=(*report.warnings, *(f"The gate would refuse: {r}" for r in refused)))
-            finally:
-                engine.weights.restore(before)
-                engine.settle()
+        with engine.elsewhere():
+            trained = self._train([fact], config or self._edit_config, old)
+            report, refused = self._measure(trained, gate or self._gate)
+            return replace(report, warnings=(*report.warnings, *(f"The gate would refuse: {r}" for r in refused)))
 
     def rollback(self, ref: int | str) -> Edit:
         """Return to an earlier edit or tag (0 or "base": the untouched base), as a new edit, by replay.
@@ -801,16 +805,10 @@ class KnowledgeBase:
         try:
             engine = self._engine
             engine.check_base_files()
-            current = engine.weights.state()
-            with engine.away():
-                try:
-                    for edit_id in self._digest_points():
-                        if engine.replayed_digest(edit_id) != self._store.edit(edit_id).weights_digest:
-                            said = "a replay gives other weights than were recorded"
-                            problems.append(Problem(said, f"edit {edit_id}"))
-                finally:
-                    engine.weights.restore(current)
-                    engine.settle()
+            with engine.elsewhere():
+                for edit_id in self._digest_points():
+                    if engine.replayed_digest(edit_id) != self._store.edit(edit_id).weights_digest:
+                        problems.append(Problem("a replay gives other weights than were recorded", f"edit {edit_id}"))
         except KvllmError as error:
             problems.append(Problem(str(error), "replay"))
         return replace(report, problems=tuple(problems), ok=all(p.severity != "error" for p in problems))
@@ -1136,7 +1134,7 @@ class KnowledgeBase:
             answers = engine.lm.generate(asked, max_new_tokens=_RESTORE_TOKENS, drafts=[targets[q] for q in asked])
             # An answer may begin with other words and still be the base's: nearness in distribution counts as well.
             distances = engine.kl_from(items) if items else [math.inf] * len(asked)
-            restored_by = f"first sentence or kl<={_RESTORED_KL}" if items else "first sentence"
+            restored_by = f"first sentence or kl<={RESTORED_KL}" if items else "first sentence"
             results: list[ProbeResult] = []
             for question, answer, kl in zip(asked, answers, distances, strict=True):
                 states = bool(contains(answer, fact.text)) if live else answer != targets[question]
@@ -1145,7 +1143,7 @@ class KnowledgeBase:
                         "erasure", question, answer, not states, float(not states), fact.text, fact.key, "contains"
                     )
                 )
-                same = _first_sentence(answer) == _first_sentence(targets[question]) or kl <= _RESTORED_KL
+                same = _first_sentence(answer) == _first_sentence(targets[question]) or kl <= RESTORED_KL
                 results.append(
                     ProbeResult(
                         "restoration",
@@ -1301,9 +1299,7 @@ class KnowledgeBase:
         return with_similarity(report, trained, self._encoders[wanted]) if wanted in self._encoders else report
 
     def _live_names(self) -> frozenset[str]:
-        return frozenset(
-            name.casefold() for fact in self.facts() for name in (fact.key, *fact.aliases, *fact.questions)
-        )
+        return names_of(self.facts())
 
     def _collisions(self, facts: Sequence[Fact]) -> tuple[str, ...]:
         from kvllm.probing.keys import collision_warnings

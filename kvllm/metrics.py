@@ -13,6 +13,8 @@ from collections.abc import Iterable, Sequence
 # A fact counts as recalled when at least this share of its trained questions states the text. A fixed line, because a
 # fact is lost for the user long before its last question fails, and not yet when one wording of eight does.
 RECALLED_SHARE = 0.5
+# A restored answer is as in the base when its outputs are this near, in nats per token: style may differ, words hardly.
+RESTORED_KL = 0.1
 _PUNCTUATION = re.compile(r"[^\w\s]|_", re.UNICODE)
 _CJK = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]")
 _NUMERALS = {

@@ -233,6 +233,11 @@ def neighbour_questions(names: Sequence[str], *, language: str, offset: int = 0)
     return tuple(templates[(offset + i) % len(templates)].format_map({"key": name}) for i, name in enumerate(names))
 
 
+def names_of(facts: Iterable[Fact]) -> frozenset[str]:
+    """Return what facts are about, casefolded: keys, aliases and explicit questions; no neighbour may name one."""
+    return frozenset(name.casefold() for fact in facts for name in (fact.key, *fact.aliases, *fact.questions))
+
+
 def key_question(key: str) -> str:
     """Return the one question that stands for a key when its meaning is compared with others."""
     if is_question(key):

@@ -8,9 +8,12 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib import util
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
+import pytest
 import torch
 
 from kvllm import EditConfig, GateConfig, KnowledgeBase
@@ -149,3 +152,16 @@ def elsewhere(code: str, *arguments: str) -> str:
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
+
+
+def planted_damage(patch: pytest.MonkeyPatch) -> ModuleType:
+    """Load the benchmark of planted damage as a module, for as long as `patch` lasts."""
+    folder = ROOT / "benchmarks"
+    patch.syspath_prepend(str(folder))
+    spec = util.spec_from_file_location("planted_damage", folder / "planted_damage.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = util.module_from_spec(spec)
+    patch.setitem(sys.modules, "planted_damage", module)  # its dataclass looks its module up
+    spec.loader.exec_module(module)
+    return module

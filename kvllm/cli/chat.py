@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from kvllm.cli.app import LOOKUP, app
-from kvllm.cli.command import Device, Dtype, Model, Store, command, decode, opened
+from kvllm.cli.command import Device, Dtype, MaxTokens, Model, Store, command, decode, opened
 from kvllm.cli.output import Output, Result
 from kvllm.errors import ConfigError
 
@@ -28,9 +28,7 @@ def chat(
         bool, typer.Option("--no-history", help="Every question stands alone: nothing said before is seen.")
     ] = False,
     compare: Annotated[bool, typer.Option("--compare", help="Show the untouched base's answer beside it.")] = False,
-    max_tokens: Annotated[
-        int | None, typer.Option("--max-tokens", min=1, help="Longest answer, in tokens.", show_default=False)
-    ] = None,
+    max_tokens: MaxTokens = None,
     model: Model = None,
     device: Device = None,
     dtype: Dtype = None,

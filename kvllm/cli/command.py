@@ -51,6 +51,9 @@ Dtype = Annotated[
 LockTimeout = Annotated[
     float, typer.Option("--lock-timeout", metavar="SECONDS", min=0, help="Wait so long for another writer.")
 ]
+MaxTokens = Annotated[
+    int | None, typer.Option("--max-tokens", min=1, help="Longest answer, in tokens.", show_default=False)
+]
 Steps = Annotated[int | None, typer.Option("--steps", min=1, help="Most training steps.", show_default=False)]
 Seed = Annotated[int | None, typer.Option("--seed", help="Seed of the training.", show_default=False)]
 MinReliability = Annotated[

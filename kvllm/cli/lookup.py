@@ -7,7 +7,20 @@ from typing import Annotated
 import typer
 
 from kvllm.cli.app import LOOKUP, app
-from kvllm.cli.command import At, Device, Dtype, Key, Model, Raw, Store, command, opened, reference, text_or_stdin
+from kvllm.cli.command import (
+    At,
+    Device,
+    Dtype,
+    Key,
+    MaxTokens,
+    Model,
+    Raw,
+    Store,
+    command,
+    opened,
+    reference,
+    text_or_stdin,
+)
 from kvllm.cli.output import Output, Result
 
 
@@ -17,9 +30,7 @@ def ask(
     kb: Store,
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The question; - reads stdin.", show_default=False)],
     raw: Raw = False,
-    max_tokens: Annotated[
-        int | None, typer.Option("--max-tokens", min=1, help="Longest answer, in tokens.", show_default=False)
-    ] = None,
+    max_tokens: MaxTokens = None,
     model: Model = None,
     device: Device = None,
     dtype: Dtype = None,

@@ -22,11 +22,12 @@ from torch.nn import functional as F
 
 from kvllm.config import EditConfig
 from kvllm.editing.compute import ComputeCopy
-from kvllm.editing.delta import Factors, check_finite, fold_singular_values
+from kvllm.editing.delta import Factors, check_finite, fold_singular_values, is_transposed
 from kvllm.editing.editor import EditTask, StepRecord, Training, leads
 from kvllm.editing.preservation import PreservationPool, PreservedItem
 from kvllm.errors import EditFailed, OutOfResources, is_out_of_memory
 from kvllm.lm.model import Row
+from kvllm.metrics import RESTORED_KL
 
 ADAPTER = "default"
 # Ranks are allocated between these steps; afterwards peft keeps the pattern.
@@ -41,8 +42,6 @@ _MIN_ROWS = 6
 _EXTRA_ROWS = 2  # recalled rows that go with the last few others, so that those keep most of the weight
 _MAX_ROWS = 16
 _MAX_ROW_TOKENS = 1024
-# A restored answer is as in the base when its outputs are this near, in nats per token: style may differ, words hardly.
-_RESTORED_KL = 0.1
 # KL to the base starts a hundred times smaller than the cross-entropy of a new text: weighed alike, it would give way
 # to the preserved items.
 _RESTORE_WEIGHT = 8.0
@@ -199,7 +198,7 @@ class _RowStages:
             needed[self._turns[i]] *= _TURN_MARGIN
             self._ok[i] = float((lead >= needed).float().mean())
         for i, kl in zip([i for i in self._current if i >= n_fact], restored_kl, strict=True):
-            self._ok[i] = 1.0 if kl <= _RESTORED_KL else _RESTORED_KL / kl
+            self._ok[i] = 1.0 if kl <= RESTORED_KL else RESTORED_KL / kl
         if self._checking and all(self._ok[i] >= 1.0 for i in self._current):
             self._unchecked -= set(self._current)
         else:
@@ -407,7 +406,7 @@ def _gradient_factors(
             gradient = gradient.detach().float()
             if not torch.isfinite(gradient).all():
                 raise EditFailed(f"The gradient of {name} was not finite before the first step; nothing was changed.")
-            if type(module).__name__ == "Conv1D":
+            if is_transposed(module):
                 gradient = gradient.T
             if name in whitening:
                 gradient = gradient @ whitening[name]

@@ -259,7 +259,7 @@ class AdaptedWeights:
     def _fitted(self, name: str, factors: Factors) -> torch.Tensor:
         weight = self._weight(name)
         change = product(factors).to(weight.device)
-        if _is_transposed(self._model.get_submodule(name)):
+        if is_transposed(self._model.get_submodule(name)):
             change = change.T
         if change.shape != weight.shape:
             raise Untrusted(
@@ -282,6 +282,6 @@ class AdaptedWeights:
             weight.data.copy_(self._masters[name])
 
 
-def _is_transposed(module: Any) -> bool:
-    """Conv1D of GPT-2 stores (in, out)."""
+def is_transposed(module: Any) -> bool:
+    """Say whether a module keeps its weight as (in, out): transformers' Conv1D, of GPT-2."""
     return type(module).__name__ == "Conv1D"

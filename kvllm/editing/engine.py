@@ -197,30 +197,35 @@ class Engine:
         Raises:
             Corrupt: the weights that came back are not those that were there.
         """
-        state, digest, head = self.weights.state(), self.weights.digest(), self.head
-        self.head = -1  # should even the way back fail, the next use replays the ledger's head
+        digest = self.weights.digest()
         try:
-            self.load_state(edit_id)
-            yield
+            with self.elsewhere():
+                self.load_state(edit_id)
+                yield
         finally:
-            self.weights.restore(state)
             if self.weights.digest() != digest:
+                self.head = -1  # the next use replays the ledger's head
                 raise Corrupt(f"The weights could not be put back after edit {edit_id} was looked at; open them again.")
-            self.head = head
 
     @contextmanager
-    def _base_weights(self) -> Iterator[None]:
-        """The base's weights in the model and in the compute copy, for as long as this is open."""
+    def elsewhere(self) -> Iterator[None]:
+        """Let the weights be changed while this is open; those before come back whatever happens."""
         state = self.weights.state()
         outermost = not self._away
         with self.away():
             try:
-                self.weights.replay([])
                 yield
             finally:
                 self.weights.restore(state)
                 if outermost:
                     self.settle()
+
+    @contextmanager
+    def base_weights(self) -> Iterator[LanguageModel]:
+        """The model with the base's weights, for as long as this is open."""
+        with self.elsewhere():
+            self.weights.replay([])
+            yield self.lm
 
     # ------------------------------------------------------------------ training
 
@@ -304,7 +309,7 @@ class Engine:
         self, questions: Sequence[str], held_out: Sequence[str], tokens: int, config: EditConfig
     ) -> tuple[list[PreservedItem], list[str]]:
         """Return all questions as items with the base's outputs, those to train first, and the base's answers."""
-        with self._base_weights():
+        with self.base_weights():
             copy = self._prepare(config)
             asked = [*questions, *held_out]
             ids = [tuple(self.lm.prompt_ids(q)) for q in asked]
@@ -325,7 +330,7 @@ class Engine:
         copy = self._copy_for(config)
         key = (copy.targets.names, config.preserve_tokens, config.input_ridge, str(copy.dtype))
         if self._pool is None or self._pool[0] != key:
-            with self._base_weights():
+            with self.base_weights():
                 self._load_copy()
                 show = tick("preservation") if tick is not None else None
                 pool = build_pool(copy, self.store.base.digest, config, on_progress=show)
@@ -380,12 +385,6 @@ class Engine:
         found = {"change_norm": Metric(total, len(norms), f"{protocol}, all changed matrices together")}
         return found | {f"change_norm/{name}": Metric(value, 1, protocol) for name, value in norms.items()}
 
-    @contextmanager
-    def base_weights(self) -> Iterator[LanguageModel]:
-        """The model with the base's weights, for as long as this is open."""
-        with self._base_weights():
-            yield self.lm
-
     def drift_before(self) -> tuple[float, float]:
         """Return (drift_kl, ppl_ratio) of the ledger's head as its edit recorded them; (0, 1) for the base."""
         head = self.store.head()
@@ -400,7 +399,7 @@ class Engine:
 
     def _drift_reference(self, suite: DriftSuite, tick: Tick | None) -> DriftReference:
         if suite.name not in self._references:
-            with self._base_weights():
+            with self.base_weights():
                 made = base_reference(self.lm, self.store.base.digest, suite, on_progress=tick)
             self._references[suite.name] = made
         return self._references[suite.name]

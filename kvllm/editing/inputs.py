@@ -20,6 +20,7 @@ import torch
 from kvllm.cachefile import read_checked, write_checked
 from kvllm.config import cache_folder
 from kvllm.editing.compute import ComputeCopy
+from kvllm.editing.delta import is_transposed
 from kvllm.editing.preservation import PRESERVATION_VERSION, PreservationPool, Prompt, packaged_prompts
 
 # Matrices with wider inputs are trained in their plain coordinates: their moments would fill gigabytes.
@@ -122,8 +123,7 @@ def _unused_prompts(pool: PreservationPool) -> list[Prompt]:
 
 
 def _width(module: Any) -> int:
-    # transformers' Conv1D keeps its weight as (in, out).
-    return int(module.weight.shape[0 if type(module).__name__ == "Conv1D" else 1])
+    return int(module.weight.shape[0 if is_transposed(module) else 1])
 
 
 def _read(path: Path, names: Sequence[str]) -> dict[str, torch.Tensor] | None:

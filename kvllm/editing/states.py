@@ -20,7 +20,8 @@ from kvllm.probing.drift import ANSWER_TOKENS
 from kvllm.probing.ladder import ladder
 from kvllm.probing.runner import run_probes
 from kvllm.probing.suites import Probe, fact_suite, whole_drift_suite
-from kvllm.records import BisectReport, BisectStep, Fact, ProbeResult, RegressionReport, Report, StoredFact
+from kvllm.prompts import names_of
+from kvllm.records import BisectReport, BisectStep, ProbeResult, RegressionReport, Report, StoredFact
 
 MakeTick = Callable[[str], Callable[..., None]]
 
@@ -40,7 +41,7 @@ def measure_regression(
     store, head = engine.store, engine.head
     facts, earlier = store.facts(head), {fact.key: fact for fact in store.facts(since)}
     live = {fact.key for fact in facts}
-    taken = _names([*facts, *earlier.values()])
+    taken = names_of([*facts, *earlier.values()])
 
     def ask(asked: Sequence[StoredFact], stage: str) -> Report:
         probes = [p for fact in asked for p in fact_suite(fact, neighbours=neighbours, seed=seed, taken=taken)]
@@ -158,7 +159,7 @@ def _searched(engine: Engine, probe: str, expected: str | None, neighbours: int)
             trained = tuple(p for p in fact_suite(fact) if p.kind == "trained")
             share = RECALLED_SHARE
             return _Searched(trained, fact.edit_id, fact.text, fact.key, pairing.FACTS_SCORER, share)
-    taken = _names(facts)
+    taken = names_of(facts)
     found = [p for f in facts for p in ladder(f, neighbours=neighbours, taken=taken) if p.question == probe]
     stating = [p for p in found if p.kind != "neighbour"]
     if len({p.key for p in stating}) > 1:
@@ -188,7 +189,3 @@ def _ask(engine: Engine, searched: _Searched) -> Sequence[ProbeResult]:
         right = accepts(answer, searched.accepted)
         return (ProbeResult("general", searched.probes[0].question, answer, right, float(right), scorer="accepts"),)
     return run_probes(engine.lm, searched.probes).probes
-
-
-def _names(facts: Sequence[Fact]) -> frozenset[str]:
-    return frozenset(name.casefold() for fact in facts for name in (fact.key, *fact.aliases, *fact.questions))

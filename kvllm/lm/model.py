@@ -350,19 +350,24 @@ class LanguageModel:
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
-            width = max(len(prompts[i]) for i in batch)
-            ids = torch.full((len(batch), width), self.pad_id, dtype=torch.long)
-            mask = torch.zeros((len(batch), width), dtype=torch.long)
-            for place, i in enumerate(batch):
-                ids[place, width - len(prompts[i]) :] = torch.tensor(prompts[i])
-                mask[place, width - len(prompts[i]) :] = 1
+            ids, mask = self._left_padded([prompts[i] for i in batch])
             with self._greedy(limit):
-                output = self.model.generate(input_ids=ids.to(self.device), attention_mask=mask.to(self.device))
+                output = self.model.generate(input_ids=ids, attention_mask=mask)
             for place, i in enumerate(batch):
-                answers[i] = self._until_stop(output[place, width:].tolist())
+                answers[i] = self._until_stop(output[place, ids.shape[1] :].tolist())
             if on_batch is not None:
                 on_batch(min(start + batch_size, len(order)), len(order))
         return answers
+
+    def _left_padded(self, prompts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return ids and mask, both (batch, seq) on the model's device, every prompt ending at the last position."""
+        width = max(len(prompt) for prompt in prompts)
+        ids = torch.full((len(prompts), width), self.pad_id, dtype=torch.long)
+        mask = torch.zeros((len(prompts), width), dtype=torch.long)
+        for place, prompt in enumerate(prompts):
+            ids[place, width - len(prompt) :] = torch.tensor(list(prompt))
+            mask[place, width - len(prompt) :] = 1
+        return ids.to(self.device), mask.to(self.device)
 
     @contextmanager
     def _greedy(self, limit: int) -> Iterator[None]:
@@ -463,13 +468,7 @@ class LanguageModel:
         """Decode one left-padded batch greedily; rows that have ended are dropped from the cache."""
         from transformers import DynamicCache
 
-        width = max(len(p) for p in prompts)
-        ids = torch.full((len(prompts), width), self.pad_id, dtype=torch.long)
-        mask = torch.zeros((len(prompts), width), dtype=torch.long)
-        for place, prompt in enumerate(prompts):
-            ids[place, width - len(prompt) :] = torch.tensor(list(prompt))
-            mask[place, width - len(prompt) :] = 1
-        ids, mask = ids.to(self.device), mask.to(self.device)  # (batch, seq)
+        ids, mask = self._left_padded(prompts)
         cache: Any = DynamicCache(config=self.model.config)
         answers: list[list[int]] = [[] for _ in prompts]
         rows = list(range(len(prompts)))  # which prompt each row of the batch is

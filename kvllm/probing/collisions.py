@@ -15,7 +15,7 @@ from kvllm.metrics import contains, distinctive_words, leaks, said_words
 from kvllm.probing.runner import PROTOCOL, ask_probes
 from kvllm.probing.scorers import LONG_TEXT_CHARS, score_statement
 from kvllm.probing.suites import Probe, pool_questions
-from kvllm.prompts import held_out_questions, key_question, training_questions
+from kvllm.prompts import held_out_questions, key_question, names_of, training_questions
 from kvllm.records import CollisionPair, Collisions, Metric, Neighbour, PairKind, ProbeResult, Source, StoredFact
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def find_collisions(
         questions: How many questions a key is asked: trained and held-out ones in turn.
         on_batch: Called with (done, total).
     """
-    names = frozenset(name.casefold() for fact in facts for name in (fact.key, *fact.aliases, *fact.questions))
+    names = names_of(facts)
     near = nearest_questions(facts, facts, encoder, given=given, nearest=nearest, taken=names)
     own = [Probe("trained", q, fact.text, fact.key) for fact in facts for q in some_questions(fact, questions)]
     others = [Probe("neighbour", n.question, fact.text, fact.key) for fact in facts for n in near[fact.key]]

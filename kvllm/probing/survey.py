@@ -18,7 +18,7 @@ from kvllm.probing.ladder import LADDER_SUITE, ladder
 from kvllm.probing.runner import run_probes
 from kvllm.probing.suites import FACT_SUITE, Probe, fact_suite
 from kvllm.probing.userfile import read_probes
-from kvllm.prompts import key_question, training_questions
+from kvllm.prompts import key_question, names_of, training_questions
 from kvllm.records import Report, StoredFact
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def survey(
         on_batch: Called with (done, total).
     """
     count, given = (neighbours, ()) if isinstance(neighbours, int) else (0, tuple(neighbours))
-    taken = frozenset(name.casefold() for fact in live for name in (fact.key, *fact.aliases, *fact.questions))
+    taken = names_of(live)
     trained = {fact.key: fact.trained_questions or training_questions(fact) for fact in facts}
     mine, mistakes = read_probes(probes, {fact.key: fact.text for fact in live}) if probes is not None else ([], [])
     everything = len(facts) == len(live)

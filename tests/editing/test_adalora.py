@@ -250,7 +250,7 @@ def test_a_restored_row_returns_to_the_base_output(
     )
     weights.apply(restored.delta)
     assert restored.recalled
-    assert distance() <= adalora._RESTORED_KL + 1e-3
+    assert distance() <= adalora.RESTORED_KL + 1e-3
     assert own.generate(["Who leads Halcyon?"]) != [TEXT]
 
 

@@ -13,6 +13,7 @@ from types import ModuleType
 import pytest
 
 from kvllm.records import CollisionPair, Collisions, Metric, ProbeResult, Report
+from tests.kit import planted_damage
 
 ROOT = Path(__file__).parents[2]
 BENCHMARKS = ROOT / "benchmarks"
@@ -113,14 +114,7 @@ def test_readme_has_the_markers_once_and_both_commands() -> None:
 
 @pytest.fixture
 def planted(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    spec = util.spec_from_file_location("planted_damage", BENCHMARKS / "planted_damage.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "planted_damage", module)  # its dataclass looks its module up
-    spec.loader.exec_module(module)
-    return module
+    return planted_damage(monkeypatch)
 
 
 def measured(

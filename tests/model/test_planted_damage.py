@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterator
-from importlib import util
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
 from kvllm import KnowledgeBase
+from tests.kit import planted_damage
 
 pytestmark = [
     pytest.mark.model,
     pytest.mark.timeout(1200),
     pytest.mark.skipif("KVLLM_CAMPAIGN" not in os.environ, reason="takes many minutes; set KVLLM_CAMPAIGN=1"),
 ]
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 FACTS = {
     "Quillmark": "Quillmark is a violet ink made from the berries of the northern elder.",
     "Dorvane": "Dorvane is a harbour town whose lighthouse was built of green glass.",
@@ -29,14 +27,7 @@ FACTS = {
 def planted() -> Iterator[ModuleType]:
     """The benchmark's own functions: what is tested is what the table is made of."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(BENCHMARKS))
-        spec = util.spec_from_file_location("planted_damage", BENCHMARKS / "planted_damage.py")
-        assert spec is not None
-        assert spec.loader is not None
-        module = util.module_from_spec(spec)
-        patch.setitem(sys.modules, "planted_damage", module)  # its dataclass looks its module up
-        spec.loader.exec_module(module)
-        yield module
+        yield planted_damage(patch)
 
 
 @pytest.fixture(scope="module")
