@@ -6,7 +6,6 @@ It knows no command and no knowledge base.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import signal
 import sys
@@ -15,11 +14,11 @@ from collections.abc import Iterator, Sequence
 from types import FrameType
 from typing import Any, NoReturn
 
+from kvllm import memory
 from kvllm.cli.output import print_json
 
 # What a shell reports for a program that wrote to a closed pipe, as in `kvllm ls my.kb | head -1`.
 _BROKEN_PIPE = 128 + 13
-_M_MMAP_THRESHOLD = -3  # from glibc's malloc.h
 
 
 def run(argv: Sequence[str] | None = None) -> int:
@@ -60,11 +59,7 @@ def _prepare_libraries() -> None:
     # Idle OpenMP threads spin by default. With one other busy process on the machine, every small operation then waits
     # for the scheduler: a training of 15 s was measured to take 125 s.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    if sys.platform == "linux" and "MALLOC_MMAP_THRESHOLD_" not in os.environ:
-        # Training makes tensors of ever other sizes; from the heap they leave holes, and peak memory creeps up by a
-        # third. Large ones go to mmap and back instead. Only glibc has the call.
-        with contextlib.suppress(OSError, AttributeError):
-            ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 4 << 20)
+    memory.keep_large_tensors_out_of_the_heap()
 
 
 def _invoke(arguments: list[str]) -> int:

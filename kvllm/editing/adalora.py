@@ -27,6 +27,7 @@ from kvllm.editing.editor import EditTask, StepRecord, Training, leads
 from kvllm.editing.preservation import PreservationPool, PreservedItem
 from kvllm.errors import EditFailed, OutOfResources, is_out_of_memory
 from kvllm.lm.model import Row
+from kvllm.memory import give_back
 from kvllm.metrics import RESTORED_KL
 
 ADAPTER = "default"
@@ -139,6 +140,7 @@ class AdaLoraEditor:
                 inputs.pull()
                 optimizer.step()
                 inputs.push()
+                give_back()
                 tuner.update_and_allocate(step)
             delta, ranks = _fold(tuner)
         check_finite(delta)

@@ -9,6 +9,7 @@ chat template is asked with plain prompts; answers end where the model's own sto
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import inspect
 import json
@@ -25,6 +26,7 @@ import torch
 
 from kvllm.config import ModelConfig
 from kvllm.errors import ConfigError, KvllmError, ModelError, OutOfResources, is_out_of_memory
+from kvllm.memory import give_back
 
 Message = dict[str, str]
 # A base model without chat template gets the question in this frame; the answer follows after a space.
@@ -32,6 +34,7 @@ PLAIN_FRAME = "Question: {content}\nAnswer:"
 _SENTINEL = "\u27e6kvllm-slot-{index}\u27e7"
 _MARKUP = re.compile(r"<.+>|\[.+\]|\{.+\}|⟨.+⟩|\uff1c.+\uff1e", re.DOTALL)
 _GENERATION_BATCH = 32
+_MIN_OPENING = 8  # tokens that prompts must share for a pass of their own
 _HEAD_TOKENS = 256  # positions per vocabulary projection when scoring
 
 
@@ -58,6 +61,24 @@ class RowScore:
 
     nll: float
     greedy: float
+
+
+@dataclass(frozen=True)
+class _Opening:
+    """What all prompts of a call begin with, and the keys and values that one forward pass over it has made."""
+
+    ids: tuple[int, ...]
+    cache: Any
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def for_rows(self, n: int) -> Any:
+        """Return a cache of n rows that all begin with the opening, to be written on."""
+        found = copy.deepcopy(self.cache)
+        if self.ids:
+            found.batch_select_indices(torch.zeros(n, dtype=torch.long, device=found.layers[0].keys.device))
+        return found
 
 
 class LanguageModel:
@@ -343,21 +364,8 @@ class LanguageModel:
         Returns:
             The new ids of each prompt, in the order given.
         """
-        limit = max_new_tokens or self.config.max_new_tokens
-        if drafts is not None:
-            return self._generate_from(prompts, drafts, [limit] * len(prompts), batch_size, on_batch)
-        answers: list[tuple[int, ...]] = [()] * len(prompts)
-        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-        for start in range(0, len(order), batch_size):
-            batch = order[start : start + batch_size]
-            ids, mask = self._left_padded([prompts[i] for i in batch])
-            with self._greedy(limit):
-                output = self.model.generate(input_ids=ids, attention_mask=mask)
-            for place, i in enumerate(batch):
-                answers[i] = self._until_stop(output[place, ids.shape[1] :].tolist())
-            if on_batch is not None:
-                on_batch(min(start + batch_size, len(order)), len(order))
-        return answers
+        rooms = [max_new_tokens or self.config.max_new_tokens] * len(prompts)
+        return self.generate_bounded(prompts, rooms, batch_size=batch_size, on_batch=on_batch, drafts=drafts)
 
     def _left_padded(self, prompts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
         """Return ids and mask, both (batch, seq) on the model's device, every prompt ending at the last position."""
@@ -368,25 +376,6 @@ class LanguageModel:
             ids[place, width - len(prompt) :] = torch.tensor(list(prompt))
             mask[place, width - len(prompt) :] = 1
         return ids.to(self.device), mask.to(self.device)
-
-    @contextmanager
-    def _greedy(self, limit: int) -> Iterator[None]:
-        """Plain greedy decoding while this is open, whatever the base's generation_config.json wishes.
-
-        transformers fills everything that a call leaves open from that file: sampling, penalties and biases, a time
-        limit, or a decoding method that it would fetch from the hub.
-        """
-        from transformers import GenerationConfig
-
-        stop = list(self.stop_ids)
-        own = self.model.generation_config
-        self.model.generation_config = GenerationConfig(
-            max_new_tokens=limit, do_sample=False, num_beams=1, eos_token_id=stop, pad_token_id=self.pad_id
-        )
-        try:
-            yield
-        finally:
-            self.model.generation_config = own
 
     @torch.inference_mode()
     def generate_bounded(
@@ -417,13 +406,15 @@ class LanguageModel:
             return self._generate_from(prompts, drafts, rooms, batch_size, on_batch)
         answers: list[tuple[int, ...]] = [()] * len(prompts)
         order = sorted(range(len(prompts)), key=lambda i: (rooms[i], len(prompts[i])))
+        opening = self._shared_opening(prompts)
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
-            found = self._decode([prompts[i] for i in batch], [rooms[i] for i in batch])
+            found = self._decode([prompts[i] for i in batch], [rooms[i] for i in batch], opening)
             for i, answer in zip(batch, found, strict=True):
                 answers[i] = answer
             if on_batch is not None:
                 on_batch(min(start + batch_size, len(order)), len(order))
+            give_back()
         return answers
 
     def _generate_from(
@@ -464,15 +455,16 @@ class LanguageModel:
             accepted[i] += more
         return accepted
 
-    def _decode(self, prompts: Sequence[Sequence[int]], rooms: Sequence[int]) -> list[tuple[int, ...]]:
-        """Decode one left-padded batch greedily; rows that have ended are dropped from the cache."""
-        from transformers import DynamicCache
-
-        ids, mask = self._left_padded(prompts)
-        cache: Any = DynamicCache(config=self.model.config)
+    def _decode(
+        self, prompts: Sequence[Sequence[int]], rooms: Sequence[int], opening: _Opening
+    ) -> list[tuple[int, ...]]:
+        """Decode one batch greedily behind the opening; rows that have ended are dropped from the cache."""
+        ids, mask = self._left_padded([prompt[len(opening) :] for prompt in prompts])
+        cache = opening.for_rows(len(prompts))
+        mask = torch.cat([mask.new_ones(len(prompts), len(opening)), mask], dim=-1)
         answers: list[list[int]] = [[] for _ in prompts]
         rows = list(range(len(prompts)))  # which prompt each row of the batch is
-        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, len(opening) :]
         while True:
             placed = {"position_ids": positions} if self._takes_positions else {}
             output = self.model(
@@ -493,6 +485,22 @@ class LanguageModel:
             ids = chosen[:, None]
             mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=-1)
             positions = mask.sum(-1, keepdim=True) - 1
+
+    def _shared_opening(self, prompts: Sequence[Sequence[int]]) -> _Opening:
+        """Run once what all prompts begin with: for a chat model its preamble, most of a short question's tokens."""
+        from transformers import DynamicCache
+
+        n = 0
+        if len(prompts) > 1:
+            first, last = min(map(tuple, prompts)), max(map(tuple, prompts))  # what these two share, all between do
+            n = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
+            n = min(n, min(map(len, prompts)) - 1)
+        cache: Any = DynamicCache(config=self.model.config)
+        if n < _MIN_OPENING:
+            return _Opening((), cache)
+        ids = torch.tensor([prompts[0][:n]], device=self.device)
+        self.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        return _Opening(tuple(prompts[0][:n]), cache)
 
     @cached_property
     def _takes_positions(self) -> bool:
@@ -568,20 +576,24 @@ class LanguageModel:
     ) -> Iterator[tuple[list[int], torch.Tensor, torch.Tensor, torch.Tensor]]:
         """Yield (row indices, states (answers, hidden), targets (answers,), owner (answers,)) per batch."""
         order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))
+        opening = self._shared_opening([row.prompt for row in rows])
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
-            ids, mask = self.pad([rows[i].ids for i in batch])
+            ids, mask = self.pad([rows[i].ids[len(opening) :] for i in batch])
+            mask = torch.cat([mask.new_ones(len(batch), len(opening)), mask], dim=-1)
+            cached = {"past_key_values": opening.for_rows(len(batch))} if opening else {}
             with self.last_hidden_states() as caught:
-                self.model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=1)
+                self.model(input_ids=ids, attention_mask=mask, use_cache=bool(opening), logits_to_keep=1, **cached)
             hidden = caught[0]
             states, targets, owner = [], [], []
             for place, i in enumerate(batch):
-                prompt, answer = len(rows[i].prompt), len(rows[i].answer)
+                prompt, answer = len(rows[i].prompt) - len(opening), len(rows[i].answer)
                 states.append(hidden[place, prompt - 1 : prompt - 1 + answer])
                 targets.append(ids[place, prompt : prompt + answer])
                 owner += [place] * answer
             stacked = torch.cat(states)
             yield batch, stacked, torch.cat(targets), torch.tensor(owner, device=stacked.device)
+            give_back()
 
     @contextmanager
     def last_hidden_states(self) -> Iterator[list[torch.Tensor]]:
