@@ -201,6 +201,31 @@ def working_folder(keep: Path | None = None) -> Iterator[Path]:
         yield Path(folder)
 
 
+class Journal:
+    """Rows of a long run, on disk as soon as each is known; a run that is called again finds them.
+
+    Raises:
+        SystemExit: the file holds rows of another configuration.
+    """
+
+    def __init__(self, path: Path, config: Mapping[str, Any]) -> None:
+        self._path = path
+        head = json.dumps({"config": config}, default=str, sort_keys=True)
+        lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else [head, ""]
+        if lines[0] != head:
+            raise SystemExit(f"{path.name} holds rows of another configuration ({lines[0]}); choose another folder.")
+        whole = lines[: len(lines) - 1]  # a last line without its end was cut off by a kill
+        self.rows: list[dict[str, Any]] = [json.loads(line) for line in whole[1:]]
+        path.write_text("".join(f"{line}\n" for line in whole), encoding="utf-8")
+
+    def add(self, row: dict[str, Any]) -> None:
+        self.rows.append(row)
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+
 def child(code: str, *arguments: str, env: Mapping[str, str] | None = None) -> tuple[Any, float]:
     """Run Python code in a fresh process; return the JSON of its last line on stdout, and the wall seconds."""
     started = time.perf_counter()

@@ -7,6 +7,7 @@ new process. About a minute per fact on two cores.
     python benchmarks/twelve_facts.py --n 3            # a few minutes
     python benchmarks/twelve_facts.py                  # all twelve
     python benchmarks/twelve_facts.py --order shuffled --seed 1
+    python benchmarks/twelve_facts.py --keep runs/a    # a run that is stopped goes on when it is called again
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from common import Bar, child, finish, model_facts, parser, progress, sha256, spread, working_folder
+from common import Bar, Journal, child, finish, model_facts, parser, progress, sha256, spread, working_folder
 
 FACTS = Path(__file__).with_name("twelve_facts.jsonl")
 RECALLED = 0.75  # share of the trained questions whose live answer states the text: the gate's own rule
@@ -38,14 +39,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     options.add_argument("--order", choices=("file", "shuffled"), default="file", help="shuffled: by the seed")
     options.add_argument("--open-gate", action="store_true", help="commit every edit, whatever it measures")
     options.add_argument("--model", help="the base model (default: kvllm's)")
-    options.add_argument("--keep", type=Path, metavar="FOLDER", help="leave the knowledge base there")
+    options.add_argument(
+        "--keep", type=Path, metavar="FOLDER", help="work there, leave it, and go on with what is there"
+    )
     given = options.parse_args(argv)
     lines = FACTS.read_text(encoding="utf-8").splitlines()
     facts = [json.loads(line) for line in lines]
     if given.order == "shuffled":
         random.Random(given.seed).shuffle(facts)
     facts = facts[: given.n]
-    with working_folder(given.keep) as folder, progress(given, len(facts) + 3, "twelve facts") as bar:
+    with working_folder(given.keep) as folder, progress(given, len(facts) + 2, "twelve facts") as bar:
         results, model = run(facts, folder / "twelve.kb", given, bar)
     finish(
         "twelve_facts",
@@ -68,13 +71,24 @@ def run(
     off = GateConfig(min_reliability=None, max_drift_kl=None, max_ppl_ratio=None, min_erasure=None)
     gate = {"gate": off} if given.open_gate else {}
     config = EditConfig(seed=given.seed, **steps)
-    edits: list[dict[str, Any]] = []
-    digests: dict[int, str] = {}
-    with KnowledgeBase.create(folder, edit=config, progress=bar.listen, **gate, **model) as kb:
-        base = metrics(kb.drift())
-        bar.step("general questions of the base")
+    journal = Journal(folder.with_suffix(".rows.jsonl"), {"seed": given.seed, "steps": given.steps, **gate, **model})
+    edits: list[dict[str, Any]] = journal.rows
+    kb = (
+        KnowledgeBase.open(folder, progress=bar.listen)
+        if folder.exists()
+        else KnowledgeBase.create(folder, edit=config, progress=bar.listen, **gate, **model)
+    )
+    with kb:
         details = {fact["key"]: fact["details"] for fact in facts}
+        done = {row["key"] for row in edits}
         for fact in facts:
+            if fact["key"] in done:
+                if fact["key"] not in kb and any(row["key"] == fact["key"] and row["committed"] for row in edits):
+                    raise SystemExit("This run has ended and was rolled back; choose another folder.")
+                bar.step(fact["key"])
+                continue
+            if fact["key"] in kb:  # stopped between the commit and the row
+                kb.rollback(kb.head - 1)
             started = time.perf_counter()
             row: dict[str, Any] = {"key": fact["key"], "kind": fact["tags"]}
             try:
@@ -83,10 +97,10 @@ def run(
                 report = getattr(error, "report", None)
                 row |= {"committed": False, "error": str(error), "metrics": metrics(report) if report else {}}
             else:
-                digests[edit.id] = edit.weights_digest or ""
                 row |= {
                     "committed": True,
                     "edit": edit.id,
+                    "weights_digest": edit.weights_digest,
                     "steps": edit.steps,
                     "seconds": round(edit.seconds, 1),
                     "norm": edit.delta.norm if edit.delta else None,
@@ -97,7 +111,7 @@ def run(
                 }
             row["wall_seconds"] = round(time.perf_counter() - started, 1)
             row["recalled"] = row["committed"] and row["metrics"]["reliability"]["value"] >= RECALLED
-            edits.append(row)
+            journal.add(row)
             bar.step(fact["key"])
         for row in edits:
             if row["committed"]:
@@ -111,7 +125,7 @@ def run(
                 ]
         end = metrics(kb.drift())
         bar.step("asked again")
-        rolled = roll_back(kb, digests)
+        rolled = roll_back(kb, {row["edit"]: row["weights_digest"] for row in edits if row["committed"]})
         identity = model_facts(kb)
     if rolled:
         elsewhere, _ = child(DIGEST, str(folder))
@@ -122,7 +136,6 @@ def run(
         "n": len(facts),
         "n_recalled_after_insert": sum(row["recalled"] for row in edits),
         "n_recalled_at_the_end": sum(row.get("recalled_at_the_end", False) for row in edits),
-        "drift_base": base,
         "drift_end": end,
         "rollback": rolled,
         "insert_seconds": spread((row["seconds"] for row in committed), 1),

@@ -54,6 +54,21 @@ def test_twelve_facts_are_twelve_of_different_kinds() -> None:
         assert all(detail in fact["text"] for detail in fact["details"])
 
 
+def test_journal_gives_back_whole_rows_and_refuses_another_configuration(tmp_path: Path) -> None:
+    common = load("common")
+    path = tmp_path / "rows.jsonl"
+    common.Journal(path, {"seed": 0}).add({"key": "炉", "steps": 3})
+    with path.open("a", encoding="utf-8") as file:
+        file.write('{"key": "cut o')
+
+    again = common.Journal(path, {"seed": 0})
+    again.add({"key": "b"})
+
+    assert common.Journal(path, {"seed": 0}).rows == [{"key": "炉", "steps": 3}, {"key": "b"}]
+    with pytest.raises(SystemExit, match="another configuration"):
+        common.Journal(path, {"seed": 1})
+
+
 def test_document_says_what_was_run_and_names_no_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     common = load("common")
     options = common.parser("speed", "Measures nothing.")
