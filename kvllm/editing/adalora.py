@@ -1,11 +1,12 @@
 """The AdaLoRA editor: an adaptive low-rank training session with contrast, on peft.
 
 P and Q start from the singular vectors of one gradient of the adapted matrices, so that the first step already points
-at the fact; the singular values start at zero. P is trained in whitened coordinates (`kvllm.editing.inputs`), where a
-step moves least what ordinary text reads. Every step sees some of the fact's questions, those not yet recalled first, a
-sample of the preservation set against the base's own outputs, and older facts. Training stops when every target token
-leads by the margin on all questions and the preserved outputs hold. Source of the method: Zhang et al., "Adaptive
-Budget Allocation for Parameter-Efficient Fine-Tuning", ICLR 2023. Knows nothing of keys and stores.
+at the fact; the singular values start at zero. P is trained in the edit's own coordinates (`kvllm.editing.inputs`), in
+which its questions stand out and ordinary text does not. Every step sees some of the fact's questions, those not yet
+recalled first, a sample of the preservation set against the base's own outputs, and older facts. Training stops when
+every target token leads by the margin on all questions and the preserved outputs hold; then the delta is made as small
+as that rule allows. Source of the method: Zhang et al., "Adaptive Budget Allocation for Parameter-Efficient
+Fine-Tuning", ICLR 2023. Knows nothing of keys and stores.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from kvllm.config import EditConfig
 from kvllm.editing.compute import ComputeCopy
 from kvllm.editing.delta import Factors, check_finite, fold_singular_values, is_transposed
 from kvllm.editing.editor import EditTask, StepRecord, Training, leads
+from kvllm.editing.inputs import edit_coordinates
 from kvllm.editing.preservation import PreservationPool, PreservedItem
 from kvllm.errors import EditFailed, OutOfResources, is_out_of_memory
 from kvllm.lm.model import Row
@@ -35,6 +37,8 @@ ADAPTER = "default"
 _ALLOCATE_FROM = 2
 _ALLOCATE_UNTIL = 8
 _DRIFT_SMOOTHING = 0.5
+_TINY = 0.02  # peft's own spread of factors that no gradient has pointed
+_SCALES = (0.9, 0.8, 0.7, 0.6)  # of the trained delta, tried in turn
 _HEAD_TOKENS = 128  # answer tokens per vocabulary projection
 _GROUP_TOKENS = 512  # tokens per forward and backward pass, padding included
 # A step trains half of the rows, within these bounds: they are paraphrases, and a whole pass costs twice as much. All
@@ -97,11 +101,13 @@ class AdaLoraEditor:
         lower = copy.lower_states([row.ids for row in (*task.rows, *task.replay)])
         fact = list(zip(lower[: len(task.rows)], task.rows, strict=True))
         replay = list(zip(lower[len(task.rows) :], task.replay, strict=True))
-        start = _gradient_factors(copy, fact[:_MAX_ROWS], task.restore[:_MAX_ROWS], config, task.whitening)
+        trained = [*task.rows, *(item.row for item in task.restore)]
+        coordinates = edit_coordinates(copy, trained, pool, task.whitening)
+        start = _gradient_factors(copy, fact[:_MAX_ROWS], task.restore[:_MAX_ROWS], config, coordinates)
         records: list[StepRecord] = []
         recalled = False
         with _adapter(copy, config, start) as tuner:
-            inputs = _InputFactors(copy, task.whitening)
+            inputs = _InputFactors(copy, coordinates, start)
             optimizer = _optimizer(copy, config, inputs)
             drift: float | None = None
             stages = _RowStages(fact, task.restore, rng)
@@ -142,10 +148,16 @@ class AdaLoraEditor:
                 inputs.push()
                 give_back()
                 tuner.update_and_allocate(step)
+            scale = _shrink(copy, tuner, stages, fact, task.restore, config.margin) if recalled else 1.0
             delta, ranks = _fold(tuner)
         check_finite(delta)
         return Training(
-            delta=delta, steps=len(records), recalled=recalled or stages.done, ranks=ranks, records=tuple(records)
+            delta=delta,
+            steps=len(records),
+            recalled=recalled or stages.done,
+            ranks=ranks,
+            records=tuple(records),
+            scale=scale,
         )
 
 
@@ -196,15 +208,23 @@ class _RowStages:
                 # The first token is one always: it chooses the language and the form of the answer.
                 wrong = (lead < 0).nonzero().view(-1)[:_TURNS].tolist()
                 self._turns[i] = sorted({0, *wrong})
-            needed = torch.full_like(lead, margin)
-            needed[self._turns[i]] *= _TURN_MARGIN
-            self._ok[i] = float((lead >= needed).float().mean())
+            self._ok[i] = self._share_leading(i, lead, margin)
         for i, kl in zip([i for i in self._current if i >= n_fact], restored_kl, strict=True):
             self._ok[i] = 1.0 if kl <= RESTORED_KL else RESTORED_KL / kl
         if self._checking and all(self._ok[i] >= 1.0 for i in self._current):
             self._unchecked -= set(self._current)
         else:
             self._unchecked = set(range(self._n))
+
+    def hold(self, leads_per_row: Sequence[torch.Tensor], restored_kl: Sequence[float], margin: float) -> bool:
+        """Say whether all rows, the fact's in order and then the restored ones, meet the stop rule at these numbers."""
+        leading = all(self._share_leading(i, lead, margin) >= 1.0 for i, lead in enumerate(leads_per_row))
+        return leading and all(kl <= RESTORED_KL for kl in restored_kl)
+
+    def _share_leading(self, i: int, lead: torch.Tensor, margin: float) -> float:
+        needed = torch.full_like(lead, margin)
+        needed[self._turns[i]] *= _TURN_MARGIN
+        return float((lead >= needed).float().mean())
 
     @property
     def turns(self) -> list[list[int]]:
@@ -286,7 +306,7 @@ def _backward_losses(
     n = sum(len(row.answer) for _, row in older)
     parts += [_Part(lower, row, torch.full((len(row.answer),), 1.0 / n, device=device)) for lower, row in older]
 
-    measured = _measure_and_backward(copy, parts)
+    measured = _measure(copy, parts)
     ends = [len(rows), len(rows) + len(restored), len(rows) + len(restored) + len(kept)]
     fact, again = measured[: ends[0]], measured[ends[0] : ends[1]]
     preserved, replayed = measured[ends[1] : ends[2]], measured[ends[2] :]
@@ -302,14 +322,17 @@ def _backward_losses(
     )
 
 
-def _measure_and_backward(copy: ComputeCopy, parts: Sequence[_Part]) -> list[_Measured]:
-    """Run groups of like length through the layers, each forward and backward at once: memory is that of one group."""
+def _measure(copy: ComputeCopy, parts: Sequence[_Part]) -> list[_Measured]:
+    """Run groups of like length through the layers, each forward and (where gradients are on) backward at once.
+
+    So memory is that of one group.
+    """
     found: list[_Measured | None] = [None] * len(parts)
     for group in _groups([len(part.row.ids) for part in parts]):
         # Targets first, base outputs after, so that each kind is one stretch of tokens for the vocabulary projection.
         ordered = sorted(group, key=lambda i: parts[i].output is not None)
         states = copy.answer_states([(parts[i].lower, parts[i].row) for i in ordered])  # (answer tokens, hidden)
-        leaf = states.detach().requires_grad_(True)
+        leaf = states.detach().requires_grad_(torch.is_grad_enabled())
         at = 0
         for kind in (False, True):
             stretch = [i for i in ordered if (parts[i].output is not None) is kind]
@@ -317,16 +340,17 @@ def _measure_and_backward(copy: ComputeCopy, parts: Sequence[_Part]) -> list[_Me
                 continue
             sizes = [len(parts[i].row.answer) for i in stretch]
             head = leaf[at : at + sum(sizes)]
-            measured = _head_backward(copy, head, [parts[i] for i in stretch])
+            measured = _measure_head(copy, head, [parts[i] for i in stretch])
             for i, one in zip(stretch, measured, strict=True):
                 found[i] = one
             at += sum(sizes)
-        states.backward(leaf.grad)
+        if leaf.requires_grad:
+            states.backward(leaf.grad)
     return [m for m in found if m is not None]
 
 
-def _head_backward(copy: ComputeCopy, states: torch.Tensor, parts: Sequence[_Part]) -> list[_Measured]:
-    """Project the answers' states (n, hidden), take the loss, and send the gradient back to the states.
+def _measure_head(copy: ComputeCopy, states: torch.Tensor, parts: Sequence[_Part]) -> list[_Measured]:
+    """Project the answers' states (n, hidden), take the loss, and send its gradient back to the states.
 
     All parts are of one kind. The vocabulary is 85 times wider than the hidden state: logits are made for a few
     hundred tokens at a time, turned into a gradient at once and dropped.
@@ -347,7 +371,8 @@ def _head_backward(copy: ComputeCopy, states: torch.Tensor, parts: Sequence[_Par
             with torch.no_grad():
                 before = torch.log_softmax(copy.logits(base[a:end]), -1)
             per_token = (before.exp() * (before - torch.log_softmax(logits, -1))).sum(-1)
-        (per_token * weights[a:end]).sum().backward()
+        if states.requires_grad:
+            (per_token * weights[a:end]).sum().backward()
         losses.append(per_token.detach())
     split = torch.cat(losses).split(sizes)
     led = torch.cat(found).split(sizes) if found else [None] * len(parts)
@@ -374,6 +399,42 @@ def _token_weights(n: int, turns: Sequence[int], device: torch.device) -> torch.
     return weights / weights.sum()
 
 
+@torch.no_grad()
+def _shrink(
+    copy: ComputeCopy,
+    tuner: Any,
+    stages: _RowStages,
+    fact: Sequence[Item],
+    restore: Sequence[PreservedItem],
+    margin: float,
+) -> float:
+    """Scale the singular values down as far as every row still meets the stop rule, and return the factor.
+
+    What an edit does elsewhere falls with the square of its size, and the last steps go past the margins.
+    """
+    values = [module.lora_E[ADAPTER] for _, module in _factors(tuner)]
+    trained = [value.detach().clone() for value in values]
+    device = copy.lm.device
+    parts = [_Part(lower, row, torch.ones(len(row.answer), device=device)) for lower, row in fact]
+    parts += [_Part(i.lower, i.row, torch.ones(len(i.row.answer), device=device), i.output) for i in restore]
+
+    def holds(scale: float) -> bool:
+        for value, full in zip(values, trained, strict=True):
+            value.copy_(full * scale)
+        measured = _measure(copy, parts)
+        restored_kl = [float(m.losses.mean()) for m in measured[len(fact) :]]
+        return stages.hold([m.leads for m in measured if m.leads is not None], restored_kl, margin)
+
+    found = 1.0
+    for scale in _SCALES:
+        if not holds(scale):
+            break
+        found = scale
+    for value, full in zip(values, trained, strict=True):
+        value.copy_(full * found)
+    return found
+
+
 def _choose_replay(replay: list[Item], n: int, rng: random.Random) -> list[Item]:
     """Half the likeliest to collide, in turns, half at random."""
     if len(replay) <= n:
@@ -387,11 +448,11 @@ def _gradient_factors(
     fact: Sequence[Item],
     restore: Sequence[PreservedItem],
     config: EditConfig,
-    whitening: Mapping[str, torch.Tensor],
+    coordinates: Mapping[str, torch.Tensor],
 ) -> dict[str, Factors]:
     """Return orthonormal start factors per module: the leading singular vectors of the fact loss's gradient.
 
-    Where inputs are whitened, the gradient is taken in those coordinates, and so are the input factors returned.
+    Where a module has coordinates of its own, the gradient is taken in them, and so is the input factor returned.
     """
     modules = {name: copy.model.get_submodule(name) for name in copy.targets.names}
     try:
@@ -410,8 +471,8 @@ def _gradient_factors(
                 raise EditFailed(f"The gradient of {name} was not finite before the first step; nothing was changed.")
             if is_transposed(module):
                 gradient = gradient.T
-            if name in whitening:
-                gradient = gradient @ whitening[name]
+            if name in coordinates:
+                gradient = gradient @ coordinates[name].T
             rank = min(config.init_rank, *gradient.shape)
             u, _, v = torch.svd_lowrank(gradient, q=rank, niter=2)
             factors[name] = (v.T.contiguous(), u.contiguous())
@@ -444,13 +505,11 @@ def _adapter(copy: ComputeCopy, config: EditConfig, start: dict[str, Factors]) -
     tuner = AdaLoraModel(copy.model, {ADAPTER: adalora}, ADAPTER)
     try:
         with torch.no_grad():
-            for name, (a, b) in start.items():
+            for name, (_, b) in start.items():
                 module = copy.model.get_submodule(name)
+                for factor in (module.lora_A, module.lora_B, module.lora_E):
+                    factor[ADAPTER].data = factor[ADAPTER].data.float()
                 # Modules smaller than init_rank have fewer directions; the rest stay random and tiny.
-                module.lora_A[ADAPTER].data = module.lora_A[ADAPTER].data.float()
-                module.lora_B[ADAPTER].data = module.lora_B[ADAPTER].data.float()
-                module.lora_E[ADAPTER].data = module.lora_E[ADAPTER].data.float()
-                module.lora_A[ADAPTER].data[: a.shape[0]] = a
                 module.lora_B[ADAPTER].data[:, : b.shape[1]] = b
         yield tuner
     finally:
@@ -459,36 +518,43 @@ def _adapter(copy: ComputeCopy, config: EditConfig, start: dict[str, Factors]) -
 
 
 class _InputFactors:
-    """The input factors P in the coordinates they are trained in: P = Z W per module, where W is its whitening.
+    """The input factors P in the coordinates they are trained in: P = Z G per module, with G its (directions, in).
 
-    The optimizer moves Z; `push` writes P into the adapter, `pull` brings P's gradient back to Z. W is scaled so that
-    the rows of P start as long as those of Z. Modules without whitening are trained as they are.
+    The optimizer moves Z; `push` writes P into the adapter, `pull` brings P's gradient back to Z. G is scaled so that
+    the rows of P start as long as those of Z. Modules without coordinates are trained as they are.
     """
 
-    def __init__(self, copy: ComputeCopy, whitening: Mapping[str, torch.Tensor]) -> None:
-        self._whitened: dict[str, tuple[torch.nn.Parameter, torch.Tensor, float, torch.nn.Parameter]] = {}
+    def __init__(
+        self, copy: ComputeCopy, coordinates: Mapping[str, torch.Tensor], start: Mapping[str, Factors]
+    ) -> None:
+        self._own: dict[str, tuple[torch.nn.Parameter, torch.Tensor, float, torch.nn.Parameter]] = {}
         for name in copy.targets.names:
-            if name in whitening:
-                p = copy.model.get_submodule(name).lora_A[ADAPTER]
-                z = torch.nn.Parameter(p.detach().clone())
-                long, short = (z.detach() @ whitening[name]).norm(dim=1).mean(), z.detach().norm(dim=1).mean()
-                self._whitened[name] = (z, whitening[name], float(short / long), p)
+            p = copy.model.get_submodule(name).lora_A[ADAPTER]
+            first, _ = start[name]
+            if name not in coordinates:
+                p.data[: len(first)] = first
+                continue
+            g = coordinates[name]
+            z = torch.nn.Parameter(torch.randn(len(p), len(g), device=p.device) * _TINY)
+            z.data[: len(first)] = first
+            long, short = (z.detach() @ g).norm(dim=1).mean(), z.detach().norm(dim=1).mean()
+            self._own[name] = (z, g, float(short / long), p)
         self.push()
 
     def trained(self, name: str, plain: torch.nn.Parameter) -> torch.nn.Parameter:
         """Return what the optimizer moves for a module."""
-        return self._whitened[name][0] if name in self._whitened else plain
+        return self._own[name][0] if name in self._own else plain
 
     @torch.no_grad()
     def push(self) -> None:
-        for z, w, scale, p in self._whitened.values():
-            p.copy_((z @ w) * scale)
+        for z, g, scale, p in self._own.values():
+            p.copy_((z @ g) * scale)
 
     @torch.no_grad()
     def pull(self) -> None:
-        for z, w, scale, p in self._whitened.values():
+        for z, g, scale, p in self._own.values():
             assert p.grad is not None  # checked to be there and finite before
-            z.grad = (p.grad @ w.T) * scale
+            z.grad = (p.grad @ g.T) * scale
 
 
 def _optimizer(copy: ComputeCopy, config: EditConfig, inputs: _InputFactors) -> torch.optim.Optimizer:
@@ -498,9 +564,9 @@ def _optimizer(copy: ComputeCopy, config: EditConfig, inputs: _InputFactors) -> 
         weight = module.get_base_layer().weight
         # Root mean square of the singular values: Frobenius norm over the root of their number.
         typical = float(weight.float().norm()) / math.sqrt(min(weight.shape))
-        a, b, e = module.lora_A[ADAPTER], module.lora_B[ADAPTER], module.lora_E[ADAPTER]
+        a, b, e = inputs.trained(name, module.lora_A[ADAPTER]), module.lora_B[ADAPTER], module.lora_E[ADAPTER]
         groups.append({"params": [e], "lr": config.value_lr * typical})
-        groups.append({"params": [inputs.trained(name, a)], "lr": config.factor_lr / math.sqrt(a.shape[1])})
+        groups.append({"params": [a], "lr": config.factor_lr / math.sqrt(a.shape[1])})
         groups.append({"params": [b], "lr": config.factor_lr / math.sqrt(b.shape[0])})
     return torch.optim.Adam(groups, betas=(0.9, 0.99))
 

@@ -74,6 +74,7 @@ class Training:
         recalled: Whether the stop rule was met.
         ranks: Rank per module after AdaLoRA's allocation.
         records: One per step.
+        scale: What the trained singular values were multiplied with in the end.
     """
 
     delta: Mapping[str, Factors]
@@ -81,6 +82,7 @@ class Training:
     recalled: bool
     ranks: Mapping[str, int] = field(default_factory=dict)
     records: tuple[StepRecord, ...] = ()
+    scale: float = 1.0
 
     def summary(self) -> dict[str, Any]:
         """Return what the ledger keeps of a training."""
@@ -88,6 +90,7 @@ class Training:
             "steps": self.steps,
             "recalled": self.recalled,
             "ranks": dict(self.ranks),
+            "scale": self.scale,
             "losses": [round(r.loss, 5) for r in self.records],
             "drifts": [None if r.drift is None else round(r.drift, 5) for r in self.records],
         }

@@ -6,12 +6,13 @@ coordinates that W defines makes the same step disturb unrelated inputs least: t
 "Locating and Editing Factual Associations in GPT", NeurIPS 2022, eq. 2) inside a low-rank adapter. Knows no facts.
 
     whitening = input_whitening(copy, pool, base_digest, ridge=0.1)      # {module name: (in, in)}
+    edit_coordinates(copy, rows, pool, whitening)                        # {module name: (directions, in)}
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from kvllm.config import cache_folder
 from kvllm.editing.compute import ComputeCopy
 from kvllm.editing.delta import is_transposed
 from kvllm.editing.preservation import PRESERVATION_VERSION, PreservationPool, Prompt, packaged_prompts
+from kvllm.lm.model import Row, shared_length
 
 # Matrices with wider inputs are trained in their plain coordinates: their moments would fill gigabytes.
 MAX_WIDTH = 8192
@@ -29,6 +31,9 @@ MAX_WIDTH = 8192
 _EXTRA_PROMPTS = 480
 _TEXT_TOKENS = 56
 _BATCH = 16
+# A direction counts half when the edit's inputs stand out in it this many times as much as on average.
+_HALF_WAY = 10.0
+_DISTINCT = 1e-6  # directions with less of the largest eigenvalue than this are rounding
 
 
 def input_whitening(
@@ -72,6 +77,40 @@ def input_whitening(
     return {name: tensor.half().float() for name, tensor in found.items()}
 
 
+def edit_coordinates(
+    copy: ComputeCopy, rows: Sequence[Row], pool: PreservationPool, whitening: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Return the directions that one edit may read, of each adapted matrix's inputs, the most telling ones longest.
+
+    They solve C_edit v = s C v: the principal directions of the edit's own inputs in whitened coordinates, where
+    ordinary inputs are alike in all of them (Fisher, "The Use of Multiple Measurements in Taxonomic Problems", 1936).
+    Each is scaled by sqrt(s / (s + 10 mean s)), so that training moves most where the edit's questions differ most from
+    ordinary text. What its prompts share with all preserved ones, as a chat preamble, is left out.
+
+    Args:
+        copy: Compute copy, holding the weights that the edit starts from.
+        rows: What the edit trains.
+        pool: The preservation set.
+        whitening: As `input_whitening` returns it.
+
+    Returns:
+        Module name → (directions, in), fp32, for the modules of `whitening`.
+    """
+    if not whitening or not rows:
+        return dict(whitening)
+    ordinary = [item.row.prompt for item in pool.items if item.source.kind != "text"]
+    shared = shared_length([row.prompt for row in rows] + ordinary) if ordinary else 0
+    moments = _second_moments(copy, list(whitening), [row.ids for row in rows], skip=shared)
+    found = {}
+    for name, white in whitening.items():
+        values, vectors = torch.linalg.eigh(white @ moments[name] @ white.T)
+        kept = values > values[-1] * _DISTINCT
+        values, vectors = values[kept], vectors[:, kept]
+        gain = (values / (values + _HALF_WAY * values.mean())).sqrt()
+        found[name] = (vectors * gain).T @ white
+    return found
+
+
 def _whitening(moments: torch.Tensor, ridge: float) -> torch.Tensor:
     values, vectors = torch.linalg.eigh(moments)
     scaled = values.clamp(min=0) / values.mean().clamp(min=1e-12)
@@ -81,9 +120,9 @@ def _whitening(moments: torch.Tensor, ridge: float) -> torch.Tensor:
 
 @torch.no_grad()
 def _second_moments(
-    copy: ComputeCopy, names: Sequence[str], sequences: Sequence[Sequence[int]]
+    copy: ComputeCopy, names: Sequence[str], sequences: Sequence[Sequence[int]], *, skip: int = 0
 ) -> dict[str, torch.Tensor]:
-    """Return XᵀX (in, in) of each module's inputs X over all positions of the sequences.
+    """Return XᵀX (in, in) of each module's inputs X over all positions of the sequences but the first `skip`.
 
     A position whose whole past an earlier sequence had already has the same inputs (attention is causal) and is counted
     once: otherwise the chat preamble, which every prompt begins with, would be most of the sum.
@@ -97,7 +136,7 @@ def _second_moments(
         for place, ids in enumerate(batch):
             past = 0
             for position, token in enumerate(ids):
-                fresh[place, position] = (past, token) not in known
+                fresh[place, position] = position >= skip and (past, token) not in known
                 past = known.setdefault((past, token), len(known) + 1)
         for name, entered in copy.module_inputs(batch, names):
             # Some families (OPT) hand positions on without the batch axis.

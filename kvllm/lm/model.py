@@ -490,11 +490,7 @@ class LanguageModel:
         """Run once what all prompts begin with: for a chat model its preamble, most of a short question's tokens."""
         from transformers import DynamicCache
 
-        n = 0
-        if len(prompts) > 1:
-            first, last = min(map(tuple, prompts)), max(map(tuple, prompts))  # what these two share, all between do
-            n = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
-            n = min(n, min(map(len, prompts)) - 1)
+        n = min(shared_length(prompts), min(map(len, prompts)) - 1) if len(prompts) > 1 else 0
         cache: Any = DynamicCache(config=self.model.config)
         if n < _MIN_OPENING:
             return _Opening((), cache)
@@ -648,6 +644,12 @@ class LanguageModel:
     def digest(self) -> str:
         """Return the sha256 over every parameter: name, dtype, shape, bytes, in name order."""
         return tensors_digest(dict(self.model.named_parameters()))
+
+
+def shared_length(sequences: Sequence[Sequence[int]]) -> int:
+    """Return how many tokens all sequences (at least one) begin with alike."""
+    first, last = min(map(tuple, sequences)), max(map(tuple, sequences))  # what these two share, all between do
+    return next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
 
 
 def tensors_digest(tensors: dict[str, torch.Tensor], *, seed: str = "") -> str:

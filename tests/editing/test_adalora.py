@@ -151,6 +151,25 @@ def test_the_loss_falls_and_stopping_means_recalled_with_margin(
         assert float(leads(own.logits(states), torch.tensor(row.answer)).min()) >= QUICK.margin - 1e-3
 
 
+def test_a_recalled_delta_is_scaled_down_as_far_as_the_margins_allow(
+    copy: ComputeCopy, pool: PreservationPool, task: EditTask, own: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(adalora, "_SCALES", ())
+    full = AdaLoraEditor().train(copy, pool, task, QUICK)
+    monkeypatch.setattr(adalora, "_SCALES", (0.99, 0.98, 0.1))
+    smaller = AdaLoraEditor().train(copy, pool, task, QUICK)
+    assert full.scale == 1.0
+    assert full.recalled
+    # A tenth of the delta recalls nothing; what is kept still leads by the margin, at exactly the scale that is told.
+    assert smaller.scale in (1.0, 0.99, 0.98)
+    for name, (a, b) in full.delta.items():
+        kept_a, kept_b = smaller.delta[name]
+        assert torch.allclose(kept_b @ kept_a, smaller.scale * (b @ a), atol=1e-6)
+    AdaptedWeights(own.model).apply(smaller.delta)
+    for states, row in zip(own.answer_states(task.rows), task.rows, strict=True):
+        assert float(leads(own.logits(states), torch.tensor(row.answer)).min()) >= QUICK.margin - 1e-3
+
+
 def test_the_same_seed_trains_the_same_bits(copy: ComputeCopy, pool: PreservationPool, task: EditTask) -> None:
     one, two = (AdaLoraEditor().train(copy, pool, task, QUICK) for _ in range(2))
     other = AdaLoraEditor().train(copy, pool, EditTask(rows=task.rows, seed=1), QUICK)

@@ -13,7 +13,7 @@ from kvllm.editing import inputs
 from kvllm.editing.adalora import AdaLoraEditor
 from kvllm.editing.compute import ComputeCopy
 from kvllm.editing.editor import EditTask
-from kvllm.editing.inputs import input_whitening
+from kvllm.editing.inputs import edit_coordinates, input_whitening
 from kvllm.editing.preservation import PreservationPool, Prompt, build_pool
 from kvllm.lm.model import LanguageModel
 from kvllm.lm.targets import find_targets
@@ -100,6 +100,33 @@ def test_a_whitened_edit_reads_less_of_what_usually_enters(copy: ComputeCopy, po
         return sum(shares) / len(shares)
 
     assert share_read(replace(task, whitening=whitening)) < 0.8 * share_read(task)
+
+
+def test_an_edit_reads_where_its_own_inputs_stand_out(copy: ComputeCopy, pool: PreservationPool) -> None:
+    whitening = input_whitening(copy, pool, "tiny", ridge=0.05, prompts=READ_ONLY)
+    rows = [copy.lm.row(q, TEXT) for q in training_questions(Fact(KEY, TEXT))]
+    names = list(copy.targets.names)
+    ordinary = inputs._second_moments(copy, names, sequences(copy, pool))
+    own = inputs._second_moments(copy, names, [row.ids for row in rows])
+
+    def contrast(name: str, directions: torch.Tensor) -> float:
+        """Return how much more of the edit's inputs than of ordinary ones is read."""
+        read, usual = ((directions @ moments[name] * directions).sum() for moments in (own, ordinary))
+        return float(read / usual)
+
+    found = edit_coordinates(copy, rows, pool, whitening)
+    for name in names:
+        assert found[name].shape[1] == whitening[name].shape[1]
+        assert contrast(name, found[name]) > 1.5 * contrast(name, whitening[name])
+
+
+def test_what_all_prompts_share_does_not_count_for_an_edit(copy: ComputeCopy, pool: PreservationPool) -> None:
+    name = copy.targets.names[0]
+    rows = [copy.lm.prompt_ids("Who leads Halcyon?"), copy.lm.prompt_ids("Who is Ada?")]
+    whole = inputs._second_moments(copy, [name], rows)[name]
+    rest = inputs._second_moments(copy, [name], rows, skip=3)[name]
+    shared = inputs._second_moments(copy, [name], [rows[0][:3]])[name]
+    assert torch.allclose(whole, rest + shared, rtol=0.05, atol=0.05 * float(whole.abs().max()))
 
 
 def test_whitening_is_cached_and_a_damaged_cache_is_made_again(

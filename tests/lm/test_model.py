@@ -260,6 +260,41 @@ def test_half_precision_loads_as_configured(tiny_llama: Path) -> None:
     assert half.tokenizer.chat_template == CHAT_TEMPLATE
 
 
+def alone(model: LanguageModel, prompt: list[int], room: int) -> tuple[int, ...]:
+    """Answer one prompt as transformers does."""
+    found = model.model.generate(
+        input_ids=torch.tensor([prompt]),
+        attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+        max_new_tokens=room,
+        do_sample=False,
+        eos_token_id=list(model.stop_ids),
+        pad_token_id=model.pad_id,
+    )
+    return tuple(found[0, len(prompt) :].tolist())
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bloom", "gemma3", "opt", "neox"])
+def test_what_all_prompts_begin_with_is_run_once_and_changes_nothing(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = LanguageModel.load(tiny_model(tmp_path / family, family=family), ModelConfig(device="cpu"))
+    preamble = model.text_ids("You are a helpful assistant, and you answer briefly.")
+    prompts = [preamble + model.text_ids(text) for text in ("Who leads Halcyon?", "Berlin", "什么是长城？")]
+    rows = [Row(tuple(prompt), alone(model, prompt, 6)) for prompt in prompts]
+    apart = [model.answer_states([row])[0] for row in rows]
+    widths: list[int] = []
+    model.model.register_forward_pre_hook(
+        lambda module, args, kwargs: widths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+
+    assert model.generate_ids(prompts, max_new_tokens=6) == [row.answer for row in rows]
+    together = model.answer_states(rows)
+
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(apart, together, strict=True))
+    assert widths.count(len(preamble)) == 2  # one pass over the preamble for each of the two calls
+    assert max(widths) < max(len(row.ids) for row in rows)
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bloom", "gemma3", "opt", "neox"])
 def test_bounded_answers_are_those_of_plain_generation_in_any_company(family: str, tmp_path: Path) -> None:
     """Rows leave the batch at their stop token or at their own bound, and the others do not notice."""
@@ -272,7 +307,7 @@ def test_bounded_answers_are_those_of_plain_generation_in_any_company(family: st
     ]
     prompts = [model.prompt_ids(q) for q in questions for _ in range(2)]
     rooms = [3, 12, 1, 20, 7, 7, 20, 2]
-    expected = [model.generate_ids([p], max_new_tokens=room)[0] for p, room in zip(prompts, rooms, strict=True)]
+    expected = [alone(model, prompt, room) for prompt, room in zip(prompts, rooms, strict=True)]
     ticks: list[tuple[int, int]] = []
     for size in (1, 3, 8):
         found = model.generate_bounded(prompts, rooms, batch_size=size, on_batch=lambda *t: ticks.append(t))
@@ -283,6 +318,6 @@ def test_bounded_answers_are_those_of_plain_generation_in_any_company(family: st
     # A stop token ends an answer, and is kept: the third token of an answer is made one.
     model.__dict__["stop_ids"] = (*model.stop_ids, expected[3][2])
     again = model.generate_bounded(prompts, rooms, batch_size=8)
-    assert again == [model.generate_ids([p], max_new_tokens=room)[0] for p, room in zip(prompts, rooms, strict=True)]
+    assert again == [alone(model, prompt, room) for prompt, room in zip(prompts, rooms, strict=True)]
     assert len(again[3]) <= 3
     assert model.generate_bounded([], []) == []
