@@ -1,11 +1,13 @@
 """The three tiers: default (no model file, no network; tiny random models), `-m model` (the real default), `-m gpu`.
 
-The fixtures below build one tiny random Llama per session and knowledge bases on it; every knowledge base that a test
-does not damage on purpose is verified, deeply, when the test ends.
+Tests run in several processes, a file in one of them; `pytest -n 0` runs everything in this one. The fixtures below
+build one tiny random Llama per process and knowledge bases on it; every knowledge base that a test does not damage on
+purpose is verified, deeply, when the test ends.
 """
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,12 +20,42 @@ if TYPE_CHECKING:
     from kvllm.lm.model import LanguageModel
 
 
+# More would each load torch and a model, and share the memory's bandwidth.
+MOST_WORKERS = 4
+
+# Idle OpenMP threads that spin hold up whoever else computes; set here, before anything imports torch.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+def processors() -> int:
+    """Return how many processors this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """Say how many processes run the tests: one per processor, and none where a campaign fills the processors itself.
+
+    Each gets its share of the threads: one of the other workers' would wait for the same processor.
+    """
+    workers = min(processors(), MOST_WORKERS)
+    if workers < 2 or os.environ.get("KVLLM_CAMPAIGN"):
+        return 0
+    os.environ.setdefault("OMP_NUM_THREADS", str(processors() // workers))
+    return workers
+
+
+@pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip gpu tests where there is no CUDA device; torch is asked only if there is such a test."""
+    """Put the files that need the real model first, and skip gpu tests where there is no CUDA device.
+
+    A training of the real model that begins last would keep one process busy when the others are done.
+    """
+    real = {item.path for item in items if item.get_closest_marker("model")}
+    items.sort(key=lambda item: item.path not in real)
     gpu = [item for item in items if item.get_closest_marker("gpu")]
     if not gpu:
         return
-    import torch
+    import torch  # asked only if there is such a test
 
     if not torch.cuda.is_available():
         for item in gpu:
