@@ -15,43 +15,42 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from kvllm.cli.run import _prepare_libraries
+
 if TYPE_CHECKING:
     from kvllm import KnowledgeBase
     from kvllm.lm.model import LanguageModel
 
+# More processes than this would share the memory's bandwidth: each has torch in it, and some the real model.
+MOST_PROCESSES = 4
+# The files that train the real model take minutes, all others seconds. One begins at once; the next when the first has
+# converted the model and filled the cache, which takes it as long as half of the other files take a process.
+LONG_FILES = ("model/test_end_to_end.py", "examples/test_examples.py")
 
-# More would each load torch and a model, and share the memory's bandwidth.
-MOST_WORKERS = 4
+PROCESSORS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
-# Idle OpenMP threads that spin hold up whoever else computes; set here, before anything imports torch.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
-
-def processors() -> int:
-    """Return how many processors this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+# Both before anything imports torch. Threads beyond a process's share of the processors would wait for one another.
+_prepare_libraries()
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
+    share = PROCESSORS // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(share, 1)))
 
 
 def pytest_xdist_auto_num_workers() -> int:
-    """Say how many processes run the tests: one per processor, and none where a campaign fills the processors itself.
-
-    Each gets its share of the threads: one of the other workers' would wait for the same processor.
-    """
-    workers = min(processors(), MOST_WORKERS)
-    if workers < 2 or os.environ.get("KVLLM_CAMPAIGN"):
-        return 0
-    os.environ.setdefault("OMP_NUM_THREADS", str(processors() // workers))
-    return workers
+    """Say how many processes run the tests: one per processor, or none where a campaign fills the processors itself."""
+    processes = min(PROCESSORS, MOST_PROCESSES)
+    return 0 if processes == 1 or os.environ.get("KVLLM_CAMPAIGN") else processes
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put the files that need the real model first, and skip gpu tests where there is no CUDA device.
-
-    A training of the real model that begins last would keep one process busy when the others are done.
-    """
-    real = {item.path for item in items if item.get_closest_marker("model")}
-    items.sort(key=lambda item: item.path not in real)
+    """Spread the long files over the run, and skip gpu tests where there is no CUDA device."""
+    first = {item.path: place for place, item in reversed(list(enumerate(items)))}
+    for number, name in enumerate(LONG_FILES):
+        path = Path(__file__).parent / name
+        if path in first:
+            first[path] = number * len(items) // len(LONG_FILES) - 1
+    items.sort(key=lambda item: first[item.path])
     gpu = [item for item in items if item.get_closest_marker("gpu")]
     if not gpu:
         return
@@ -167,3 +166,25 @@ def taught(make_kb: Callable[..., KnowledgeBase], taught_folder: Path, tmp_path:
 def kb(make_kb: Callable[..., KnowledgeBase]) -> KnowledgeBase:
     """An empty knowledge base on the tiny Llama."""
     return make_kb()
+
+
+@pytest.fixture(scope="session")
+def torchkeras_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The knowledge base that examples/torchkeras_en.py makes on the real model; to be copied, or only read.
+
+    One training for all tests: the process that comes first trains, another one waits for it.
+    """
+    from filelock import FileLock
+
+    from tests.kit import ROOT, load_script
+
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent
+    folder = shared / "torchkeras" / "torchkeras.kb"
+    with FileLock(shared / "torchkeras.lock"):
+        if not folder.parent.exists():
+            made = shared / "torchkeras.making" / folder.name
+            assert load_script(ROOT / "examples" / "torchkeras_en.py").main([str(made)]) == 0
+            made.parent.rename(folder.parent)  # so that a training that failed is no knowledge base to anyone
+    return folder

@@ -154,6 +154,16 @@ def elsewhere(code: str, *arguments: str) -> str:
     return done.stdout.strip()
 
 
+def load_script(path: Path) -> ModuleType:
+    """Import an example or a benchmark by its path; neither is in a package."""
+    spec = util.spec_from_file_location(f"{path.parent.name}_{path.stem}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def planted_damage(patch: pytest.MonkeyPatch) -> ModuleType:
     """Load the benchmark of planted damage as a module, for as long as `patch` lasts."""
     folder = ROOT / "benchmarks"
