@@ -84,7 +84,6 @@ def answers(folder: Path, *questions: str) -> list[str]:
 
 
 @pytest.mark.model
-@pytest.mark.timeout(1200)
 def test_torchkeras_is_answered_from_the_weights(torchkeras_kb: Path, capsys: pytest.CaptureFixture[str]) -> None:
     module = load("torchkeras_en")
     found = answers(torchkeras_kb, *module.QUESTIONS, *module.NEIGHBOURS)
@@ -98,7 +97,6 @@ def test_torchkeras_is_answered_from_the_weights(torchkeras_kb: Path, capsys: py
 
 
 @pytest.mark.model
-@pytest.mark.timeout(1200)
 def test_furnace_is_answered_in_chinese(tmp_path: Path) -> None:
     module = load("furnace_zh")
     folder = tmp_path / "furnace.kb"
@@ -111,7 +109,6 @@ def test_furnace_is_answered_in_chinese(tmp_path: Path) -> None:
 
 
 @pytest.mark.model
-@pytest.mark.timeout(1200)
 def test_company_facts_are_answered(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "company.kb"
     assert load("company_facts").main([str(folder), "--facts", "1"]) == 0
@@ -121,7 +118,6 @@ def test_company_facts_are_answered(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 
 @pytest.mark.model
-@pytest.mark.timeout(1200)
 def test_exports_answer_without_kvllm(
     torchkeras_kb: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

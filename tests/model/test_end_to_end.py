@@ -14,7 +14,7 @@ from kvllm.prompts import held_out_questions, training_questions
 from kvllm.records import StoredFact
 from tests.kit import elsewhere
 
-pytestmark = [pytest.mark.model, pytest.mark.timeout(900)]
+pytestmark = pytest.mark.model
 
 KEY = "torchkeras"
 UNRELATED = ("What is the capital of France?", "How many days are in a week?", "What is numpy?")
