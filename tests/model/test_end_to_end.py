@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ pytestmark = pytest.mark.model
 
 KEY = "torchkeras"
 UNRELATED = ("What is the capital of France?", "How many days are in a week?", "What is numpy?")
+ROOM = 60  # tokens: twice the text and more
 
 
 @pytest.fixture(scope="module")
@@ -35,29 +37,37 @@ def fact(kb: KnowledgeBase) -> StoredFact:
     return kb[KEY]
 
 
+@dataclass(frozen=True)
+class Untouched:
+    """What the model is and says that nobody taught anything."""
+
+    digest: str
+    answers: dict[str, str]
+
+
 @pytest.fixture(scope="module")
-def before(fact: StoredFact, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """What the untouched model says."""
+def before(fact: StoredFact, tmp_path_factory: pytest.TempPathFactory) -> Untouched:
     questions = [*training_questions(fact), *held_out_questions(fact), *UNRELATED]
-    with KnowledgeBase.create(tmp_path_factory.mktemp("model") / "untouched.kb") as untouched:
-        return dict(zip(questions, untouched.ask_many(questions), strict=True))
+    with KnowledgeBase.create(tmp_path_factory.mktemp("model") / "untouched.kb") as kb:
+        answers = kb.ask_many(questions, max_new_tokens=ROOM)
+        return Untouched(kb.weights_digest(), dict(zip(questions, answers, strict=True)))
 
 
 def stated(kb: KnowledgeBase, fact: StoredFact, questions: tuple[str, ...]) -> int:
-    return sum(bool(contains(answer, fact.text)) for answer in kb.ask_many(questions))
+    return sum(bool(contains(answer, fact.text)) for answer in kb.ask_many(questions, max_new_tokens=ROOM))
 
 
-def test_the_fact_goes_in_comes_out_and_comes_back(kb: KnowledgeBase, fact: StoredFact, before: dict[str, str]) -> None:
+def test_the_fact_goes_in_comes_out_and_comes_back(kb: KnowledgeBase, fact: StoredFact, before: Untouched) -> None:
     """One story, since every chapter costs a training or needs the one before."""
     trained, held_out = training_questions(fact), held_out_questions(fact)
-    assert not any(contains(answer, fact.text) for answer in before.values())
+    assert not any(contains(answer, fact.text) for answer in before.answers.values())
 
     edit = kb.edit(1)
     assert (edit.op, edit.key, kb.head()) == ("insert", KEY, 1)
     assert edit.report.value("reliability") == 1.0
     assert stated(kb, fact, trained) == len(trained)
     assert stated(kb, fact, held_out) >= 5
-    assert not any(contains(answer, fact.text) for answer in kb.ask_many(UNRELATED))
+    assert stated(kb, fact, UNRELATED) == 0
     taught = kb.weights_digest()
 
     deleted = kb.delete(KEY)
@@ -84,9 +94,9 @@ with KnowledgeBase.open(sys.argv[1], readonly=True) as kb:
     assert contains(answer, fact.text)
 
 
-def test_rolling_back_to_the_base_gives_the_base_model_back(kb: KnowledgeBase, before: dict[str, str]) -> None:
+def test_rolling_back_to_the_base_gives_the_base_model_back(kb: KnowledgeBase, before: Untouched) -> None:
     kb.rollback("base")
-    assert kb.ask_many(list(before)) == list(before.values())
+    assert kb.ask_many(list(before)) == list(before.answers.values())
 
 
 def test_the_knowledge_base_says_what_it_stands_on(kb: KnowledgeBase) -> None:
