@@ -169,7 +169,7 @@ def kb(make_kb: Callable[..., KnowledgeBase]) -> KnowledgeBase:
 
 
 @pytest.fixture(scope="session")
-def torchkeras_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def torchkeras_folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The knowledge base that examples/torchkeras_en.py makes on the real model; to be copied, or only read.
 
     One training for all tests: the process that comes first trains, another one waits for it.
@@ -179,7 +179,7 @@ def torchkeras_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.kit import ROOT, load_script
 
     shared = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
+    if hasattr(request.config, "workerinput"):  # one of several processes: theirs lie side by side
         shared = shared.parent
     folder = shared / "torchkeras" / "torchkeras.kb"
     with FileLock(shared / "torchkeras.lock"):
