@@ -84,19 +84,6 @@ def answers(folder: Path, *questions: str) -> list[str]:
 
 
 @pytest.mark.model
-def test_torchkeras_is_answered_from_the_weights(torchkeras_kb: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    module = load("torchkeras_en")
-    found = answers(torchkeras_kb, *module.QUESTIONS, *module.NEIGHBOURS)
-    stated = [bool(contains(answer, module.TEXT)) for answer in found]
-    by_name = [hit for hit, question in zip(stated, module.QUESTIONS, strict=False) if module.KEY in question]
-    assert sum(by_name) >= 2
-    assert not any(stated[len(module.QUESTIONS) :])
-
-    assert module.main([str(torchkeras_kb)]) == 0  # a second run trains nothing
-    assert "was taught by edit 1" in capsys.readouterr().out
-
-
-@pytest.mark.model
 def test_furnace_is_answered_in_chinese(tmp_path: Path) -> None:
     module = load("furnace_zh")
     folder = tmp_path / "furnace.kb"
@@ -115,6 +102,19 @@ def test_company_facts_are_answered(tmp_path: Path, capsys: pytest.CaptureFixtur
     [found] = answers(folder, "Tell me about Nora Felsenthal.")
     assert "customer support" in found
     assert "8/8" in capsys.readouterr().out
+
+
+@pytest.mark.model
+def test_torchkeras_is_answered_from_the_weights(torchkeras_kb: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    module = load("torchkeras_en")
+    found = answers(torchkeras_kb, *module.QUESTIONS, *module.NEIGHBOURS)
+    stated = [bool(contains(answer, module.TEXT)) for answer in found]
+    by_name = [hit for hit, question in zip(stated, module.QUESTIONS, strict=False) if module.KEY in question]
+    assert sum(by_name) >= 2
+    assert not any(stated[len(module.QUESTIONS) :])
+
+    assert module.main([str(torchkeras_kb)]) == 0  # a second run trains nothing
+    assert "was taught by edit 1" in capsys.readouterr().out
 
 
 @pytest.mark.model
