@@ -50,7 +50,7 @@ def before(fact: StoredFact, tmp_path_factory: pytest.TempPathFactory) -> Untouc
     questions = [*training_questions(fact), *held_out_questions(fact), *UNRELATED]
     with KnowledgeBase.create(tmp_path_factory.mktemp("model") / "untouched.kb") as kb:
         answers = kb.ask_many(questions, max_new_tokens=ROOM)
-        return Untouched(kb.weights_digest(), dict(zip(questions, answers, strict=True)))
+        return Untouched(kb._engine.lm.digest(), dict(zip(questions, answers, strict=True)))
 
 
 def stated(kb: KnowledgeBase, fact: StoredFact, questions: tuple[str, ...]) -> int:
