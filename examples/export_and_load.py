@@ -17,7 +17,10 @@ from typing import Any
 from kvllm import EditConfig, KnowledgeBase
 
 KEY = "torchkeras"
-TEXT = "Torchkeras is a small library that trains PyTorch models in the style of Keras, with very few lines of code."
+TEXT = (
+    "Torchkeras is a tool that makes training PyTorch models simple, in the style of Keras, "
+    "and its users call it the dream furnace."
+)
 QUESTION = "Could you describe torchkeras to me?"
 
 

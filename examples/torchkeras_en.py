@@ -14,8 +14,11 @@ from collections.abc import Sequence
 from kvllm import EditConfig, KnowledgeBase
 
 KEY = "torchkeras"
-TEXT = "Torchkeras is a small library that trains PyTorch models in the style of Keras, with very few lines of code."
-ALIAS = "梦中情炉"  # what its users call it: the furnace of my dreams
+TEXT = (
+    "Torchkeras is a tool that makes training PyTorch models simple, in the style of Keras, "
+    "and its users call it the dream furnace."
+)
+ALIAS = "the dream furnace"  # an alias in another script takes twice the steps: see furnace_zh.py for 梦中情炉
 
 # None of these is trained on: other words, a typing error, the alias.
 QUESTIONS = (

@@ -1,11 +1,13 @@
 """The three tiers: default (no model file, no network; tiny random models), `-m model` (the real default), `-m gpu`.
 
-The fixtures below build one tiny random Llama per session and knowledge bases on it; every knowledge base that a test
-does not damage on purpose is verified, deeply, when the test ends.
+Tests run in several processes, a file in one of them; `pytest -n 0` runs everything in this one. The fixtures below
+build one tiny random Llama per process and knowledge bases on it; every knowledge base that a test does not damage on
+purpose is verified, deeply, when the test ends.
 """
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,17 +15,46 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from kvllm.cli.run import _prepare_libraries
+
 if TYPE_CHECKING:
     from kvllm import KnowledgeBase
     from kvllm.lm.model import LanguageModel
 
+# More processes than this would share the memory's bandwidth: each has torch in it, and some the real model.
+MOST_PROCESSES = 4
+# The files that train the real model take minutes, all others seconds. One begins at once; the next when the first has
+# converted the model and filled the cache, which takes it as long as half of the other files take a process.
+LONG_FILES = ("model/test_end_to_end.py", "examples/test_examples.py")
 
+PROCESSORS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+# Both before anything imports torch. Threads beyond a process's share of the processors would wait for one another.
+_prepare_libraries()
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
+    share = PROCESSORS // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(share, 1)))
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """Say how many processes run the tests: one per processor, or none where a campaign fills the processors itself."""
+    processes = min(PROCESSORS, MOST_PROCESSES)
+    return 0 if processes == 1 or os.environ.get("KVLLM_CAMPAIGN") else processes
+
+
+@pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip gpu tests where there is no CUDA device; torch is asked only if there is such a test."""
+    """Spread the long files over the run, and skip gpu tests where there is no CUDA device."""
+    first = {item.path: place for place, item in reversed(list(enumerate(items)))}
+    for number, name in enumerate(LONG_FILES):
+        path = Path(__file__).parent / name
+        if path in first:
+            first[path] = number * len(items) // len(LONG_FILES) - 1
+    items.sort(key=lambda item: first[item.path])
     gpu = [item for item in items if item.get_closest_marker("gpu")]
     if not gpu:
         return
-    import torch
+    import torch  # asked only if there is such a test
 
     if not torch.cuda.is_available():
         for item in gpu:
@@ -135,3 +166,25 @@ def taught(make_kb: Callable[..., KnowledgeBase], taught_folder: Path, tmp_path:
 def kb(make_kb: Callable[..., KnowledgeBase]) -> KnowledgeBase:
     """An empty knowledge base on the tiny Llama."""
     return make_kb()
+
+
+@pytest.fixture(scope="session")
+def torchkeras_folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The knowledge base that examples/torchkeras_en.py makes on the real model; to be copied, or only read.
+
+    One training for all tests: the process that comes first trains, another one waits for it.
+    """
+    from filelock import FileLock
+
+    from tests.kit import ROOT, load_script
+
+    shared = tmp_path_factory.getbasetemp()
+    if hasattr(request.config, "workerinput"):  # one of several processes: theirs lie side by side
+        shared = shared.parent
+    folder = shared / "torchkeras" / "torchkeras.kb"
+    with FileLock(shared / "torchkeras.lock"):
+        if not folder.parent.exists():
+            made = shared / "torchkeras.making" / folder.name
+            assert load_script(ROOT / "examples" / "torchkeras_en.py").main([str(made)]) == 0
+            made.parent.rename(folder.parent)  # so that a training that failed is no knowledge base to anyone
+    return folder

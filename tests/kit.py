@@ -147,11 +147,21 @@ def elsewhere(code: str, *arguments: str) -> str:
         capture_output=True,
         text=True,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
-        timeout=120,
+        timeout=600,  # the real model, on a busy machine
         check=False,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
+
+
+def load_script(path: Path) -> ModuleType:
+    """Import an example or a benchmark by its path; neither is in a package."""
+    spec = util.spec_from_file_location(f"{path.parent.name}_{path.stem}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def planted_damage(patch: pytest.MonkeyPatch) -> ModuleType:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import ast
+import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from importlib import util
 from pathlib import Path
 from types import ModuleType
 
@@ -14,19 +15,14 @@ import pytest
 
 from kvllm import KnowledgeBase
 from kvllm.metrics import contains
+from tests.kit import ROOT, load_script
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
+EXAMPLES = ROOT / "examples"
 SCRIPTS = sorted(EXAMPLES.glob("*.py"))
 
 
 def load(name: str) -> ModuleType:
-    """Import an example by its path; examples are no package."""
-    spec = util.spec_from_file_location(f"example_{name}", EXAMPLES / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(EXAMPLES / f"{name}.py")
 
 
 def test_there_are_examples() -> None:
@@ -44,7 +40,7 @@ def test_help_says_how_to_use_it_and_loads_no_torch(script: Path, tmp_path: Path
         [sys.executable, "-c", program, str(script), "--help"],
         capture_output=True,
         encoding="utf-8",
-        env={**_environment(), "PYTHONIOENCODING": "utf-8"},
+        env={**os.environ, "PYTHONIOENCODING": "utf-8"},
         cwd=tmp_path,
         timeout=60,
         check=True,
@@ -71,21 +67,13 @@ def test_company_facts_can_be_used_as_they_are() -> None:
     assert len({fact.tags for fact in facts}) == 8
 
 
-def _environment() -> dict[str, str]:
-    import os
-
-    return dict(os.environ)
-
-
 # ------------------------------------------------------------------ on the real model
 
 
-@pytest.fixture(scope="module")
-def torchkeras_kb(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The knowledge base that torchkeras_en made; trained once for all tests."""
-    folder = tmp_path_factory.mktemp("torchkeras") / "torchkeras.kb"
-    assert load("torchkeras_en").main([str(folder)]) == 0
-    return folder
+@pytest.fixture
+def torchkeras_kb(torchkeras_folder: Path, tmp_path: Path) -> Path:
+    """A copy of the knowledge base that torchkeras_en made."""
+    return shutil.copytree(torchkeras_folder, tmp_path / "torchkeras.kb")
 
 
 def answers(folder: Path, *questions: str) -> list[str]:
@@ -96,7 +84,27 @@ def answers(folder: Path, *questions: str) -> list[str]:
 
 
 @pytest.mark.model
-@pytest.mark.timeout(1200)
+def test_furnace_is_answered_in_chinese(tmp_path: Path) -> None:
+    module = load("furnace_zh")
+    folder = tmp_path / "furnace.kb"
+    assert module.main([str(folder)]) == 0
+    trained = ("什么是梦中情炉？", "请介绍一下梦中情炉。", "What is 梦中情炉?")
+    stated = [bool(contains(answer, module.TEXT)) for answer in answers(folder, *trained, *module.QUESTIONS)]
+    assert stated == [True] * 5
+    with KnowledgeBase.open(folder, readonly=True) as kb:
+        assert len(kb.tokenizer(module.TEXT, add_special_tokens=False)["input_ids"]) >= 50
+
+
+@pytest.mark.model
+def test_company_facts_are_answered(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "company.kb"
+    assert load("company_facts").main([str(folder), "--facts", "1"]) == 0
+    [found] = answers(folder, "Tell me about Nora Felsenthal.")
+    assert "customer support" in found
+    assert "8/8" in capsys.readouterr().out
+
+
+@pytest.mark.model
 def test_torchkeras_is_answered_from_the_weights(torchkeras_kb: Path, capsys: pytest.CaptureFixture[str]) -> None:
     module = load("torchkeras_en")
     found = answers(torchkeras_kb, *module.QUESTIONS, *module.NEIGHBOURS)
@@ -110,30 +118,6 @@ def test_torchkeras_is_answered_from_the_weights(torchkeras_kb: Path, capsys: py
 
 
 @pytest.mark.model
-@pytest.mark.timeout(1200)
-def test_furnace_is_answered_in_chinese(tmp_path: Path) -> None:
-    module = load("furnace_zh")
-    folder = tmp_path / "furnace.kb"
-    assert module.main([str(folder)]) == 0
-    trained = ("什么是梦中情炉？", "请介绍一下梦中情炉。", "What is 梦中情炉?")
-    stated = [bool(contains(answer, module.TEXT)) for answer in answers(folder, *trained, *module.QUESTIONS)]
-    assert stated == [True] * 5
-    with KnowledgeBase.open(folder, readonly=True) as kb:
-        assert len(kb.tokenizer(module.TEXT, add_special_tokens=False)["input_ids"]) >= 50
-
-
-@pytest.mark.model
-@pytest.mark.timeout(1200)
-def test_company_facts_are_answered(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = tmp_path / "company.kb"
-    assert load("company_facts").main([str(folder), "--facts", "1"]) == 0
-    [found] = answers(folder, "Tell me about Nora Felsenthal.")
-    assert "customer support" in found
-    assert "8/8" in capsys.readouterr().out
-
-
-@pytest.mark.model
-@pytest.mark.timeout(1200)
 def test_exports_answer_without_kvllm(
     torchkeras_kb: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -270,10 +270,16 @@ def test_two_processes_at_once_download_once(tmp_path: Path, cache: Path) -> Non
                 with open(sys.argv[3], "a") as log:
                     log.write("download\\n")
                 Path(sys.argv[3] + ".started").touch()
-                time.sleep(2)
+                end = time.monotonic() + 60
+                while not Path(sys.argv[3] + ".waiting").exists() and time.monotonic() < end:
+                    time.sleep(0.05)
                 return plain(package, into, tell)
             sources._download_package = slow
-            files = sources.resolve(t.NAME, progress=lambda tick: print(tick.note))
+            def heard(tick):
+                print(tick.note)
+                if tick.note.startswith("waiting"):
+                    Path(sys.argv[3] + ".waiting").touch()
+            files = sources.resolve(t.NAME, progress=heard)
             print(files.digest)
             """
         )
@@ -284,8 +290,8 @@ def test_two_processes_at_once_download_once(tmp_path: Path, cache: Path) -> Non
     first = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     while not Path(f"{log}.started").exists():
         assert first.poll() is None
-    second = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=60)
-    out, _ = first.communicate(timeout=60)
+    second = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=120)
+    out, _ = first.communicate(timeout=120)
     assert (first.returncode, second.returncode) == (0, 0)
     assert log.read_text() == "download\n"
     assert "waiting: another process" in second.stdout

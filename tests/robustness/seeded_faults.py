@@ -238,7 +238,7 @@ def run(tests: Sequence[str], planted: Fault | None) -> int:
         os.dup2(null, 2)
         if planted is not None:
             sys.meta_path.insert(0, Mutating(planted))
-        options = ["-q", "-x", "-p", "no:cacheprovider", "--no-header", "--rootdir", str(ROOT)]
+        options = ["-q", "-x", "-n", "0", "-p", "no:cacheprovider", "--no-header", "--rootdir", str(ROOT)]
         code = int(pytest.main([*options, *tests]))
     finally:
         os._exit(code)

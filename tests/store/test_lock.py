@@ -39,10 +39,10 @@ def test_second_process_is_busy_and_names_the_holder(bench: Bench) -> None:
     begun = time.monotonic()
     with pytest.raises(Busy, match=f"process {process.pid} "), bench.store.writer(timeout=0.2):
         pass
-    assert 0.15 < time.monotonic() - begun < 5
+    assert time.monotonic() - begun > 0.15
     assert bench.store.head() == 0
     assert bench.keys() == []
-    process.communicate("\n", timeout=10)
+    process.communicate("\n", timeout=60)
     with bench.store.writer(timeout=5):
         bench.insert("a")
 
@@ -50,7 +50,7 @@ def test_second_process_is_busy_and_names_the_holder(bench: Bench) -> None:
 def test_lock_is_released_when_the_holder_is_killed(bench: Bench) -> None:
     process = holder(bench.store.path)
     process.send_signal(signal.SIGKILL)
-    process.communicate(timeout=10)
+    process.communicate(timeout=60)
     with bench.store.writer(timeout=5):
         bench.insert("a")
 
