@@ -91,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     for name in columns
                 },
                 "damage_suite": bench.damage_described(),
-                "items": {name: measured[name]["items"] for name in columns},
+                "items": {name: shown(measured[name]["items"]) for name in columns},
             }
             model = model_facts(world.kb)
     finish("edit_quality", given, results=results, summary=summarise(results), model=model, data=digests(sources))
@@ -229,7 +229,7 @@ class Bench:
         return found
 
     def damage_described(self) -> dict[str, Any]:
-        return {} if self._damage is None else self._damage.described()
+        return self.journal.get("damage suite") or {}
 
     def _label(self, name: str) -> str:
         """Return a column's name among the finished pieces; retrieval depends on what else there is to be found."""
@@ -354,6 +354,8 @@ class Bench:
             sizes = {"sentences": self.given.sentences, "questions": self.given.questions, "seed": self.given.seed}
             digest = str(self.world.kb.info()["base_digest"])
             self._damage = Damage.prepare(self.world.peer, digest, **sizes)
+            if not self.damage_described():
+                self.journal.put(self._damage.described(), "damage suite")
         return self._damage
 
     def _measure_damage(self, name: str) -> dict[str, Any]:
@@ -401,6 +403,18 @@ def metrics(rows: Sequence[Mapping[str, Any]], seed: int) -> dict[str, Any]:
             groups = [[v for part in lists for v in row.get(part + suffix, ())] for row in rows]
             if any(groups):
                 found[name + suffix] = mean_of(groups, share=name != "neighbour_kl", seed=seed)
+    return found
+
+
+def shown(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the rows as they are stored: a public record's words stay out, and so do answers to public questions."""
+    found = {}
+    for name, row in rows.items():
+        hidden = () if name.startswith("own/") else ("failed", "changed")
+        kept = {key: value for key, value in row.items() if key not in hidden}
+        if "damage" in kept:
+            kept["damage"] = {key: value for key, value in kept["damage"].items() if key != "lost"}
+        found[name] = kept
     return found
 
 

@@ -40,7 +40,7 @@ from edit_bench.columns import World
 from edit_bench.items import Item
 asked = json.loads(sys.argv[2])
 with tempfile.TemporaryDirectory(prefix="kvllm-bench-", ignore_cleanup_errors=True) as folder:
-    world = World(Path(folder), model=asked["model"], seed=asked["seed"], edit=asked["edit"], open_gate=asked["open_gate"])
+    world = World(Path(folder), **asked["world"])
     fact = asked["item"]
     item = Item(**{name: tuple(v) if isinstance(v, list) else v for name, v in fact.items()})
     column = world.column(asked["column"])
@@ -380,7 +380,7 @@ def memory(item: Item, given: argparse.Namespace) -> dict[str, Any]:
     shared = {"model": given.model, "seed": given.seed, "edit": given.edit, "open_gate": given.open_gate}
     found: dict[str, Any] = {"measured": "ru_maxrss of a child process: imports, model, one insert with its gate"}
     for name in COLUMNS:
-        told, _ = child(MEMORY, paths, json.dumps({**shared, "item": asdict(item), "column": name}))
+        told, _ = child(MEMORY, paths, json.dumps({"world": shared, "item": asdict(item), "column": name}))
         found[name] = {measure: round(value / 2**30, 3) for measure, value in told.items()}
         found[name] = {f"{measure.removesuffix('_bytes')}_gib": value for measure, value in found[name].items()}
     return found
@@ -412,10 +412,10 @@ def summarise(results: Mapping[str, Any]) -> list[str]:
         )
     if "history" in results:
         history = results["history"]
-        train, whole = history["train_ratio"], history["insert_ratio"]
+        train, whole, step = (history[f"{name}_ratio"] for name in ("train", "insert", "step"))
         lines.append(
             f"edit {history['late']} against edit {history['early']}: training ×{train['median']} "
-            f"({train['min']}-{train['max']}), whole insert ×{whole['median']}, a step ×{history['step_ratio']['median']}"
+            f"({train['min']}-{train['max']}), whole insert ×{whole['median']}, a step ×{step['median']}"
         )
     found, best = results["rate"], results["rate"]["peak_bf16"]
     lines.append(
@@ -423,10 +423,9 @@ def summarise(results: Mapping[str, Any]) -> list[str]:
         f"({found['compute_dtype']}); peak bf16 {best['gflops']} at {best['product']}, {best['threads']} threads: "
         f"{found['share_of_peak_steps']} and {found['share_of_peak_training']} of it"
     )
-    lines += [
-        f"memory, {name}: peak {results['memory'][name]['peak_gib']} GiB, {results['memory'][name]['loaded_gib']} after loading"
-        for name in COLUMNS
-    ]
+    for name in COLUMNS:
+        used = results["memory"][name]
+        lines.append(f"memory, {name}: peak {used['peak_gib']} GiB, {used['loaded_gib']} after loading")
     return lines
 
 

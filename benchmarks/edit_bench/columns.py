@@ -27,7 +27,9 @@ import torch
 
 from edit_bench.items import Item
 from kvllm import EditConfig, EditFailed, EditRejected, GateConfig, KnowledgeBase, Progress
+from kvllm.config import ModelConfig
 from kvllm.lm.model import LanguageModel, Row
+from kvllm.lm.sources import resolve
 from kvllm.lm.targets import decoder_layers, find_targets
 
 NAMES = ("kvllm", "article", "down_proj", "context", "unedited")
@@ -107,8 +109,7 @@ class World:
     @cached_property
     def peer(self) -> LanguageModel:
         """A second copy of the base, in fp32, which the other columns share."""
-        engine = self.kb._engine
-        return LanguageModel.load(engine.files.path, engine.lm.config)
+        return LanguageModel.load(resolve(str(self.kb.info()["model"])).path, ModelConfig())
 
     def column(self, name: str) -> Column:
         if name not in self._columns:
@@ -196,7 +197,7 @@ class Kvllm(Column):
         return {
             "seconds": time.perf_counter() - started,
             "edits": len({o.edit.id for o in outcomes if o.edit is not None}),
-            "rejected": [o.key for o in outcomes if not o.ok],
+            "rejected": [item.name for item, o in zip(items, outcomes, strict=True) if not o.ok],
         }
 
     def take_up(self, folder: Path | None, items: Sequence[Item], done: int) -> dict[str, Any] | None:
@@ -222,7 +223,9 @@ class Kvllm(Column):
         try:
             edit = call()
             found = {"steps": edit.steps, "stopped": bool(edit.config["training"]["recalled"])}
-        except (EditRejected, EditFailed) as error:
+        except EditRejected as error:
+            found = {"rejected": "; ".join(error.reasons)}  # the sentence itself would name a public record's key
+        except EditFailed as error:
             found = {"rejected": str(error)}
         found["seconds"] = time.perf_counter() - started
         found["train_seconds"] = self.world.kb.train_seconds

@@ -16,13 +16,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from edit_bench.items import public, read_records
+from edit_bench.items import public, read_records, sha256_of
 from edit_bench.scoring import Prompts
 from kvllm.lm.model import LanguageModel, Row
 from kvllm.probing.drift import DriftReference, base_reference, measure_drift
 from kvllm.probing.suites import DriftSuite, GeneralQuestion, whole_drift_suite
 
 SENTENCES = "perplexity_sentences.json"
+_FILES = (SENTENCES, "tofu_world_facts_perturbed.json", "nq_open.jsonl", "chinese_simpleqa.jsonl")
 _SHORTEST = 40  # characters of a sentence: below, there is nothing after the context that is read first
 _ASKED_AT_ONCE = 100
 # A model that knows little is not asked for hours: so many questions for each that is wanted.
@@ -94,6 +95,7 @@ class Damage:
             "questions": len(self.reference.suite.questions),
             "sentences": len(self.reference.texts),
             "sources": self.sources,
+            "sha256": {path.name: sha256_of(path) for path in map(public, _FILES) if path is not None},
         }
 
 
@@ -134,7 +136,7 @@ def _candidates() -> Iterator[tuple[str, Sequence[GeneralQuestion]]]:
     preserved = {_bare(text) for text in _preserved_texts()}
     seen = preserved | {_bare(q.question) for q in suite.questions}
     yield f"packaged {suite.name}", suite.questions
-    for file in ("tofu_world_facts_perturbed.json", "nq_open.jsonl", "chinese_simpleqa.jsonl"):
+    for file in _FILES[1:]:
         path = public(file)
         if path is None:
             continue

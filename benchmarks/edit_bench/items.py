@@ -9,6 +9,7 @@ looked at while choosing come from the first, numbers that are reported from the
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import random
@@ -99,10 +100,13 @@ def select(sources: Sequence[str], *, half: str, n: int, seed: int) -> list[Item
 
 def digests(sources: Iterable[str]) -> dict[str, str]:
     """Return the sha256 of each source's file by name."""
-    import hashlib
-
     files = [OWN if source == "own" else data_folder() / FILES[source] for source in sources]
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    return {path.name: sha256_of(path) for path in files}
+
+
+def sha256_of(path: Path) -> str:
+    """Return the sha256 of a file."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def data_folder() -> Path:
