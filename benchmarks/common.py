@@ -98,8 +98,10 @@ def finish(
 
 
 def _without_folder(value: Any) -> Any:
-    """Return a path's last part, everything else as it is: a document names no folder of this machine."""
-    return Path(value).name if isinstance(value, (str, Path)) and Path(value).is_absolute() else value
+    """Return a path as text, an absolute one's last part: a document names no folder of this machine."""
+    if isinstance(value, (str, Path)) and Path(value).is_absolute():
+        return Path(value).name
+    return str(value) if isinstance(value, Path) else value
 
 
 # ------------------------------------------------------------------ where it ran
