@@ -117,7 +117,7 @@ def stretch(given: argparse.Namespace) -> list[Item]:
     """
     if not given.late:
         return []
-    wanted = given.late + given.n
+    wanted = given.late + given.n + given.late // 4  # the gate may refuse some
     found = [item for half in HALVES for item in select(["own"], half=half, n=10**6, seed=given.seed)]
     if len(found) < wanted:
         found += select(["zsre"], half=given.half, n=wanted - len(found), seed=given.seed)
@@ -125,7 +125,7 @@ def stretch(given: argparse.Namespace) -> list[Item]:
 
 
 def identity(given: argparse.Namespace) -> dict[str, Any]:
-    shared = ("seed", "half", "items", "early", "late", "edit", "open_gate", "model")
+    shared = ("seed", "half", "items", "early", "late", "probes", "edit", "open_gate", "model")
     return json.loads(json.dumps({**{name: getattr(given, name) for name in shared}, "code": code_digest()}))  # type: ignore[no-any-return]
 
 
@@ -244,17 +244,21 @@ def in_history(
             kept = journal.put({"rows": rows}, "history", str(number))
         found[str(number)] = kept["rows"]
     column.reset()
-    early, late = found[str(given.early)], found[str(given.late)]
+    pairs = [
+        (a, b)
+        for a, b in zip(found[str(given.early)], found[str(given.late)], strict=True)
+        if a.get("train_seconds") and b.get("train_seconds")
+    ]
     return {
         "early": given.early,
         "late": given.late,
         "refused_on_the_way": refused,
         "taken_up_from_a_killed_run": taken_up,
-        "train_ratio": spread(b["train_seconds"] / a["train_seconds"] for a, b in zip(early, late, strict=True)),
-        "insert_ratio": spread(b["seconds"] / a["seconds"] for a, b in zip(early, late, strict=True)),
+        "train_ratio": spread(b["train_seconds"] / a["train_seconds"] for a, b in pairs),
+        "insert_ratio": spread(b["seconds"] / a["seconds"] for a, b in pairs),
         "step_ratio": spread(
             (b["train_seconds"] / b["steps"]) / (a["train_seconds"] / a["steps"])
-            for a, b in zip(early, late, strict=True)
+            for a, b in pairs
             if a.get("steps") and b.get("steps")
         ),
         "rows": found,
