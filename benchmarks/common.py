@@ -98,8 +98,10 @@ def finish(
 
 
 def _without_folder(value: Any) -> Any:
-    """Return a path's last part, everything else as it is: a document names no folder of this machine."""
-    return Path(value).name if isinstance(value, (str, Path)) and Path(value).is_absolute() else value
+    """Return a path as text, an absolute one's last part: a document names no folder of this machine."""
+    if isinstance(value, (str, Path)) and Path(value).is_absolute():
+        return Path(value).name
+    return str(value) if isinstance(value, Path) else value
 
 
 # ------------------------------------------------------------------ where it ran
@@ -160,10 +162,24 @@ def sha256(*parts: str) -> str:
 def progress(given: argparse.Namespace, total: int, what: str) -> Iterator[Bar]:
     """Show a bar on stderr while the block runs; nothing with --quiet or off a terminal."""
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
     console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
     shown = Progress(
         *columns,
         TextColumn("{task.fields[detail]}"),

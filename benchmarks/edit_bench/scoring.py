@@ -1,0 +1,216 @@
+"""How one item is scored in a model as it is: the same questions, live greedy decoding and judges for every column.
+
+What stands around an item (its own neighbour questions, packaged neighbours) is asked of the base first; after the edit
+the answers are compared word by word, looked through for the fact, and compared as distributions. Everything is asked
+twice: in the model's chat format, and as a plain completion of the bare question. Returns plain lists, ready for JSON.
+
+    before = look_around(lm, item, seed=0)            # while lm holds the base's weights
+    score(lm, item, item.text, before, prompts=column.prompts)["trained"]
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from edit_bench.items import Item
+from kvllm.lm.model import LanguageModel, Row
+from kvllm.metrics import RESTORED_KL, leaks, normalise
+from kvllm.probing.runner import SPARE_TOKENS, ask_probes
+from kvllm.probing.scorers import score_statement
+from kvllm.probing.suites import Probe, neighbour_sample
+
+SUITE = "edit-bench/1"
+PROTOCOL = "live greedy decoding, natural stop, kvllm's scorers (contained, or chrF >= 0.8 for long texts)"
+# So much of an answer is compared word by word and as a distribution, as in the drift suite.
+ANSWER_TOKENS = 24
+# Beside an item's own neighbours; none of them is in the preservation set.
+PACKAGED_NEIGHBOURS = 3
+
+Prompts = Callable[[Sequence[str]], list[str]]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One question with what the base answers to it.
+
+    Attributes:
+        question: As asked.
+        plain: Asked without chat template.
+        answer: The base's answer ids, with room for the fact to be recited.
+        states: The base's last hidden states of the compared part of the answer, (tokens, hidden).
+    """
+
+    question: str
+    plain: bool
+    answer: tuple[int, ...]
+    states: torch.Tensor
+
+    @property
+    def compared(self) -> tuple[int, ...]:
+        return self.answer[:ANSWER_TOKENS]
+
+
+@dataclass(frozen=True)
+class Around:
+    """What the base says around an item: its own neighbours (strict), packaged ones, and to the item's questions."""
+
+    strict: tuple[Asked, ...]
+    packaged: tuple[Asked, ...]
+    own: tuple[Asked, ...] = ()
+
+
+def look_around(lm: LanguageModel, item: Item, *, seed: int, plain: bool = True, own: bool = False) -> Around:
+    """Ask a model with base weights what an item's edit must not change.
+
+    Args:
+        lm: The base.
+        item: The item.
+        seed: Chooses the packaged neighbours, together with the item's name.
+        plain: Whether to ask as plain completions, too.
+        own: Whether to ask the item's own questions, which a delete has to restore.
+    """
+    taken = frozenset({item.key.casefold()})
+    chosen = neighbour_sample(item.language, PACKAGED_NEIGHBOURS, seed=_number(item.name, seed), taken=taken)
+    groups = [item.neighbours, tuple(chosen), (*item.trained(), *item.paraphrases) if own else ()]
+    formats = (False, True) if plain else (False,)
+    wanted = [(g, q, p) for g, questions in enumerate(groups) for q in questions for p in formats]
+    ids = [_ids(lm, q, p) for _, q, p in wanted]
+    answers = lm.generate_ids(ids, max_new_tokens=_room(lm, item)) if ids else []
+    rows = [Row(tuple(i), a[:ANSWER_TOKENS]) for i, a in zip(ids, answers, strict=True)]
+    states = lm.answer_states(rows) if rows else []
+    found: list[list[Asked]] = [[], [], []]
+    for (group, question, bare), answer, state in zip(wanted, answers, states, strict=True):
+        found[group].append(Asked(question, bare, answer, state))
+    return Around(*(tuple(asked) for asked in found))
+
+
+def score(
+    lm: LanguageModel,
+    item: Item,
+    text: str,
+    around: Around,
+    *,
+    prompts: Prompts = list,
+    plain: bool = True,
+    old: str | None = None,
+) -> dict[str, Any]:
+    """Score an item in the model as it is.
+
+    Args:
+        lm: The model.
+        item: Says what is asked.
+        text: What must be stated.
+        around: What the base said.
+        prompts: Turns questions into what this column really asks.
+        plain: Whether to ask without chat template, too.
+        old: The text before an update, which must no longer be stated.
+
+    Returns:
+        Lists of verdicts and of numbers by what was asked; those of plain completions end in "_plain".
+    """
+    kinds = [("trained", q) for q in item.trained()] + [("paraphrase", q) for q in item.paraphrases]
+    asked = prompts([q for _, q in kinds])
+    found: dict[str, Any] = {}
+    probes = [Probe("trained", q, text, item.key) for q in asked]
+    if plain:
+        probes += [Probe("completion", q, text, item.key, plain=True) for q in asked]
+    answers = [answer for answer, _ in ask_probes(lm, probes)]
+    failed: list[dict[str, Any]] = []
+    for place, (kind, question) in enumerate(kinds):
+        for suffix, at in (("", place), ("_plain", place + len(kinds))):
+            if at >= len(answers):
+                continue
+            passed = score_statement(answers[at], text).passed
+            found.setdefault(kind + suffix, []).append(passed)
+            if old is not None:
+                stated = score_statement(answers[at], old).passed and not score_statement(text, old).passed
+                found.setdefault("old_stated" + suffix, []).append(stated)
+            if not passed and not suffix:
+                failed.append({"kind": kind, "question": question, "answer": answers[at]})
+    found["failed"] = failed
+    return found | beside(lm, item, text, around, prompts=prompts)
+
+
+def beside(lm: LanguageModel, item: Item, text: str, around: Around, *, prompts: Prompts = list) -> dict[str, Any]:
+    """Compare what stands around an item with the base: unchanged answers, leaks of the text, KL per answer token."""
+    found: dict[str, Any] = {"changed": []}
+    for group, questions in (("strict", around.strict), ("packaged", around.packaged)):
+        for one, answer, kl in _asked_again(lm, item, questions, prompts):
+            suffix = "_plain" if one.plain else ""
+            same = normalise(lm.decode(answer[:ANSWER_TOKENS])) == normalise(lm.decode(one.compared))
+            said, before = lm.decode(answer), lm.decode(one.answer)
+            leaked = leaks(said, text, before=before)
+            if group == "strict":
+                found.setdefault(f"strict{suffix}", []).append(same)
+            found.setdefault(f"leak_{group}{suffix}", []).append(leaked)
+            found.setdefault(f"kl_{group}{suffix}", []).append(round(kl, 6))
+            if not one.plain and (leaked or (group == "strict" and not same)):
+                found["changed"].append({"question": one.question, "before": before, "answer": said, "leaked": leaked})
+    return found
+
+
+def unlearned(lm: LanguageModel, item: Item, around: Around) -> dict[str, Any]:
+    """Score a delete: is the text gone from the item's own questions, and is the base's answer back?
+
+    Gone means: neither stated nor recited for the most part; back: the same first sentence, or KL to the base <= 0.1.
+    """
+    found: dict[str, Any] = {"failed": []}
+    n_trained = len(item.trained())
+    chat = [one for one in around.own if not one.plain]
+    order = {one.question: place for place, one in enumerate(chat)}
+    for one, answer, kl in _asked_again(lm, item, around.own, list):
+        said, before = lm.decode(answer), lm.decode(one.answer)
+        kind = "trained" if order[one.question] < n_trained else "paraphrase"
+        suffix = f"_{kind}" + ("_plain" if one.plain else "")
+        states = score_statement(said, item.text).passed or leaks(said, item.text, before=before)
+        # What the base itself said cannot be erased.
+        erased = not states or score_statement(before, item.text).passed
+        restored = first_sentence(said) == first_sentence(before) or kl <= RESTORED_KL
+        found.setdefault(f"erased{suffix}", []).append(erased)
+        found.setdefault(f"restored{suffix}", []).append(restored)
+        if not one.plain and not (erased and restored):
+            found["failed"].append({"kind": kind, "question": one.question, "before": before, "answer": said})
+    return found | beside(lm, item, item.text, around)
+
+
+def _asked_again(
+    lm: LanguageModel, item: Item, questions: Sequence[Asked], prompts: Prompts
+) -> list[tuple[Asked, tuple[int, ...], float]]:
+    """Return each question with its answer now and the KL from the base's answer; the base's answers are the drafts."""
+    if not questions:
+        return []
+    asked = prompts([one.question for one in questions])
+    ids = [tuple(_ids(lm, q, one.plain)) for q, one in zip(asked, questions, strict=True)]
+    answers = lm.generate_ids(
+        ids, max_new_tokens=_room(lm, item), drafts=[one.answer for one in questions], batch_size=64
+    )
+    now = lm.answer_states([Row(i, one.compared) for i, one in zip(ids, questions, strict=True)])
+    kls = [lm.mean_kl(one.states, states) for one, states in zip(questions, now, strict=True)]
+    return list(zip(questions, answers, kls, strict=True))
+
+
+def first_sentence(answer: str) -> str:
+    """Return the first sentence, casefolded."""
+    return re.split(r"(?<=[.!?。！？])\s*", answer.strip(), maxsplit=1)[0].strip().casefold()
+
+
+def _ids(lm: LanguageModel, question: str, plain: bool) -> list[int]:
+    return lm.completion_ids(question) if plain else lm.prompt_ids(question)
+
+
+def _room(lm: LanguageModel, item: Item) -> int:
+    """Return how long an answer may be: the compared part, or the text and a little more, so that a leak is seen."""
+    longest = max(len(lm.text_ids(text)) for text in (item.text, item.new_text or item.text))
+    return max(ANSWER_TOKENS, longest + SPARE_TOKENS)
+
+
+def _number(name: str, seed: int) -> int:
+    """Return a seed that differs from item to item and not from run to run."""
+    import hashlib
+
+    return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:6], "big")
