@@ -43,7 +43,7 @@ DOWN_PROJ_DEPTH = 0.8
 DOWN_PROJ_LR = 1e-3
 PEER_STEPS = 60
 # A note goes into the prompt where its key is at least this near to the question: without such a line every unrelated
-# question would carry a note. Chosen on the development half.
+# question would carry a note. A guess, not tuned.
 NEAR_ENOUGH = 0.5
 OPEN_GATE = GateConfig(min_reliability=None, max_drift_kl=None, max_ppl_ratio=None, min_erasure=None)
 NOTE = {"en": "Note on “{key}”: {text}\n\n{question}", "zh": "关于“{key}”的说明：{text}\n\n{question}"}
