@@ -49,17 +49,22 @@ class ModelConfig(_Validated):
     """How the model is held in memory.
 
     Attributes:
-        dtype: Of the computation; the adapted matrices' masters are fp32 whatever it is.
+        dtype: Of the computation; the adapted matrices' sums are kept in `masters` whatever it is.
         device: "auto" (CUDA, then MPS, then CPU) or a torch device name.
         max_new_tokens: Upper bound of a generated answer; the model's own stop ends it earlier.
+        masters: Of the sums of deltas. Anything but float32 loses a little with every edit; the experiments measure
+            how much.
     """
 
     dtype: str = "float32"
     device: str = "auto"
     max_new_tokens: int = 128
+    masters: str = "float32"
 
     def __post_init__(self) -> None:
-        _need(self.dtype in DTYPES, f"dtype must be one of {', '.join(DTYPES)}, not {self.dtype!r}.")
+        for name in ("dtype", "masters"):
+            value = getattr(self, name)
+            _need(value in DTYPES, f"{name} must be one of {', '.join(DTYPES)}, not {value!r}.")
         _need(self.max_new_tokens >= 1, f"max_new_tokens must be at least 1, not {self.max_new_tokens}.")
 
 
@@ -134,12 +139,15 @@ class GateConfig(_Validated):
         max_drift_kl: Largest mean KL(base‖edited), nats per answer token, on the drift prompts, *added by this edit*.
         max_ppl_ratio: Largest perplexity ratio edited/before on the raw texts of the drift suite.
         min_erasure: For delete: least share of the questions that no longer state the text.
+        measure: False commits what was trained unmeasured, as long as its weights are finite: for whoever measures
+            afterwards, as the experiments do.
     """
 
     min_reliability: float | None = 0.75
     max_drift_kl: float | None = 0.35
     max_ppl_ratio: float | None = 1.25
     min_erasure: float | None = 0.75
+    measure: bool = True
 
     def __post_init__(self) -> None:
         for name in ("min_reliability", "min_erasure"):

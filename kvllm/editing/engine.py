@@ -51,7 +51,8 @@ class Engine:
         self.store = store
         self.files = files
         self.lm = lm
-        self.weights = AdaptedWeights(lm.model, base_digest=store.base.digest)
+        masters = getattr(torch, lm.config.masters)
+        self.weights = AdaptedWeights(lm.model, base_digest=store.base.digest, masters=masters)
         self.head = 0
         self._progress = progress
         self._copy: ComputeCopy | None = None
