@@ -73,10 +73,11 @@ class EditConfig(_Validated):
     """How one edit is trained.
 
     Attributes:
-        editor: Name of the editor; "adalora".
+        editor: Name of the editor: "adalora", "lora" or "full" (fine-tuning of the adapted matrices).
         depth: The adapted band of decoder layers, as shares of the depth.
         modules: Which matrices of those layers; see `kvllm.lm.targets.MODULE_KINDS`.
-        init_rank, target_rank: AdaLoRA's rank per matrix before and (on average) after allocation.
+        init_rank, target_rank: AdaLoRA's rank per matrix before and (on average) after allocation; LoRA's is
+            target_rank.
         value_lr: Step of the singular values, as a share of the matrix's root-mean-square singular value.
         factor_lr: Step of the singular vectors' entries, as a share of their own root-mean-square size.
         max_steps: Most optimizer steps; training stops earlier on recall.
@@ -90,6 +91,7 @@ class EditConfig(_Validated):
         input_ridge: Ridge of the input whitening, in units of the mean eigenvalue: smaller keeps the edit farther from
             directions that ordinary text uses; 0 trains in plain coordinates.
         preserve_stop: Training goes on (within max_steps) until the preserved answers' mean KL is below this, in nats.
+        dropout: Share of the adapter's inputs that each step drops.
         seed: Of every random choice; recorded with the edit.
     """
 
@@ -112,11 +114,13 @@ class EditConfig(_Validated):
     orthogonality: float = 0.1
     input_ridge: float = 0.1
     preserve_stop: float = 0.04
+    dropout: float = 0.0
     seed: int = 0
 
     def __post_init__(self) -> None:
         _need(len(self.depth) == 2, "depth is a pair of shares, e.g. (0.6, 0.9).")
         _need(0 <= self.depth[0] < self.depth[1] <= 1, f"depth must grow within 0 and 1, not {self.depth}.")
+        _need(0 <= self.dropout < 1, f"dropout is a share from 0 up to 1, not {self.dropout}.")
         _need(
             1 <= self.target_rank < self.init_rank,
             f"target_rank must be at least 1 and below init_rank, not {self.target_rank} and {self.init_rank}: "

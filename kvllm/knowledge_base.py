@@ -341,7 +341,7 @@ class KnowledgeBase:
 
     @property
     def engine(self) -> Engine:
-        """The loaded model at the head's state, for measurements of one's own; what is changed there is not recorded."""
+        """The loaded model at the head's state, for measurements of one's own; changes to it are not recorded."""
         return self._engine
 
     @property

@@ -13,9 +13,9 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch.nn import functional as F
@@ -55,8 +55,17 @@ _TURN_MARGIN = 4.0
 Item = tuple[torch.Tensor, Row]
 
 
-class AdaLoraEditor:
-    """Trains one delta per call; holds no state between calls."""
+class LowRankEditor:
+    """The training session that all merged editors share; what is trained in it is the subclass's `adapter`.
+
+    Trains one delta per call and holds no state between calls.
+    """
+
+    def adapter(
+        self, copy: ComputeCopy, config: EditConfig, start: dict[str, Factors], whitening: Mapping[str, torch.Tensor]
+    ) -> AbstractContextManager[Adapter]:
+        """Inject what is trained, starting from the given factors, and take it out again whatever happens."""
+        raise NotImplementedError
 
     def train(
         self,
@@ -99,20 +108,18 @@ class AdaLoraEditor:
         start = _gradient_factors(copy, fact[:_MAX_ROWS], task.restore[:_MAX_ROWS], config, task.whitening)
         records: list[StepRecord] = []
         recalled = False
-        with _adapter(copy, config, start) as tuner:
-            inputs = _InputFactors(copy, task.whitening)
-            optimizer = _optimizer(copy, config, inputs)
+        with self.adapter(copy, config, start, task.whitening) as adapter:
             drift: float | None = None
             stages = _RowStages(fact, task.restore, rng)
             for step in range(1, config.max_steps + 1):
                 rows, restored = stages.next(check=drift is None or drift <= config.preserve_stop)
                 kept = pool.sample(rng, language=task.language, config=config, excluded=task.excluded)
                 older = _choose_replay(replay, config.replay, rng)
-                optimizer.zero_grad(set_to_none=True)
+                adapter.optimizer.zero_grad(set_to_none=True)
                 losses = _backward_losses(
                     copy, rows, restored, kept, older, preserve_weight=config.preserve_weight, turns=stages.turns
                 )
-                penalty = _orthogonality(tuner)
+                penalty = adapter.penalty()
                 if not losses.finite:
                     raise EditFailed(f"The loss was not finite at step {step}; nothing was changed. Try lower rates.")
                 if losses.drift is not None:
@@ -124,8 +131,8 @@ class AdaLoraEditor:
                     loss=losses.fact,
                     recall=stages.recall,
                     drift=drift,
-                    penalty=float(penalty.detach()),
-                    rank=_alive(tuner),
+                    penalty=0.0 if penalty is None else float(penalty.detach()),
+                    rank=adapter.alive(),
                 )
                 records.append(record)
                 if on_step is not None:
@@ -134,17 +141,78 @@ class AdaLoraEditor:
                 if stages.done and (drift is None or drift <= config.preserve_stop) and losses.replay_ok:
                     recalled = True
                     break
-                (config.orthogonality * penalty).backward()
-                _check_gradients(tuner, step)
-                inputs.pull()
-                optimizer.step()
-                inputs.push()
-                tuner.update_and_allocate(step)
-            delta, ranks = _fold(tuner)
+                if penalty is not None:
+                    (config.orthogonality * penalty).backward()
+                adapter.step(step)
+            delta, ranks = adapter.fold()
         check_finite(delta)
         return Training(
             delta=delta, steps=len(records), recalled=recalled or stages.done, ranks=ranks, records=tuple(records)
         )
+
+
+class Adapter(Protocol):
+    """What one session trains."""
+
+    optimizer: torch.optim.Optimizer
+
+    def penalty(self) -> torch.Tensor | None:
+        """Return what is added to the loss, unweighted; None for nothing."""
+        ...
+
+    def alive(self) -> int:
+        """Count the directions that are still trained, over all modules."""
+        ...
+
+    def step(self, number: int) -> None:
+        """Move along the gradients.
+
+        Raises:
+            EditFailed: one of them is not finite.
+        """
+        ...
+
+    def fold(self) -> tuple[dict[str, Factors], dict[str, int]]:
+        """Return the change as a delta, and the rank of each module."""
+        ...
+
+
+class AdaLoraEditor(LowRankEditor):
+    """Adaptive ranks: singular values that start at zero, and a budget that is allocated during training."""
+
+    @contextmanager
+    def adapter(
+        self, copy: ComputeCopy, config: EditConfig, start: dict[str, Factors], whitening: Mapping[str, torch.Tensor]
+    ) -> Iterator[Adapter]:
+        """Inject AdaLoRA modules."""
+        with _adapter(copy, config, start) as tuner:
+            yield _AdaLora(tuner, copy, config, whitening)
+
+
+class _AdaLora:
+    def __init__(
+        self, tuner: Any, copy: ComputeCopy, config: EditConfig, whitening: Mapping[str, torch.Tensor]
+    ) -> None:
+        self._tuner = tuner
+        factors = {name: copy.model.get_submodule(name).lora_A[ADAPTER] for name in copy.targets.names}
+        self._inputs = InputFactors(factors, whitening)
+        self.optimizer = _optimizer(copy, config, self._inputs)
+
+    def penalty(self) -> torch.Tensor | None:
+        return _orthogonality(self._tuner)
+
+    def alive(self) -> int:
+        return _alive(self._tuner)
+
+    def step(self, number: int) -> None:
+        _check_gradients(self._tuner, number)
+        self._inputs.pull()
+        self.optimizer.step()
+        self._inputs.push()
+        self._tuner.update_and_allocate(number)
+
+    def fold(self) -> tuple[dict[str, Factors], dict[str, int]]:
+        return _fold(self._tuner)
 
 
 class _RowStages:
@@ -430,7 +498,7 @@ def _adapter(copy: ComputeCopy, config: EditConfig, start: dict[str, Factors]) -
         init_r=config.init_rank,
         target_r=config.target_rank,
         lora_alpha=config.init_rank,
-        lora_dropout=0.0,
+        lora_dropout=config.dropout,
         target_modules=list(copy.targets.names),
         tinit=_ALLOCATE_FROM,
         tfinal=max(0, config.max_steps + 2 - until),
@@ -450,27 +518,36 @@ def _adapter(copy: ComputeCopy, config: EditConfig, start: dict[str, Factors]) -
                 module.lora_E[ADAPTER].data = module.lora_E[ADAPTER].data.float()
                 module.lora_A[ADAPTER].data[: a.shape[0]] = a
                 module.lora_B[ADAPTER].data[:, : b.shape[1]] = b
+        for module in _dropouts(copy) if config.dropout else ():
+            module.train()  # the rest of the copy stays in evaluation mode
         yield tuner
     finally:
         tuner.unload()
         copy.model.requires_grad_(False)
 
 
-class _InputFactors:
+def _dropouts(copy: ComputeCopy) -> list[torch.nn.Module]:
+    return [copy.model.get_submodule(name).lora_dropout[ADAPTER] for name in copy.targets.names]
+
+
+class InputFactors:
     """The input factors P in the coordinates they are trained in: P = Z W per module, where W is its whitening.
 
     The optimizer moves Z; `push` writes P into the adapter, `pull` brings P's gradient back to Z. W is scaled so that
     the rows of P start as long as those of Z. Modules without whitening are trained as they are.
     """
 
-    def __init__(self, copy: ComputeCopy, whitening: Mapping[str, torch.Tensor]) -> None:
+    def __init__(self, factors: Mapping[str, torch.nn.Parameter], whitening: Mapping[str, torch.Tensor]) -> None:
+        """Take each module's input factor (rank, in), and the whitening of those modules that have one."""
         self._whitened: dict[str, tuple[torch.nn.Parameter, torch.Tensor, float, torch.nn.Parameter]] = {}
-        for name in copy.targets.names:
+        for name, p in factors.items():
             if name in whitening:
-                p = copy.model.get_submodule(name).lora_A[ADAPTER]
+                w = whitening[name]
                 z = torch.nn.Parameter(p.detach().clone())
-                long, short = (z.detach() @ whitening[name]).norm(dim=1).mean(), z.detach().norm(dim=1).mean()
-                self._whitened[name] = (z, whitening[name], float(short / long), p)
+                long, short = (z.detach() @ w).norm(dim=1).mean(), z.detach().norm(dim=1).mean()
+                if float(short) == 0:  # what a row of no length in particular would become
+                    long, short = w.norm() / math.sqrt(w.shape[0]), torch.ones(())
+                self._whitened[name] = (z, w, float(short / long), p)
         self.push()
 
     def trained(self, name: str, plain: torch.nn.Parameter) -> torch.nn.Parameter:
@@ -489,7 +566,7 @@ class _InputFactors:
             z.grad = (p.grad @ w.T) * scale
 
 
-def _optimizer(copy: ComputeCopy, config: EditConfig, inputs: _InputFactors) -> torch.optim.Optimizer:
+def _optimizer(copy: ComputeCopy, config: EditConfig, inputs: InputFactors) -> torch.optim.Optimizer:
     groups: list[dict[str, Any]] = []
     for name in copy.targets.names:
         module = copy.model.get_submodule(name)

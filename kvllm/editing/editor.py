@@ -74,6 +74,7 @@ class Training:
         recalled: Whether the stop rule was met.
         ranks: Rank per module after AdaLoRA's allocation.
         records: One per step.
+        kept: For editors whose outcome cannot be merged: the tensors of the adapter; then `delta` is empty.
     """
 
     delta: Mapping[str, Factors]
@@ -81,6 +82,7 @@ class Training:
     recalled: bool
     ranks: Mapping[str, int] = field(default_factory=dict)
     records: tuple[StepRecord, ...] = ()
+    kept: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     def summary(self) -> dict[str, Any]:
         """Return what the ledger keeps of a training."""

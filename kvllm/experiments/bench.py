@@ -52,7 +52,7 @@ class Bench:
         progress: Callable[[Progress], None] | None = None,
     ) -> None:
         self.declared = declared
-        self._tick = progress
+        self.progress = progress
         path = folder / "my.kb"
         if not Store.exists(path):
             shutil.rmtree(path, ignore_errors=True)  # killed while it was being made
@@ -103,25 +103,15 @@ class Bench:
             Per case: how many of its trained questions, paraphrases and neighbours were asked, how many answers of the
             first two state the text, how many of the last recite it, and how many are the unedited model's own.
         """
-        probes = [(case, probe) for case in cases for probe in _probes(case, self.declared)]
+        probes = [(case, probe) for case in cases for probe in probes_of(case, self.declared)]
         asked = [probe for _, probe in probes]
         if in_context:
             asked = self._with_notes(asked, cases)
-        answers = [a for a, _ in ask_probes(self.lm, asked, on_batch=self._ticker("probing"))]
-        before = self.base_answers([probe for _, probe in probes if probe.kind == "neighbour"])
-        rows = {case.key: _row(case) for case in cases}
-        for (case, probe), answer in zip(probes, answers, strict=True):
-            row = rows[case.key]
-            if probe.kind == "neighbour":
-                was = before[probe.question, probe.expected]
-                row["neighbours"] += 1
-                row["leaked"] += leaks(answer, probe.expected, before=was)
-                row["unchanged"] += normalise(answer) == normalise(was)
-            else:
-                name = "trained" if probe.kind == "trained" else "paraphrases"
-                row[name] += 1
-                row[f"{name}_right"] += states(answer, case)
-        return list(rows.values())
+        return judged(self, cases, probes, self.plain_answers(asked))
+
+    def plain_answers(self, probes: Sequence[Probe]) -> list[str]:
+        """Return the answers of the weights as they are."""
+        return [answer for answer, _ in ask_probes(self.lm, probes, on_batch=self._ticker("probing"))]
 
     def base_answers(self, probes: Sequence[Probe]) -> dict[tuple[str, str], str]:
         """Return the unedited model's answers, by question and the text that gives them their room; cached."""
@@ -151,7 +141,7 @@ class Bench:
     def encoder(self) -> Encoder:
         """The encoder of keys and questions: MiniLM, or the model's own hidden states where its files are not there."""
         if self._encoder is None:
-            chosen: Encoder = SentenceEncoder(progress=self._tick)
+            chosen: Encoder = SentenceEncoder(progress=self.progress)
             texts = [key_question(case.key) for case in self.declared.cases]
             try:
                 if not all(chosen.speaks(text) for text in texts):
@@ -175,10 +165,16 @@ class Bench:
         report = self.engine.drift(full=True, suite=_suite(questions, measure.instructions, measure.texts))
         return drift_row(report)
 
+    def general_questions(self) -> list[str]:
+        """Return the drift suite's general questions and instructions."""
+        measure = self.declared.measure
+        suite = _suite(measure.questions, measure.instructions, measure.texts)
+        return [*(q.question for q in suite.questions), *suite.instructions]
+
     def _ticker(self, stage: str) -> Callable[[int, int], None]:
         def tick(done: int, total: int) -> None:
-            if self._tick is not None:
-                self._tick(Progress(stage, done, total))
+            if self.progress is not None:
+                self.progress(Progress(stage, done, total))
 
         return tick
 
@@ -222,7 +218,28 @@ def shares(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _probes(case: Case, declared: Declared) -> list[Probe]:
+def judged(
+    bench: Bench, cases: Sequence[Case], probes: Sequence[tuple[Case, Probe]], answers: Sequence[str]
+) -> list[dict[str, Any]]:
+    """Return one row a case, by judging the answers to its probes."""
+    before = bench.base_answers([probe for _, probe in probes if probe.kind == "neighbour"])
+    rows = {case.key: _row(case) for case in cases}
+    for (case, probe), answer in zip(probes, answers, strict=True):
+        row = rows[case.key]
+        if probe.kind == "neighbour":
+            was = before[probe.question, probe.expected]
+            row["neighbours"] += 1
+            row["leaked"] += leaks(answer, probe.expected, before=was)
+            row["unchanged"] += normalise(answer) == normalise(was)
+        else:
+            name = "trained" if probe.kind == "trained" else "paraphrases"
+            row[name] += 1
+            row[f"{name}_right"] += states(answer, case)
+    return list(rows.values())
+
+
+def probes_of(case: Case, declared: Declared) -> list[Probe]:
+    """Return what a case is asked: the declared number of trained questions, paraphrases and neighbours."""
     measure = declared.measure
     asked: list[tuple[ProbeKind, Sequence[str]]] = [
         ("trained", case.trained(measure.trained)),

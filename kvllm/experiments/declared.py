@@ -20,7 +20,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from kvllm.config import DEFAULT_MODEL, DTYPES, EditConfig
 from kvllm.errors import ConfigError
@@ -127,14 +127,14 @@ class Declared(Record):
         Raises:
             ConfigError: it is of another type.
         """
-        value = self.settings.get(name, default)
+        value: Any = self.settings.get(name, default)
         if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
         _need(
             isinstance(value, type(default)) and isinstance(value, bool) is isinstance(default, bool),
             f"settings.{name} must be like {default!r}, not {value!r}",
         )
-        return value  # type: ignore[return-value]
+        return cast(T, value)
 
 
 @dataclass(frozen=True)
@@ -220,7 +220,7 @@ def _cases(given: Mapping[str, Any], folder: Path) -> list[Case]:
     made = given.get("invented", 0)
     _need(type(made) is int and made >= 0, f"invented must be a whole number, not {made!r}")
     cases = unique([*cases, *invented(made, 0)])
-    _need(bool(cases), "a declaration needs facts: `facts = [\"file.jsonl\"]`, or `invented = 64`")
+    _need(bool(cases), 'a declaration needs facts: `facts = ["file.jsonl"]`, or `invented = 64`')
     return cases
 
 

@@ -1,7 +1,7 @@
 """Where one run works: its folder, its declaration, and the record of its finished steps. Knows no kind of experiment.
 
-    for step in desk.open_steps():
-        started = desk.begin(); …; desk.finish(step, rows)
+for step in desk.open_steps():
+    started = desk.begin(); …; desk.finish(step, rows)
 """
 
 from __future__ import annotations

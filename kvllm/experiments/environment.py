@@ -1,4 +1,4 @@
-"""Where an experiment ran: versions, machine, commit, and what identifies the base model. Names no host and no folder."""
+"""Where an experiment ran: versions, machine, commit, base model. Names no host and no folder."""
 
 from __future__ import annotations
 

@@ -87,7 +87,7 @@ def _case(row: Any) -> Case:
     difficulty = str(row.get("difficulty", ""))
     if difficulty not in DIFFICULTIES:
         raise ConfigError(f"the difficulty is one of {', '.join(d for d in DIFFICULTIES if d)}, not {difficulty!r}.")
-    given = {k: tuple(v) if isinstance(v, list) else v for k, v in row.items() if k in _FIELDS}
+    given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in row.items() if k in _FIELDS}
     fact = clean_fact(Fact(**given))
     neighbours = tuple(clean_text(q, name="neighbour") for q in row.get("neighbours", ()))
     details = tuple(clean_text(d, name="detail") for d in row.get("details", ()))

@@ -195,4 +195,3 @@ def slug(name: str) -> str:
     """Return a name as part of a file's name."""
     kept = "".join(ch if ch.isalnum() else "-" for ch in name.casefold())
     return "-".join(part for part in kept.split("-") if part)
-

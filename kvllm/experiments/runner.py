@@ -105,7 +105,7 @@ def run_experiment(
         elif ray:
             from kvllm.experiments.cluster import run_on_ray
 
-            failed = run_on_ray(declared, waiting, home, results, jobs=jobs, on_step=meter.step)
+            failed = run_on_ray(declared, waiting, home, results, jobs=jobs, look=meter.look)
         elif jobs == 1:
             failed = _run_here(declared, waiting, home, results, meter)
         else:
@@ -125,7 +125,9 @@ def read_outcome(declared: Declared, folder: str | os.PathLike[str]) -> Outcome:
 
 def _outcome(declared: Declared, runs: Sequence[Run], results: Results, failed: Mapping[str, str]) -> Outcome:
     noted = {name: results.noted(name) for name in ("environment", "model")}
-    rows = results.rows([run.id for run in runs])
+    places = {(run.id, step): (i, j) for i, run in enumerate(runs) for j, step in enumerate(run.steps)}
+    rows = [row for row in results.rows() if (row["run"], row["step"]) in places]
+    rows.sort(key=lambda row: places[row["run"], row["step"]])  # stable: within a step as they were written
     return Outcome(results.declared(), tuple(runs), tuple(rows), failed, sum(results.seconds().values()), noted)
 
 
@@ -227,7 +229,9 @@ def _run_in_processes(
     while left:
         finished = sum(map(len, results.finished().values()))
         # Spawned, not forked: torch's threads do not survive a fork.
-        pool = ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=_leave_with, initargs=(os.getpid(),))
+        pool = ProcessPoolExecutor(
+            jobs, mp_context=get_context("spawn"), initializer=_leave_with, initargs=(os.getpid(),)
+        )
         try:
             futures: dict[Future[str | None], Run] = {
                 pool.submit(attempt, declared, run, home, threads=_threads(jobs)): run for run in left

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -175,23 +175,15 @@ class Results:
             told = self._connection.execute("SELECT run, step, seconds FROM steps")
             return {(run, step): seconds for run, step, seconds in told}
 
-    def rows(self, runs: Iterable[str] | None = None) -> list[dict[str, Any]]:
-        """Return the rows, each with its run and step, in an order that does not depend on who was faster.
-
-        Args:
-            runs: Only of these runs, and in their order; all by default, by name.
-        """
+    def rows(self) -> list[dict[str, Any]]:
+        """Return the rows, each with its run and step, in an order that does not depend on who was faster."""
         with translated(self.path.parent, "Reading the results"):
-            found = [
+            return [
                 {"run": run, "step": step, **json.loads(data)}
                 for run, step, data in self._connection.execute(
                     "SELECT run, step, data FROM rows ORDER BY run, step, place"
                 )
             ]
-        if runs is None:
-            return found
-        order = {run: place for place, run in enumerate(runs)}
-        return sorted((row for row in found if row["run"] in order), key=lambda row: order[row["run"]])
 
     def _meta(self, name: str) -> Any:
         found = self._connection.execute("SELECT value FROM meta WHERE name = ?", (name,)).fetchone()
