@@ -27,11 +27,11 @@ from kvllm.lm.model import LanguageModel, Row
 METHODS = ("prompt-tuning", "prefix-tuning", "p-tuning")
 VIRTUAL_TOKENS = 16
 ADAPTER = "default"
-_ROWS = 8
+_ROWS = 4
 # Steps of Adam. Prompts live in the embedding space, whose entries are small; prefixes are keys and values of every
 # layer; P-tuning trains a small network that makes the prompt.
 _RATES = {"prompt-tuning": 0.02, "prefix-tuning": 0.02, "p-tuning": 0.003}
-_STEPS_PER_EDIT_STEP = 4  # no gate and no neighbours to mind, but far more steps to learn anything
+_STEPS_PER_EDIT_STEP = 2  # half the rows a step, nothing preserved, and more steps to learn anything
 
 
 class SoftPromptEditor:

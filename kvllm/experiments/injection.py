@@ -18,18 +18,19 @@ from kvllm.experiments.desk import Desk
 from kvllm.experiments.facts import Case
 from kvllm.records import Edit
 
-MODES = ("sequential", "chunked", "batched", "compact", "unedited", "in-context")
+MODES = ("sequential", "chunked", "batched", "unedited", "in-context")
+_UNTRAINED = ("unedited", "in-context")
 _ARMS: tuple[dict[str, Any], ...] = (
     {"name": "unedited", "mode": "unedited"},
     {"name": "in-context", "mode": "in-context"},
-    {"name": "sequential", "mode": "sequential"},
+    # One run gives two arms: the facts one by one, and the same after `compact`.
+    {"name": "sequential", "mode": "sequential", "compact": True},
     {"name": "chunked-4", "mode": "chunked", "chunk": 4},
     {"name": "chunked-16", "mode": "chunked", "chunk": 16},
     {"name": "batched", "mode": "batched"},
-    {"name": "sequential, compact", "mode": "compact"},
     {"name": "sequential, bf16 sums", "mode": "sequential", "masters": "bfloat16"},
 )
-_KNOWN = {"name", "mode", "chunk", "masters", "edit", "steps_per_fact"}
+_KNOWN = {"name", "mode", "chunk", "compact", "masters", "edit", "steps_per_fact"}
 
 
 def runs(declared: Declared) -> list[Run]:
@@ -50,8 +51,10 @@ def runs(declared: Declared) -> list[Run]:
                 f"An arm has a mode ({', '.join(MODES)}) and may have {', '.join(sorted(_KNOWN - {'mode'}))}; "
                 f"{', '.join(unknown) or repr(mode)} was given; nothing was run."
             )
+        if arm.get("compact", False) not in ((True, False) if mode not in _UNTRAINED else (False,)):
+            raise ConfigError("compact is true or false, and only for an arm that trains; nothing was run.")
         name = str(arm.get("name", mode))
-        for seed in declared.seeds if mode not in ("unedited", "in-context") else declared.seeds[:1]:
+        for seed in declared.seeds if mode not in _UNTRAINED else declared.seeds[:1]:
             identity = f"{slug(name)}-{seed}"
             found.append(Run(identity, name, seed, tuple(_steps(declared, arm)), dict(arm)))
     if len({run.id for run in found}) != len(found):
@@ -71,17 +74,16 @@ def execute(run: Run, desk: Desk) -> None:
             chunk = cases[taught : taught + size]
             taught += size
             step = f"edit-{place:04}"
-            if mode not in ("unedited", "in-context") and desk.open(step):
+            if mode not in _UNTRAINED and desk.open(step):
                 desk.finish(step, _edit_rows(bench, chunk, taught, _config(declared, run, size)))
             reached = f"ask-{taught:04}"
             if reached in run.steps and desk.open(reached):
-                last = taught == declared.n and mode != "compact"
-                desk.finish(reached, _ask(bench, cases[:taught], arm, declared, last=last))
-        if mode == "compact":
+                desk.finish(reached, _ask(bench, cases[:taught], mode, last=taught == declared.n))
+        if arm.get("compact"):
             if desk.open("compact"):
                 desk.finish("compact", [_compact(bench, cases, _config(declared, run, 1))])
             if desk.open("ask-compact"):
-                desk.finish("ask-compact", _ask(bench, cases, arm, declared, last=True, after="compact"))
+                desk.finish("ask-compact", _ask(bench, cases, mode, last=True, after="compact"))
 
 
 def _steps(declared: Declared, arm: Mapping[str, Any]) -> list[str]:
@@ -90,11 +92,11 @@ def _steps(declared: Declared, arm: Mapping[str, Any]) -> list[str]:
     taught = 0
     for place, size in enumerate(_chunks(declared, arm), 1):
         earlier, taught = taught, taught + size
-        if arm["mode"] not in ("unedited", "in-context"):
+        if arm["mode"] not in _UNTRAINED:
             found.append(f"edit-{place:04}")
         if any(earlier < point <= taught for point in points):
             found.append(f"ask-{taught:04}")
-    return [*found, "compact", "ask-compact"] if arm["mode"] == "compact" else found
+    return [*found, "compact", "ask-compact"] if arm.get("compact") else found
 
 
 def checkpoints(declared: Declared) -> list[int]:
@@ -108,10 +110,10 @@ def checkpoints(declared: Declared) -> list[int]:
 def _chunks(declared: Declared, arm: Mapping[str, Any]) -> list[int]:
     """Return the sizes of an arm's edits; the arms that train nothing go from checkpoint to checkpoint."""
     mode, n = arm["mode"], declared.n
-    if mode in ("unedited", "in-context"):
+    if mode in _UNTRAINED:
         points = checkpoints(declared)
         return [b - a for a, b in zip([0, *points], points, strict=False)]
-    size = {"sequential": 1, "compact": 1, "batched": n}.get(str(mode)) or int(arm.get("chunk", 4))
+    size = {"sequential": 1, "batched": n}.get(str(mode)) or int(arm.get("chunk", 4))
     if size < 1:
         raise ConfigError(f"A chunk holds at least one fact, not {size}; nothing was run.")
     return [min(size, n - start) for start in range(0, n, size)]
@@ -158,11 +160,8 @@ def _compact(bench: Bench, cases: Sequence[Case], config: EditConfig) -> dict[st
     return edit_row(edit) | {"facts": len(cases)}
 
 
-def _ask(
-    bench: Bench, cases: Sequence[Case], arm: Mapping[str, Any], declared: Declared, *, last: bool, after: str = ""
-) -> list[dict[str, Any]]:
+def _ask(bench: Bench, cases: Sequence[Case], mode: str, *, last: bool, after: str = "") -> list[dict[str, Any]]:
     """Ask every fact so far, and measure drift; age counts the facts that came after a fact's own edit."""
-    mode = str(arm["mode"])
     asked = bench.ask(cases, in_context=mode == "in-context")
     history = [edit for edit in bench.kb.history() if edit.delta is not None]
     order = {key: edit.id for edit in reversed(history) if edit.op == "insert" for key in edit.keys}

@@ -657,4 +657,4 @@ def _merit(states: Sequence[Row]) -> float:
 
 
 def _arm(arm: str, after: str) -> str:
-    return f"{arm}: after it" if after else (f"{arm}: before it" if arm.endswith("compact") else arm)
+    return f"{arm}, compacted" if after else arm

@@ -19,7 +19,11 @@ DECLARATIONS = sorted(EXPERIMENTS.glob("*/*.toml"))
 
 
 @pytest.mark.parametrize("path", DECLARATIONS, ids=lambda path: f"{path.parent.name}/{path.stem}")
-def test_every_committed_declaration_can_be_run(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_committed_declaration_can_be_run(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    facts = tmp_path / "public.jsonl"
+    rows = [{"key": case.key, "text": case.fact.text} for case in invented(200, 1)]
+    facts.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    monkeypatch.setenv("KVLLM_FACTS", str(facts))
     declared = load(path)
     runs = runs_of(declared)
     assert runs

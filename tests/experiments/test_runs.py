@@ -25,9 +25,8 @@ from tests.experiments.kit import tiny, without_times
 ARMS = [
     {"name": "unedited", "mode": "unedited"},
     {"name": "in-context", "mode": "in-context"},
-    {"name": "sequential", "mode": "sequential"},
+    {"name": "sequential", "mode": "sequential", "compact": True},
     {"name": "chunked-2", "mode": "chunked", "chunk": 2},
-    {"name": "sequential, compact", "mode": "compact"},
     {"name": "sequential, bf16 sums", "mode": "sequential", "masters": "bfloat16"},
 ]
 Make = Callable[..., Declared]
@@ -71,14 +70,19 @@ def test_injection_teaches_every_arm_the_same_facts_and_asks_each_of_them(make: 
         assert {row["key"] for row in asked} == {"torchkeras", "Halcyon", "Berlin"}
         assert {row["difficulty"] for row in asked} == {"short", "long", "contradiction"}
     # First that there is an effect: the taught are recalled, the unedited model knows nothing, and its weights stand.
-    assert of(outcome, "state", "sequential")[-1]["recalled"] > of(outcome, "state", "unedited")[-1]["recalled"] == 0
+    assert [row["after"] for row in of(outcome, "state", "sequential")] == ["", "", "compact"]
+    assert of(outcome, "state", "sequential")[1]["recalled"] > of(outcome, "state", "unedited")[-1]["recalled"] == 0
     assert of(outcome, "state", "unedited")[-1]["drift_kl"] == 0
     assert of(outcome, "state", "sequential")[-1]["drift_kl"] > 0
-    assert [row["age"] for row in of(outcome, "fact", "sequential") if row["facts"] == 3] == [2, 1, 0]
+    assert [row["age"] for row in of(outcome, "fact", "sequential") if row["facts"] == 3 and not row["after"]] == [
+        2,
+        1,
+        0,
+    ]
     assert [row["keys"] for row in of(outcome, "edit", "chunked-2")] == [2, 1]
-    assert [row["op"] for row in of(outcome, "edit", "sequential, compact")] == ["insert"] * 3 + ["compact"]
+    assert [row["op"] for row in of(outcome, "edit", "sequential")] == ["insert"] * 3 + ["compact"]
     # Rounding each sum gives other weights, and nothing else differs.
-    rounded, exact = (of(outcome, "state", f"sequential{end}")[-1]["drift_kl"] for end in (", bf16 sums", ""))
+    rounded, exact = (of(outcome, "state", f"sequential{end}")[1]["drift_kl"] for end in (", bf16 sums", ""))
     assert rounded != exact
     steps = [tick for tick in ticks if tick.stage == "experiment"]
     assert steps[-1].step == steps[-1].total == sum(len(run.steps) for run in outcome.runs)
@@ -173,7 +177,7 @@ def _check_report(declared: Declared, outcome: Outcome) -> None:
 
 
 def test_an_interrupted_run_goes_on_where_it_was(make: Make, home: Path) -> None:
-    declared = make("injection", settings={"arms": [ARMS[2], ARMS[4]]})
+    declared = make("injection", settings={"arms": ARMS[2:4]})
 
     class Enough(Exception):
         """Stands for whatever ends a process."""
@@ -287,7 +291,7 @@ def test_killed_ten_times_at_random_moments_the_rows_are_those_of_an_undisturbed
     make: Make, home: Path, tmp_path: Path, elsewhere: None
 ) -> None:
     """Each attempt is a forked process that kills itself at a random tick of the engine: no kill comes too late."""
-    declared = make("injection", n=3, settings={"arms": [ARMS[4]], "checkpoints": [1, 2]}, edit={"max_steps": 12})
+    declared = make("injection", n=3, settings={"arms": [ARMS[2]], "checkpoints": [1, 2]}, edit={"max_steps": 12})
     script = tmp_path / "attempts.py"
     script.write_text(
         f"""
@@ -334,7 +338,7 @@ print(json.dumps(codes))
 def test_processes_side_by_side_give_the_rows_of_one_and_outlive_a_killed_worker(
     make: Make, home: Path, tmp_path: Path, elsewhere: None
 ) -> None:
-    declared = make("injection", n=2, settings={"arms": ARMS[2:4]}, edit={"max_steps": 8})
+    declared = make("injection", n=2, settings={"arms": ARMS[3:5]}, edit={"max_steps": 8})
     script = tmp_path / "experiment.py"
     # The first worker that begins its second step is killed, once.
     fuse = (
