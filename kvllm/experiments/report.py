@@ -130,7 +130,7 @@ def _injection(declared: Declared, outcome: Outcome) -> tuple[list[str], list[Se
         )
     columns = ("arm", ">runs", *_ANSWER_COLUMNS, *_DRIFT_COLUMNS, ">train s", ">s per fact", ">edits", ">delta MB")
     sections = [Section(f"After {declared.n} facts", _COLUMNS_NOTE, Table(columns, tuple(rows)))]
-    sections += _curves(states, facts)
+    sections += _curves(states)
     sections += _difficulty(facts, declared.n)
     compared, told = _against_sequential(facts, declared.n)
     sections += compared
@@ -148,7 +148,7 @@ def _injection(declared: Declared, outcome: Outcome) -> tuple[list[str], list[Se
     return findings + told, sections
 
 
-def _curves(states: Sequence[Row], facts: Sequence[Row]) -> list[Section]:
+def _curves(states: Sequence[Row]) -> list[Section]:
     sections = []
     arms = list(dict.fromkeys(row["arm"] for row in states))
     for name, title, label, most in (
@@ -315,7 +315,7 @@ def _capacity(declared: Declared, outcome: Outcome) -> tuple[list[str], list[Sec
         "(teacher-forced)."
     )
     sections = [Section("At the last state of each budget", note, Table(columns, tuple(rows)))]
-    sections += _curves([{**row, "after": ""} for row in states], [])
+    sections += _curves(states)
     tests = []
     for arm in ["all budgets", *(a for a in arms if a not in ("unedited", "in-context"))]:
         mine = [row for row in losses if arm in ("all budgets", row["arm"])]

@@ -221,7 +221,8 @@ def lines_plot(
     x_ticks = _whole(max(1.0, *(x for _, points in given for x, _ in points)))
     top = most or max(1e-3, *(y for _, points in given for _, y in points))
     step = _nice(top / 4) if most is None else most / 4
-    y_ticks = _steps(math.ceil(top / step - 1e-9) * step, step, max(0, -math.floor(math.log10(step))))
+    digits = 2 if most is not None else max(0, -math.floor(math.log10(step)))
+    y_ticks = _steps(math.ceil(top / step - 1e-9) * step, step, digits)
     x_of, y_of = _x(x_ticks), _y(y_ticks)
     drawn = tuple(
         Series(
