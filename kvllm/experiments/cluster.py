@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -76,8 +77,9 @@ def run_on_ray(
     Raises:
         ConfigError: ray is not installed.
     """
+    ray: Any
     try:
-        import ray
+        ray = import_module("ray")
     except ImportError as error:
         raise ConfigError(
             "Ray is not installed; install the extra: pip install 'kvllm[ray]'. Nothing was run."
@@ -87,7 +89,7 @@ def run_on_ray(
     own = not ray.is_initialized()
     if own:
         address = os.environ.get("RAY_ADDRESS")
-        size = {} if address else {"num_cpus": jobs + 1}  # one for the actor
+        size = {} if address else {"num_cpus": jobs}
         ray.init(address=address, include_dashboard=False, log_to_driver=False, configure_logging=False, **size)
     try:
         actor = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(_Writer).remote(str(results.path))

@@ -241,7 +241,8 @@ def _singular_values(factors: Factors) -> torch.Tensor:
     # Of B·A by the small side: QR of both, then the SVD of a (rank, rank) matrix.
     _, ra = torch.linalg.qr(a.T)
     _, rb = torch.linalg.qr(b)
-    return torch.linalg.svdvals(rb @ ra.T)
+    values: torch.Tensor = torch.linalg.svdvals(rb @ ra.T)
+    return values
 
 
 # ------------------------------------------------------------------ (c) low rank

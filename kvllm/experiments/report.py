@@ -304,7 +304,7 @@ def _capacity(declared: Declared, outcome: Outcome) -> tuple[list[str], list[Sec
                 f"{arm}: {shown(_mean(last, 'recalled'))} recalled after {last[0]['facts']} facts; half are recalled "
                 f"at {half} facts (95 % interval {band})."
             )
-    columns = (
+    columns: tuple[str, ...] = (
         "budget", ">facts", *_ANSWER_COLUMNS, *_DRIFT_COLUMNS, ">half at", ">95 %", ">bits",
         ">bits per adapter parameter",
         ">bits per matrix parameter",

@@ -79,7 +79,7 @@ def _logistic(x: Floats, k: Floats, n: Floats) -> Floats:
         middle, log_steepness = given
         at = -(x - middle) * math.exp(min(log_steepness, 6.0))
         likelihood = k * special.log_expit(at) + (n - k) * special.log_expit(-at)
-        return float(-likelihood.sum() + 0.01 * (middle - x.mean()) ** 2 + 0.05 * log_steepness**2)
+        return float(-likelihood.sum() + 0.001 * (middle - x.mean()) ** 2 + 0.2 * log_steepness**2)
 
     starts = [np.array([start, 0.7]) for start in (x.mean(), x.max(), x.max() + 2.0)]
     best = min((optimize.minimize(cost, start, method="Nelder-Mead") for start in starts), key=lambda r: r.fun)
