@@ -49,17 +49,22 @@ class ModelConfig(_Validated):
     """How the model is held in memory.
 
     Attributes:
-        dtype: Of the computation; the adapted matrices' masters are fp32 whatever it is.
+        dtype: Of the computation; the adapted matrices' sums are kept in `masters` whatever it is.
         device: "auto" (CUDA, then MPS, then CPU) or a torch device name.
         max_new_tokens: Upper bound of a generated answer; the model's own stop ends it earlier.
+        masters: Of the sums of deltas. Anything but float32 loses a little with every edit; the experiments measure
+            how much.
     """
 
     dtype: str = "float32"
     device: str = "auto"
     max_new_tokens: int = 128
+    masters: str = "float32"
 
     def __post_init__(self) -> None:
-        _need(self.dtype in DTYPES, f"dtype must be one of {', '.join(DTYPES)}, not {self.dtype!r}.")
+        for name in ("dtype", "masters"):
+            value = getattr(self, name)
+            _need(value in DTYPES, f"{name} must be one of {', '.join(DTYPES)}, not {value!r}.")
         _need(self.max_new_tokens >= 1, f"max_new_tokens must be at least 1, not {self.max_new_tokens}.")
 
 
@@ -68,10 +73,11 @@ class EditConfig(_Validated):
     """How one edit is trained.
 
     Attributes:
-        editor: Name of the editor; "adalora".
+        editor: Name of the editor: "adalora", "lora" or "full" (fine-tuning of the adapted matrices).
         depth: The adapted band of decoder layers, as shares of the depth.
         modules: Which matrices of those layers; see `kvllm.lm.targets.MODULE_KINDS`.
-        init_rank, target_rank: AdaLoRA's rank per matrix before and (on average) after allocation.
+        init_rank, target_rank: AdaLoRA's rank per matrix before and (on average) after allocation; LoRA's is
+            target_rank.
         value_lr: Step of the singular values, as a share of the matrix's root-mean-square singular value.
         factor_lr: Step of the singular vectors' entries, as a share of their own root-mean-square size.
         max_steps: Most optimizer steps; training stops earlier on recall.
@@ -85,6 +91,7 @@ class EditConfig(_Validated):
         input_ridge: Ridge of the input whitening, in units of the mean eigenvalue: smaller keeps the edit farther from
             directions that ordinary text uses; 0 trains in plain coordinates.
         preserve_stop: Training goes on (within max_steps) until the preserved answers' mean KL is below this, in nats.
+        dropout: Share of the adapter's inputs that each step drops.
         seed: Of every random choice; recorded with the edit.
     """
 
@@ -107,11 +114,13 @@ class EditConfig(_Validated):
     orthogonality: float = 0.1
     input_ridge: float = 0.1
     preserve_stop: float = 0.04
+    dropout: float = 0.0
     seed: int = 0
 
     def __post_init__(self) -> None:
         _need(len(self.depth) == 2, "depth is a pair of shares, e.g. (0.6, 0.9).")
         _need(0 <= self.depth[0] < self.depth[1] <= 1, f"depth must grow within 0 and 1, not {self.depth}.")
+        _need(0 <= self.dropout < 1, f"dropout is a share from 0 up to 1, not {self.dropout}.")
         _need(
             1 <= self.target_rank < self.init_rank,
             f"target_rank must be at least 1 and below init_rank, not {self.target_rank} and {self.init_rank}: "
@@ -134,12 +143,15 @@ class GateConfig(_Validated):
         max_drift_kl: Largest mean KL(base‖edited), nats per answer token, on the drift prompts, *added by this edit*.
         max_ppl_ratio: Largest perplexity ratio edited/before on the raw texts of the drift suite.
         min_erasure: For delete: least share of the questions that no longer state the text.
+        measure: False commits what was trained unmeasured, as long as its weights are finite: for whoever measures
+            afterwards, as the experiments do.
     """
 
     min_reliability: float | None = 0.75
     max_drift_kl: float | None = 0.35
     max_ppl_ratio: float | None = 1.25
     min_erasure: float | None = 0.75
+    measure: bool = True
 
     def __post_init__(self) -> None:
         for name in ("min_reliability", "min_erasure"):

@@ -340,6 +340,11 @@ class KnowledgeBase:
     # ------------------------------------------------------------------ the weights: what was learned
 
     @property
+    def engine(self) -> Engine:
+        """The loaded model at the head's state, for measurements of one's own; changes to it are not recorded."""
+        return self._engine
+
+    @property
     def model(self) -> Any:
         """The transformers model, edited. Changing it by hand is not recorded."""
         return self._engine.lm.model
@@ -753,7 +758,8 @@ class KnowledgeBase:
             settings, rules = config or self._edit_config, gate or self._gate
             started = time.perf_counter()
             with self._all_or_nothing(engine, parent):
-                earlier = self._probe_facts(facts, kinds=("trained",)).value("reliability") if facts else None
+                asked = facts if rules.measure else []
+                earlier = self._probe_facts(asked, kinds=("trained",)).value("reliability") if asked else None
                 engine.weights.replay([])
                 if not facts:
                     return self._commit(
@@ -1046,6 +1052,9 @@ class KnowledgeBase:
         """Probe the facts just trained and the drift, and say what the gate refuses."""
         from kvllm.metrics import contains
 
+        if not gate.measure:
+            self._refuse_not_finite()
+            return Report(warnings=trained.warnings), []
         report = self._probe_facts(trained.facts, neighbours=_GATE_NEIGHBOURS if len(trained.facts) == 1 else 1)
         metrics = dict(report.metrics)
         if trained.old:
@@ -1069,8 +1078,7 @@ class KnowledgeBase:
         self, report: Report, gate: GateConfig, metric: str, least: float | None, *, since_base: bool = False
     ) -> tuple[Report, list[str]]:
         engine = self._engine
-        if not engine.weights.is_finite():
-            raise EditFailed("The edit made weights that are not finite; nothing was changed. Try lower rates.")
+        self._refuse_not_finite()
         drift = engine.drift(full=False)
         report = replace(report, metrics={**report.metrics, **drift.metrics})
         for name, found in drift.metrics.items():
@@ -1090,6 +1098,10 @@ class KnowledgeBase:
                 f"ppl_ratio would rise from {earlier_ratio:.3f} to {ratio}, over the budget of ×{gate.max_ppl_ratio}"
             )
         return report, refused
+
+    def _refuse_not_finite(self) -> None:
+        if not self._engine.weights.is_finite():
+            raise EditFailed("The edit made weights that are not finite; nothing was changed. Try lower rates.")
 
     def _unlearn(
         self, fact: Fact, mode: DeleteMode, *, live: bool, config: EditConfig | None, gate: GateConfig | None

@@ -43,6 +43,8 @@ OWNERS: dict[str, set[str]] = {
     "typer": {"cli"},
     "sacrebleu": {"probing"},
     "jinja2": {"reports/page.py"},
+    "scipy": {"experiments"},
+    "ray": {"experiments/cluster.py"},
     "torch": {"lm", "editing", "probing", "knowledge_base", "export", "experiments", "cli/about.py"},
 }
 LAZY_IN_VOCABULARY = {"platformdirs"}

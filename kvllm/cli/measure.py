@@ -84,7 +84,7 @@ def probe(
     from kvllm.reports.document import probe_document
 
     limits = _limits(fail_under)
-    _check_outputs(output)
+    check_outputs(output)
     given: dict[str, Any] = {}
     if ladder:
         given["ladder"] = True
@@ -105,7 +105,7 @@ def probe(
         key=None if key is None else facts[0].key,
         collisions=found,
     )
-    return _deliver(document, format, output, answers=answers)
+    return deliver(document, format, output, answers=answers)
 
 
 @command(app, panel=MEASURE)
@@ -143,7 +143,7 @@ def drift(
     from kvllm.reports.document import drift_document
 
     limits = _limits(fail_under)
-    _check_outputs(output)
+    check_outputs(output)
     given: dict[str, Any] = {}
     if suite is not None:
         given["suite"] = suite
@@ -156,7 +156,7 @@ def drift(
     if max_drift is not None:
         measured = report.metrics.get("drift_kl", Metric(None, 0))
         checks.append(at_most("drift_kl", measured.value, max_drift, measured.n))
-    return _deliver(drift_document(report, origin, edits=edits, checks=checks), format, output, answers=answers)
+    return deliver(drift_document(report, origin, edits=edits, checks=checks), format, output, answers=answers)
 
 
 @command(app, panel=MEASURE)
@@ -201,12 +201,12 @@ def regression(
     from kvllm.reports.document import regression_document
 
     limits = _limits(fail_under)
-    _check_outputs(output)
+    check_outputs(output)
     with opened(out, kb, readonly=True, model=model, device=device, dtype=dtype) as base:
         report = base.regression(None if since is None else reference(since))
         origin = _origin(base)
     checks = regression_checks(report, max_drift=max_drift, max_lost=max_lost, limits=limits)
-    return _deliver(regression_document(report, origin, checks=checks), format, output, answers=answers)
+    return deliver(regression_document(report, origin, checks=checks), format, output, answers=answers)
 
 
 @command(app, panel=MEASURE)
@@ -233,11 +233,11 @@ def bisect(
     """
     from kvllm.reports.document import bisect_document
 
-    _check_outputs(output)
+    check_outputs(output)
     with opened(out, kb, readonly=True, model=model, device=device, dtype=dtype) as base:
         report = base.bisect(probe, expected=expected)
         origin = _origin(base)
-    return _deliver(bisect_document(report, origin), format, output)
+    return deliver(bisect_document(report, origin), format, output)
 
 
 def _limits(fail_under: str | None) -> dict[str, float]:
@@ -246,7 +246,7 @@ def _limits(fail_under: str | None) -> dict[str, float]:
     return {} if fail_under is None else parse_limits(fail_under)
 
 
-def _check_outputs(files: Sequence[Path] | None) -> None:
+def check_outputs(files: Sequence[Path] | None) -> None:
     """Refuse a file that cannot be written before minutes are spent on what would stand in it."""
     for file in files or ():
         if file.is_dir() or not file.absolute().parent.is_dir():
@@ -269,7 +269,7 @@ def _origin(base: KnowledgeBase) -> Origin:
     )
 
 
-def _deliver(
+def deliver(
     document: Document, format: Format | None, files: Sequence[Path] | None, *, answers: bool = False
 ) -> Result:
     """Write the files, and return what goes to stdout and the exit code."""

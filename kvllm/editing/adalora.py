@@ -14,9 +14,9 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch.nn import functional as F
@@ -60,8 +60,23 @@ _TURN_MARGIN = 4.0
 Item = tuple[torch.Tensor, Row]
 
 
-class AdaLoraEditor:
-    """Trains one delta per call; holds no state between calls."""
+class LowRankEditor:
+    """The training session that all merged editors share; what is trained in it is the subclass's `adapter`.
+
+    Trains one delta per call and holds no state between calls.
+    """
+
+    def coordinates(
+        self, copy: ComputeCopy, rows: Sequence[Row], pool: PreservationPool, whitening: Mapping[str, torch.Tensor]
+    ) -> Mapping[str, torch.Tensor]:
+        """Return the (directions, in) of each module in which its input side is trained."""
+        return edit_coordinates(copy, rows, pool, whitening)
+
+    def adapter(
+        self, copy: ComputeCopy, config: EditConfig, start: dict[str, Factors], coordinates: Mapping[str, torch.Tensor]
+    ) -> AbstractContextManager[Adapter]:
+        """Inject what is trained, starting from the given factors, and take it out again whatever happens."""
+        raise NotImplementedError
 
     def train(
         self,
@@ -102,24 +117,22 @@ class AdaLoraEditor:
         fact = list(zip(lower[: len(task.rows)], task.rows, strict=True))
         replay = list(zip(lower[len(task.rows) :], task.replay, strict=True))
         trained = [*task.rows, *(item.row for item in task.restore)]
-        coordinates = edit_coordinates(copy, trained, pool, task.whitening)
+        coordinates = self.coordinates(copy, trained, pool, task.whitening)
         start = _gradient_factors(copy, fact[:_MAX_ROWS], task.restore[:_MAX_ROWS], config, coordinates)
         records: list[StepRecord] = []
         recalled = False
-        with _adapter(copy, config, start) as tuner:
-            inputs = _InputFactors(copy, coordinates, start)
-            optimizer = _optimizer(copy, config, inputs)
+        with self.adapter(copy, config, start, coordinates) as adapter:
             drift: float | None = None
             stages = _RowStages(fact, task.restore, rng)
             for step in range(1, config.max_steps + 1):
                 rows, restored = stages.next(check=drift is None or drift <= config.preserve_stop)
                 kept = pool.sample(rng, language=task.language, config=config, excluded=task.excluded)
                 older = _choose_replay(replay, config.replay, rng)
-                optimizer.zero_grad(set_to_none=True)
+                adapter.optimizer.zero_grad(set_to_none=True)
                 losses = _backward_losses(
                     copy, rows, restored, kept, older, preserve_weight=config.preserve_weight, turns=stages.turns
                 )
-                penalty = _orthogonality(tuner)
+                penalty = adapter.penalty()
                 if not losses.finite:
                     raise EditFailed(f"The loss was not finite at step {step}; nothing was changed. Try lower rates.")
                 if losses.drift is not None:
@@ -131,8 +144,8 @@ class AdaLoraEditor:
                     loss=losses.fact,
                     recall=stages.recall,
                     drift=drift,
-                    penalty=float(penalty.detach()),
-                    rank=_alive(tuner),
+                    penalty=0.0 if penalty is None else float(penalty.detach()),
+                    rank=adapter.alive(),
                 )
                 records.append(record)
                 if on_step is not None:
@@ -141,15 +154,12 @@ class AdaLoraEditor:
                 if stages.done and (drift is None or drift <= config.preserve_stop) and losses.replay_ok:
                     recalled = True
                     break
-                (config.orthogonality * penalty).backward()
-                _check_gradients(tuner, step)
-                inputs.pull()
-                optimizer.step()
-                inputs.push()
+                if penalty is not None:
+                    (config.orthogonality * penalty).backward()
+                adapter.step(step)
                 give_back()
-                tuner.update_and_allocate(step)
-            scale = _shrink(copy, tuner, stages, fact, task.restore, config.margin) if recalled else 1.0
-            delta, ranks = _fold(tuner)
+            scale = _shrink(copy, adapter, stages, fact, task.restore, config.margin) if recalled else 1.0
+            delta, ranks = adapter.fold()
         check_finite(delta)
         return Training(
             delta=delta,
@@ -159,6 +169,82 @@ class AdaLoraEditor:
             records=tuple(records),
             scale=scale,
         )
+
+
+class Adapter(Protocol):
+    """What one session trains."""
+
+    optimizer: torch.optim.Optimizer
+
+    def penalty(self) -> torch.Tensor | None:
+        """Return what is added to the loss, unweighted; None for nothing."""
+        ...
+
+    def alive(self) -> int:
+        """Count the directions that are still trained, over all modules."""
+        ...
+
+    def step(self, number: int) -> None:
+        """Move along the gradients.
+
+        Raises:
+            EditFailed: one of them is not finite.
+        """
+        ...
+
+    def linear(self) -> list[torch.nn.Parameter]:
+        """Return the parameters that the delta is proportional to."""
+        ...
+
+    def fold(self) -> tuple[dict[str, Factors], dict[str, int]]:
+        """Return the change as a delta, and the rank of each module."""
+        ...
+
+
+class AdaLoraEditor(LowRankEditor):
+    """Adaptive ranks: singular values that start at zero, and a budget that is allocated during training."""
+
+    @contextmanager
+    def adapter(
+        self, copy: ComputeCopy, config: EditConfig, start: dict[str, Factors], coordinates: Mapping[str, torch.Tensor]
+    ) -> Iterator[Adapter]:
+        """Inject AdaLoRA modules."""
+        with _adapter(copy, config, start) as tuner:
+            yield _AdaLora(tuner, copy, config, start, coordinates)
+
+
+class _AdaLora:
+    def __init__(
+        self,
+        tuner: Any,
+        copy: ComputeCopy,
+        config: EditConfig,
+        start: Mapping[str, Factors],
+        coordinates: Mapping[str, torch.Tensor],
+    ) -> None:
+        self._tuner = tuner
+        factors = {name: copy.model.get_submodule(name).lora_A[ADAPTER] for name in copy.targets.names}
+        self._inputs = InputFactors(factors, coordinates, {name: a for name, (a, _) in start.items()})
+        self.optimizer = _optimizer(copy, config, self._inputs)
+
+    def penalty(self) -> torch.Tensor | None:
+        return _orthogonality(self._tuner)
+
+    def alive(self) -> int:
+        return _alive(self._tuner)
+
+    def step(self, number: int) -> None:
+        _check_gradients(self._tuner, number)
+        self._inputs.pull()
+        self.optimizer.step()
+        self._inputs.push()
+        self._tuner.update_and_allocate(number)
+
+    def linear(self) -> list[torch.nn.Parameter]:
+        return [module.lora_E[ADAPTER] for _, module in _factors(self._tuner)]
+
+    def fold(self) -> tuple[dict[str, Factors], dict[str, int]]:
+        return _fold(self._tuner)
 
 
 class _RowStages:
@@ -402,17 +488,17 @@ def _token_weights(n: int, turns: Sequence[int], device: torch.device) -> torch.
 @torch.no_grad()
 def _shrink(
     copy: ComputeCopy,
-    tuner: Any,
+    adapter: Adapter,
     stages: _RowStages,
     fact: Sequence[Item],
     restore: Sequence[PreservedItem],
     margin: float,
 ) -> float:
-    """Scale the singular values down as far as every row still meets the stop rule, and return the factor.
+    """Scale the delta down as far as every row still meets the stop rule, and return the factor.
 
     What an edit does elsewhere falls with the square of its size, and the last steps go past the margins.
     """
-    values = [module.lora_E[ADAPTER] for _, module in _factors(tuner)]
+    values = adapter.linear()
     trained = [value.detach().clone() for value in values]
     device = copy.lm.device
     parts = [_Part(lower, row, torch.ones(len(row.answer), device=device)) for lower, row in fact]
@@ -493,7 +579,7 @@ def _adapter(copy: ComputeCopy, config: EditConfig, start: dict[str, Factors]) -
         init_r=config.init_rank,
         target_r=config.target_rank,
         lora_alpha=config.init_rank,
-        lora_dropout=0.0,
+        lora_dropout=config.dropout,
         target_modules=list(copy.targets.names),
         tinit=_ALLOCATE_FROM,
         tfinal=max(0, config.max_steps + 2 - until),
@@ -511,13 +597,19 @@ def _adapter(copy: ComputeCopy, config: EditConfig, start: dict[str, Factors]) -
                     factor[ADAPTER].data = factor[ADAPTER].data.float()
                 # Modules smaller than init_rank have fewer directions; the rest stay random and tiny.
                 module.lora_B[ADAPTER].data[:, : b.shape[1]] = b
+        for module in _dropouts(copy) if config.dropout else ():
+            module.train()  # the rest of the copy stays in evaluation mode
         yield tuner
     finally:
         tuner.unload()
         copy.model.requires_grad_(False)
 
 
-class _InputFactors:
+def _dropouts(copy: ComputeCopy) -> list[torch.nn.Module]:
+    return [copy.model.get_submodule(name).lora_dropout[ADAPTER] for name in copy.targets.names]
+
+
+class InputFactors:
     """The input factors P in the coordinates they are trained in: P = Z G per module, with G its (directions, in).
 
     The optimizer moves Z; `push` writes P into the adapter, `pull` brings P's gradient back to Z. G is scaled so that
@@ -525,20 +617,34 @@ class _InputFactors:
     """
 
     def __init__(
-        self, copy: ComputeCopy, coordinates: Mapping[str, torch.Tensor], start: Mapping[str, Factors]
+        self,
+        factors: Mapping[str, torch.nn.Parameter],
+        coordinates: Mapping[str, torch.Tensor],
+        start: Mapping[str, torch.Tensor],
     ) -> None:
+        """Set the factors to their start.
+
+        Args:
+            factors: Each module's input factor, (rank, in).
+            coordinates: (directions, in) of those modules that have them.
+            start: First rows of each module's Z, in its coordinates; a module without them starts at zero.
+        """
         self._own: dict[str, tuple[torch.nn.Parameter, torch.Tensor, float, torch.nn.Parameter]] = {}
-        for name in copy.targets.names:
-            p = copy.model.get_submodule(name).lora_A[ADAPTER]
-            first, _ = start[name]
+        for name, p in factors.items():
+            first = start[name][: len(p)] if name in start else None
             if name not in coordinates:
-                p.data[: len(first)] = first
+                if first is not None:
+                    p.data[: len(first)] = first
                 continue
             g = coordinates[name]
-            z = torch.nn.Parameter(torch.randn(len(p), len(g), device=p.device) * _TINY)
-            z.data[: len(first)] = first
-            long, short = (z.detach() @ g).norm(dim=1).mean(), z.detach().norm(dim=1).mean()
-            self._own[name] = (z, g, float(short / long), p)
+            # What a row of Z, one long, becomes on the average; measured where there are such rows.
+            length = g.norm() / math.sqrt(len(g))
+            z = torch.nn.Parameter(torch.zeros(len(p), len(g), device=p.device))
+            if first is not None:
+                z.data.normal_().mul_(_TINY)
+                z.data[: len(first)] = first
+                length = (z.detach() @ g).norm(dim=1).mean() / z.detach().norm(dim=1).mean()
+            self._own[name] = (z, g, float(1.0 / length), p)
         self.push()
 
     def trained(self, name: str, plain: torch.nn.Parameter) -> torch.nn.Parameter:
@@ -557,7 +663,7 @@ class _InputFactors:
             z.grad = (p.grad @ g.T) * scale
 
 
-def _optimizer(copy: ComputeCopy, config: EditConfig, inputs: _InputFactors) -> torch.optim.Optimizer:
+def _optimizer(copy: ComputeCopy, config: EditConfig, inputs: InputFactors) -> torch.optim.Optimizer:
     groups: list[dict[str, Any]] = []
     for name in copy.targets.names:
         module = copy.model.get_submodule(name)

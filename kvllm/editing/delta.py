@@ -169,11 +169,14 @@ class AdaptedWeights:
 
     A matrix is copied when it is first changed. Where the model computes in fp32, its own parameter is the master;
     otherwise an fp32 master stands beside it and is cast once after all sums.
+
+    With another dtype for `masters` each sum is rounded to it: what a tool without fp32 masters would hold.
     """
 
-    def __init__(self, model: Any, *, base_digest: str = "") -> None:
+    def __init__(self, model: Any, *, base_digest: str = "", masters: torch.dtype = torch.float32) -> None:
         self._model = model
         self._base_digest = base_digest
+        self._rounded_to = masters
         self._base: dict[str, torch.Tensor] = {}
         self._masters: dict[str, torch.Tensor] = {}
         self._touched: set[str] = set()
@@ -208,6 +211,8 @@ class AdaptedWeights:
         for name, change in changes.items():
             self._own(name)
             self._masters[name].add_(change)
+            if self._rounded_to != torch.float32:
+                self._masters[name].copy_(self._masters[name].to(self._rounded_to))
             self._touched.add(name)
             self._sync(name)
 

@@ -51,8 +51,8 @@ class EditTask:
         language: Language of the key, for choosing neighbours.
         excluded: Casefolded names and questions that live facts are about: never preserved.
         seed: Of every random choice.
-        whitening: Symmetric (in, in) matrix per module, in whose coordinates the input factors are trained; modules
-            without one are trained in their plain coordinates.
+        whitening: Symmetric (in, in) matrix per module, in whose coordinates ordinary inputs are alike in all
+            directions; modules without one are trained in their plain coordinates.
     """
 
     rows: Sequence[Row]
@@ -74,7 +74,8 @@ class Training:
         recalled: Whether the stop rule was met.
         ranks: Rank per module after AdaLoRA's allocation.
         records: One per step.
-        scale: What the trained singular values were multiplied with in the end.
+        scale: What the trained delta was multiplied with in the end.
+        kept: For editors whose outcome cannot be merged: the tensors of the adapter; then `delta` is empty.
     """
 
     delta: Mapping[str, Factors]
@@ -83,6 +84,7 @@ class Training:
     ranks: Mapping[str, int] = field(default_factory=dict)
     records: tuple[StepRecord, ...] = ()
     scale: float = 1.0
+    kept: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     def summary(self) -> dict[str, Any]:
         """Return what the ledger keeps of a training."""

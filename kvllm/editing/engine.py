@@ -20,10 +20,10 @@ from typing import Any
 import torch
 
 from kvllm.config import EditConfig, ModelConfig
-from kvllm.editing.adalora import AdaLoraEditor
 from kvllm.editing.compute import ComputeCopy
 from kvllm.editing.delta import AdaptedWeights, Delta, Factors, check_finite, check_norm, concatenate, from_files
-from kvllm.editing.editor import Editor, EditTask, StepRecord, Training
+from kvllm.editing.editor import EditTask, StepRecord, Training
+from kvllm.editing.editors import EDITORS
 from kvllm.editing.inputs import input_whitening
 from kvllm.editing.preservation import PreservationPool, PreservedItem, Prompt, build_pool, prepare_items
 from kvllm.errors import BaseMismatch, ConfigError, Corrupt, ModelError, Untrusted
@@ -36,7 +36,6 @@ from kvllm.prompts import language_of, training_questions
 from kvllm.records import Fact, Metric, Progress, Report, StoredFact
 from kvllm.store import Store
 
-EDITORS: dict[str, type[Editor]] = {"adalora": AdaLoraEditor}
 _REPLAYED_FACTS = 24
 _QUESTIONS_PER_REPLAYED_FACT = 2
 Tick = Callable[..., None]
@@ -51,7 +50,8 @@ class Engine:
         self.store = store
         self.files = files
         self.lm = lm
-        self.weights = AdaptedWeights(lm.model, base_digest=store.base.digest)
+        masters = getattr(torch, lm.config.masters)
+        self.weights = AdaptedWeights(lm.model, base_digest=store.base.digest, masters=masters)
         self.head = 0
         self._progress = progress
         self._copy: ComputeCopy | None = None
@@ -304,6 +304,25 @@ class Engine:
         check_finite(training.delta)
         check_norm(training.delta)
         return training
+
+    def training_copy(self, config: EditConfig) -> ComputeCopy:
+        """Return the copy that edits of this configuration train on, holding the current weights."""
+        return self._prepare(config)
+
+    @torch.no_grad()
+    def recites(self, rows: Sequence[Row], config: EditConfig, *, batch_size: int = 16) -> list[bool]:
+        """Say of each row whether every token of its answer is the greedy choice now, on the fast training copy."""
+        copy = self._prepare(config)
+        lower = copy.lower_states([row.ids for row in rows])
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))
+        found = [False] * len(rows)
+        for start in range(0, len(order), batch_size):
+            batch = order[start : start + batch_size]
+            states = copy.answer_states([(lower[i], rows[i]) for i in batch])
+            for i, mine in zip(batch, states.split([len(rows[i].answer) for i in batch]), strict=True):
+                greedy = copy.logits(mine).argmax(-1).tolist()
+                found[i] = tuple(greedy) == rows[i].answer
+        return found
 
     def base_items(
         self, questions: Sequence[str], held_out: Sequence[str], tokens: int, config: EditConfig

@@ -31,7 +31,7 @@ from kvllm.reports import plots
 from kvllm.reports.curves import recall_by_distance, recitals
 
 SCHEMA = "kvllm-report/1"
-Kind = Literal["probe", "drift", "regression", "bisect"]
+Kind = Literal["probe", "drift", "regression", "bisect", "experiment"]
 # Larger matrices cannot be read; their pairs still stand in the list.
 MOST_MATRIX_KEYS = 24
 # Which metrics a probe counts for; of other kinds there is one of the kind's own name.
@@ -106,7 +106,7 @@ class Section:
     title: str
     note: str = ""
     table: Table | None = None
-    figure: plots.Plot | plots.Matrix | None = None
+    figure: plots.Plot | plots.Lines | plots.Matrix | None = None
     entries: tuple[Entry, ...] = ()
     minor: bool = False
 
@@ -125,6 +125,7 @@ class Document:
         sections: The body.
         warnings: What to know before the numbers.
         data: What the JSON format holds beside origin and gate, as plain data.
+        measured: Where it was measured, in rows that stand instead of the origin's, for what is no knowledge base.
     """
 
     kind: Kind
@@ -136,6 +137,7 @@ class Document:
     sections: tuple[Section, ...]
     warnings: tuple[str, ...] = ()
     data: Mapping[str, Any] = field(default_factory=dict)
+    measured: tuple[tuple[str, str], ...] = ()
 
     @property
     def failed(self) -> bool:
@@ -148,6 +150,8 @@ class Document:
         Args:
             failure: The line that says what failed.
         """
+        if self.kind == "experiment":  # has a shape of its own
+            return dict(self.data)
         document: dict[str, Any] = {"ok": failure is None, "schema": SCHEMA, "kind": self.kind}
         if failure is not None:
             document |= {"error": failure, "code": "gate_failed"}

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from kvllm.metrics import shown
 from kvllm.reports.document import Document, Entry, Table
+from kvllm.reports.plots import Lines, bars_in_text
 from kvllm.reports.text import markdown, neutral
 
 # GitHub cuts a comment at 65,536 characters: failing answers come first, and the rest stays in the other formats.
@@ -32,6 +33,8 @@ def markdown_page(document: Document, *, failure: str | None = None) -> str:
             parts.append(markdown(section.note))
         if section.table is not None and section.table.rows:
             parts.append(table(section.table))
+        if isinstance(section.figure, Lines):
+            parts.append(_text_plot(section.figure))
         parts += _entries(section.entries)
     origin = document.origin
     parts.append("## Where it was measured")
@@ -44,6 +47,7 @@ def markdown_page(document: Document, *, failure: str | None = None) -> str:
         ("kvllm", origin.kvllm),
         ("made", origin.made),
     ]
+    rows = list(document.measured) or rows
     parts.append(table(Table(("", ""), tuple(rows))))
     return "\n\n".join(parts) + "\n"
 
@@ -54,6 +58,13 @@ def table(given: Table) -> str:
     rule = ["---:" if name.startswith(">") else "---" for name in given.columns]
     lines = [head, rule, *([markdown(cell) for cell in row] for row in given.rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _text_plot(figure: Lines) -> str:
+    """A plot as a block of plain text: Markdown shows no SVG that stands in the page itself."""
+    said = [f"{figure.title}: {figure.y_label} against {figure.x_label}", *bars_in_text(figure)]
+    inside = "&#10;".join(html.escape(neutral(line, keep="")) for line in said)
+    return f"<pre>{inside}</pre>"
 
 
 def _checks(document: Document) -> str:

@@ -62,6 +62,36 @@ class Plot:
 
 
 @dataclass(frozen=True)
+class Series:
+    """One line of several, with its points; `label` names it and `values` are its numbers, for plain text."""
+
+    label: str
+    line: str
+    dots: tuple[Dot, ...]
+    values: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Lines:
+    """Several lines in one frame, told apart by colour and dashes."""
+
+    name: str
+    title: str
+    told: str
+    x_label: str
+    y_label: str
+    x_ticks: tuple[Tick, ...]
+    y_ticks: tuple[Tick, ...]
+    series: tuple[Series, ...]
+    width: int = WIDTH
+    height: int = HEIGHT
+    left: int = _LEFT
+    right: int = WIDTH - _RIGHT
+    top: int = _TOP
+    bottom: int = HEIGHT - _BOTTOM
+
+
+@dataclass(frozen=True)
 class Cell:
     """One cell of a matrix; `share` in [0, 1] sets its colour."""
 
@@ -165,6 +195,57 @@ def drift_plot(points: Sequence[EditPoint]) -> Plot:
         _path([(dot.x, dot.y) for dot in dots]),
         "",
         dots,
+    )
+
+
+def lines_plot(
+    name: str,
+    title: str,
+    series: Sequence[tuple[str, Sequence[tuple[float, float]]]],
+    *,
+    x_label: str,
+    y_label: str,
+    most: float | None = None,
+) -> Lines | None:
+    """Draw several lines of (x, y) points; None where there is no point.
+
+    Args:
+        name, title: Of the plot.
+        series: Label and points of each line.
+        x_label, y_label: Of the axes, which both begin at 0.
+        most: Upper end of the y axis; by default what the points need.
+    """
+    given = [(label, sorted(points)) for label, points in series if points]
+    if not given:
+        return None
+    x_ticks = _whole(max(1.0, *(x for _, points in given for x, _ in points)))
+    top = most or max(1e-3, *(y for _, points in given for _, y in points))
+    step = _nice(top / 4) if most is None else most / 4
+    digits = 2 if most is not None else max(0, -math.floor(math.log10(step)))
+    y_ticks = _steps(math.ceil(top / step - 1e-9) * step, step, digits)
+    x_of, y_of = _x(x_ticks), _y(y_ticks)
+    drawn = tuple(
+        Series(
+            label,
+            _path([(x_of(x), y_of(y)) for x, y in points]),
+            tuple(Dot(x_of(x), y_of(y), f"{label}: {shown(y)} at {x:g}") for x, y in points),
+            tuple(y for _, y in points),
+        )
+        for label, points in given
+    )
+    told = "; ".join(f"{label}: {shown(points[-1][1])} at {points[-1][0]:g}" for label, points in given)
+    return Lines(name, title, told, x_label, y_label, _placed(x_ticks, x_of), _placed(y_ticks, y_of), drawn)
+
+
+def bars_in_text(figure: Lines) -> tuple[str, ...]:
+    """Return a plot as lines of plain text, one per series: its label and its values as blocks of eight heights."""
+    top = max((value for series in figure.series for value in series.values), default=0.0) or 1.0
+    wide = max(len(series.label) for series in figure.series)
+    blocks = "▁▂▃▄▅▆▇█"
+    return tuple(
+        f"{series.label:<{wide}}  {''.join(blocks[min(7, int(8 * value / top))] for value in series.values)}"
+        f"  {shown(series.values[0])} … {shown(series.values[-1])}"
+        for series in figure.series
     )
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from kvllm.records import EditPoint, ProbeResult, RetentionPoint
 from kvllm.reports.curves import recall_by_distance, recitals
-from kvllm.reports.plots import distance_plot, drift_plot, matrix_plot, retention_plot
+from kvllm.reports.plots import bars_in_text, distance_plot, drift_plot, lines_plot, matrix_plot, retention_plot
 
 
 def probe(key: str, answer: str, text: str, similarity: float | None = None, kind: str = "paraphrase") -> ProbeResult:
@@ -72,3 +72,18 @@ def test_a_matrix_has_one_cell_for_each_pair() -> None:
         (1.0, True), (0.0, False), (0.25, False), (0.75, True)
     ]  # fmt: skip
     assert "asked about b, recited a: 0.250" in {cell.told for cell in found.cells}
+
+
+def test_several_lines_share_one_frame() -> None:
+    figure = lines_plot("x", "X", [("a", [(10, 0.5), (0, 1.0)]), ("none", []), ("bb", [(5, 0.0)])], x_label="n",
+                        y_label="share", most=1.0)  # fmt: skip
+    assert figure is not None
+    assert [series.label for series in figure.series] == ["a", "bb"]
+    first, second = figure.series
+    assert first.values == (1.0, 0.5)
+    assert first.dots[0].y < first.dots[1].y, "more is higher"
+    assert first.dots[0].x < second.dots[0].x < first.dots[1].x
+    assert second.dots[0].y == figure.bottom
+    assert [tick.label for tick in figure.y_ticks] == ["0.00", "0.25", "0.50", "0.75", "1.00"]
+    assert bars_in_text(figure) == ("a   █▅  1.000 … 0.500", "bb  ▁  0.000 … 0.000")
+    assert lines_plot("x", "X", [("a", [])], x_label="n", y_label="share") is None

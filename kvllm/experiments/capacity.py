@@ -1,0 +1,198 @@
+"""Question 2: is there a limit, and who collides?
+
+Facts are inserted one edit after the other, at several adapter budgets, until fewer than half are recalled. After every
+edit each fact so far is watched (would the model still recite it, token by token?); whatever an edit breaks is ranked
+among all that it could have broken, by how near its key is to the edit's. At declared numbers of facts everything is
+asked live.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from kvllm.errors import ConfigError, EditFailed
+from kvllm.experiments.bench import Bench, shares
+from kvllm.experiments.declared import Declared, Run
+from kvllm.experiments.desk import Desk
+from kvllm.experiments.facts import Case
+from kvllm.experiments.injection import checkpoints, edit_row, slug
+from kvllm.probing.encoder import Encoder, HiddenStateEncoder
+from kvllm.prompts import key_question
+
+_KNOWN = {"name", "mode", "edit"}
+_BUDGETS: tuple[dict[str, Any], ...] = (
+    {"name": "default"},
+    {"name": "rank 2", "edit": {"init_rank": 3, "target_rank": 2}},
+    {"name": "rank 32", "edit": {"init_rank": 48, "target_rank": 32}},
+)
+
+
+def runs(declared: Declared) -> list[Run]:
+    """Return one run per budget and seed, and one each for the unedited model and retrieval.
+
+    Raises:
+        ConfigError: a budget cannot be used.
+    """
+    budgets = declared.settings.get("budgets", list(_BUDGETS))
+    if not isinstance(budgets, list) or not budgets:
+        raise ConfigError("settings.budgets must be a list of tables; nothing was run.")
+    asked = tuple(f"ask-{point:04}" for point in checkpoints(declared))
+    found = [
+        Run(f"{mode}-{declared.seeds[0]}", mode, declared.seeds[0], asked, {"mode": mode})
+        for mode in ("unedited", "in-context")
+    ]
+    for budget in budgets:
+        unknown = sorted(set(budget) - _KNOWN)
+        if unknown:
+            raise ConfigError(f"A budget has a name and edit settings, no {', '.join(unknown)}; nothing was run.")
+        declared.edit_config(seed=0, **dict(budget.get("edit", {})))
+        name = str(budget.get("name", "default"))
+        for seed in declared.seeds:
+            found.append(Run(f"{slug(name)}-{seed}", name, seed, tuple(_steps(declared)), {"mode": "edit", **budget}))
+    if len({run.id for run in found}) != len(found):
+        raise ConfigError("Two budgets have one name; nothing was run.")
+    return found
+
+
+def _steps(declared: Declared) -> list[str]:
+    points = set(checkpoints(declared))
+    return [
+        step for n in range(1, declared.n + 1) for step in (f"edit-{n:04}", *((f"ask-{n:04}",) if n in points else ()))
+    ]
+
+
+def execute(run: Run, desk: Desk) -> None:
+    """Do what is left of a run."""
+    declared = desk.declared
+    cases = declared.ordered(run.seed)
+    with Bench(declared, desk.folder, progress=desk.progress) as bench:
+        if run.settings["mode"] != "edit":
+            for point in checkpoints(declared):
+                if desk.open(f"ask-{point:04}"):
+                    asked = bench.ask(cases[:point], in_context=run.settings["mode"] == "in-context")
+                    state = {"kind": "state", "facts": point, **shares(asked), **bench.drift()}
+                    desk.finish(f"ask-{point:04}", [state])
+            return
+        watch = _Watch(bench, cases, desk)
+        least = declared.setting("stop_below", 0.5)
+        config = declared.edit_config(seed=run.seed, **dict(run.settings.get("edit", {})))
+        for n in range(1, declared.n + 1):
+            step = f"edit-{n:04}"
+            if desk.open(step):
+                if _given_up(desk):
+                    desk.finish(step, [])
+                    continue
+                try:
+                    edits = bench.teach([cases[n - 1]], config)
+                except EditFailed:
+                    edits = []
+                rows = [edit_row(edit) | {"facts": n} for edit in edits]
+                desk.finish(step, [*rows, *watch.look(n, config)])
+            if n in checkpoints(declared) and desk.open(f"ask-{n:04}"):
+                if _given_up(desk):
+                    desk.finish(f"ask-{n:04}", [])
+                    continue
+                rows = _state(bench, cases[:n], last=n == declared.n)
+                share = rows[-1]["recalled"]
+                if share is not None and share < least:
+                    _write(desk.folder / "given-up.json", {"facts": n, "recalled": share})
+                desk.finish(f"ask-{n:04}", rows)
+
+
+def _given_up(desk: Desk) -> bool:
+    """Say whether fewer facts than declared were recalled at an earlier step."""
+    return (desk.folder / "given-up.json").exists()
+
+
+class _Watch:
+    """What is recited after each edit, and what each edit broke. Its memory is one small file per edit."""
+
+    def __init__(self, bench: Bench, cases: Sequence[Case], desk: Desk) -> None:
+        self._bench = bench
+        self._cases = cases
+        self._desk = desk
+        self._near: dict[str, Any] | None = None
+
+    def look(self, n: int, config: Any) -> list[dict[str, Any]]:
+        """Watch the first n facts after the n-th edit; return a row for the state and one for each loss."""
+        lm = self._bench.lm
+        rows = [lm.row(case.trained(1)[0], case.fact.text) for case in self._cases[:n]]
+        recited = self._bench.engine.recites(rows, config)
+        before = self._read(n - 1)
+        _write(self._path(n), recited)
+        could = [i for i in range(n - 1) if before[i]]
+        lost = [i for i in could if not recited[i]]
+        gained = sum(recited[i] for i in range(n - 1) if not before[i])
+        found: list[dict[str, Any]] = [
+            {"kind": "watch", "facts": n, "recited": sum(recited), "lost": len(lost), "gained": gained}
+        ]
+        for i in lost:
+            row = {"kind": "loss", "facts": n, "key": self._cases[i].key, "broken_by": self._cases[n - 1].key}
+            row |= {"age": n - 1 - i, "candidates": len(could), "edit": f"{self._desk.run.id} {n}"}
+            for name, matrix in self._similarities().items():
+                cosines = {j: float(matrix[j, n - 1]) for j in could}
+                nearer = sum(c > cosines[i] for c in cosines.values())
+                equal = sum(c == cosines[i] for c in cosines.values())
+                row |= {f"rank_{name}": nearer + (equal + 1) / 2, f"cosine_{name}": round(cosines[i], 4)}
+            found.append(row)
+        return found
+
+    def _similarities(self) -> dict[str, Any]:
+        """Return the cosines of all keys' questions, by the encoder and by the model's own hidden states."""
+        if self._near is None:
+            questions = [key_question(case.key) for case in self._cases]
+            encoders: dict[str, Encoder] = {
+                "encoder": self._bench.encoder,
+                "hidden": HiddenStateEncoder(self._bench.lm),
+            }
+            vectors = {name: encoder.encode(questions) for name, encoder in encoders.items()}
+            self._near = {name: found @ found.T for name, found in vectors.items()}
+        return self._near
+
+    def _path(self, n: int) -> Any:
+        return self._desk.folder / "watch" / f"{n:04}.json"
+
+    def _read(self, n: int) -> list[bool]:
+        if n == 0:
+            return []
+        found: list[bool] = json.loads(self._path(n).read_text(encoding="utf-8"))
+        return found
+
+
+def _state(bench: Bench, cases: Sequence[Case], *, last: bool) -> list[dict[str, Any]]:
+    """Ask everything, and count what the weights hold: bits of the texts that they no longer find surprising."""
+    asked = bench.ask(cases)
+    lm = bench.lm
+    rows = [lm.row(case.trained(1)[0], case.fact.text) for case in cases]
+    now = [score.nll * len(row.answer) for score, row in zip(lm.score(rows), rows, strict=True)]
+    with bench.engine.base_weights():
+        base = [score.nll * len(row.answer) for score, row in zip(lm.score(rows), rows, strict=True)]
+    bits = sum(max(0.0, b - a) for a, b in zip(now, base, strict=True)) / math.log(2)
+    history = [edit for edit in bench.kb.history() if edit.delta is not None]
+    trained = sum(a.numel() + b.numel() for a, b in bench.engine.history_delta(bench.kb.head()).values())
+    matrices = sum(bench.engine.weights.master(name).numel() for name in bench.engine.weights.touched)
+    facts = [{"kind": "fact", "facts": len(cases), "place": i, **row} for i, row in enumerate(asked)]
+    state = {
+        "kind": "state",
+        "facts": len(cases),
+        **shares(asked),
+        **bench.drift(last=last),
+        "bits": round(bits, 2),
+        "bits_of_base": round(sum(base) / math.log(2), 2),
+        "adapter_parameters": trained,
+        "matrix_parameters": matrices,
+        "train_seconds": round(sum(edit.seconds for edit in history), 3),
+    }
+    return [*facts, state]
+
+
+def _write(path: Any, value: Any) -> None:
+    """Write a small file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(value), encoding="utf-8")
+    os.replace(temporary, path)

@@ -1,0 +1,660 @@
+"""An experiment's rows as a document that every report format lays out: findings, tables, plots.
+
+Nothing is measured here; every sentence is made of the rows' numbers.
+
+    document = experiment_document(declared, outcome); render(document, "html")
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import datetime, timezone
+from itertools import pairwise
+from typing import Any
+
+import kvllm
+from kvllm.experiments.declared import Declared
+from kvllm.experiments.runner import Outcome, in_words
+from kvllm.experiments.statistics import Loss, correlation, fit_retention, paired_p, rank_test
+from kvllm.metrics import RECALLED_SHARE, mean, shown, shown_p
+from kvllm.paired import bootstrap, holm, mcnemar, wilson
+from kvllm.reports.document import Document, Origin, Section, Table
+from kvllm.reports.plots import lines_plot
+
+SCHEMA = "kvllm-experiment/1"
+Row = Mapping[str, Any]
+_TITLES = {
+    "injection": "Many facts: one by one, in chunks, or all at once?",
+    "capacity": "Is there a limit, and who collides?",
+    "factors": "Why does it work?",
+    "editors": "The fine-tuning methods on one task",
+}
+_RECALLED = (
+    "recalled: share of the asked trained questions whose live answer states the fact, with its 95 % Wilson interval"
+)
+_COLUMNS_NOTE = (
+    f"{_RECALLED}; generalized: the same on paraphrases never trained on; leak: share of neighbour questions that "
+    "recite the fact; unchanged: share of neighbour answers that are the unedited model's, word for word. In-context: "
+    "the unedited model with the nearest fact's text in the prompt."
+)
+
+
+def experiment_document(declared: Declared, outcome: Outcome) -> Document:
+    """Return the document of a finished (or partly finished) experiment."""
+    makers: dict[str, Callable[[Declared, Outcome], tuple[list[str], list[Section]]]] = {
+        "injection": _injection,
+        "capacity": _capacity,
+        "factors": _factors,
+        "editors": _editors,
+    }
+    findings, sections = makers[declared.kind](declared, outcome)
+    done = {(row["run"], row["step"]) for row in outcome.rows}
+    warnings = [f"The run {run} failed: {why}" for run, why in outcome.failed.items()]
+    whole = sum(len(run.steps) for run in outcome.runs)
+    environment = dict(outcome.noted.get("environment") or {})
+    model = dict(outcome.noted.get("model") or {})
+    git = dict(environment.get("git") or {})
+    made = datetime.now(timezone.utc).isoformat(timespec="seconds").replace("+00:00", "Z")
+    measured = (
+        ("experiment", f"{declared.name} ({declared.kind}), {len(outcome.runs)} runs, {whole} steps"),
+        ("facts", f"{declared.n} of {len(declared.cases)}, sha256 {declared.facts_digest}"),
+        ("seeds", ", ".join(map(str, declared.seeds))),
+        ("base model", f"{model.get('name', '')} {model.get('digest', '')}"),
+        ("commit", f"{git.get('commit') or 'unknown'}{' with changes' if git.get('changed') else ''}"),
+        (
+            "machine",
+            f"{environment.get('cpu', '')}, {environment.get('cpus', '')} cores, torch {environment.get('torch')}",
+        ),
+        ("work", in_words(outcome.seconds)),
+        ("made", f"{made} by kvllm {kvllm.__version__}"),
+    )
+    document = {
+        "ok": not outcome.failed,
+        "schema": SCHEMA,
+        "experiment": dict(outcome.declared),
+        "digest": declared.digest,
+        "made": made,
+        "environment": environment,
+        "model": model,
+        "facts": {"n": declared.n, "of": len(declared.cases), "sha256": declared.facts_digest},
+        "seconds": round(outcome.seconds, 3),
+        "runs": [{"id": run.id, "arm": run.arm, "seed": run.seed, "steps": len(run.steps)} for run in outcome.runs],
+        "steps_with_rows": len(done),
+        "failed": dict(outcome.failed),
+        "findings": findings,
+        "tables": [
+            {
+                "title": s.title,
+                "columns": [c.lstrip(">") for c in s.table.columns],
+                "rows": [list(r) for r in s.table.rows],
+            }
+            for s in sections
+            if s.table is not None
+        ],
+        "rows": [dict(row) for row in outcome.rows],
+    }
+    if outcome.failed:
+        document |= {"error": warnings[0], "code": "edit_failed"}
+    origin = Origin(
+        "", str(model.get("name", "")), str(model.get("digest", "")), 0, declared.n, kvllm.__version__, made
+    )
+    title = f"{_TITLES[declared.kind]} ({declared.name})"
+    return Document(
+        "experiment", title, origin, tuple(findings), (), {}, tuple(sections), tuple(warnings), document, measured
+    )
+
+
+# ------------------------------------------------------------------ question 1
+
+
+def _injection(declared: Declared, outcome: Outcome) -> tuple[list[str], list[Section]]:
+    states = [row for row in outcome.rows if row["kind"] == "state"]
+    facts = [row for row in outcome.rows if row["kind"] == "fact"]
+    last = [row for row in states if row["facts"] == declared.n]
+    keys = list(dict.fromkeys((row["arm"], row["after"]) for row in last))
+    final = {key: [row for row in last if (row["arm"], row["after"]) == key] for key in keys}
+    rows = []
+    for (arm, after), mine in final.items():
+        edits = max(1, round(_mean(mine, "edits") or 0))
+        rows.append(
+            (
+                _arm(arm, after),
+                str(len(mine)),
+                *_answer_cells(mine),
+                *_drift_cells(mine),
+                shown(_mean(mine, "train_seconds"), 1),
+                shown((_mean(mine, "train_seconds") or 0.0) / declared.n, 1),
+                str(edits if _mean(mine, "edits") else 0),
+                shown((_mean(mine, "bytes") or 0.0) / 1e6, 2),
+            )
+        )
+    columns = ("arm", ">runs", *_ANSWER_COLUMNS, *_DRIFT_COLUMNS, ">train s", ">s per fact", ">edits", ">delta MB")
+    sections = [Section(f"After {declared.n} facts", _COLUMNS_NOTE, Table(columns, tuple(rows)))]
+    sections += _curves(states)
+    sections += _difficulty(facts, declared.n)
+    compared, told = _against_sequential(facts, declared.n)
+    sections += compared
+    sections += _ages(facts, declared.n)
+    trained = {key: mine for key, mine in final.items() if key[0] not in ("unedited", "in-context")}
+    findings = []
+    if trained:
+        best = max(trained, key=lambda key: _merit(trained[key]))
+        cheapest = min(trained, key=lambda key: _mean(trained[key], "train_seconds") or 0.0)
+        findings.append(
+            f"After {declared.n} facts {_arm(*best)} has the best harmonic mean of recall, generalization and absence "
+            f"of leaks ({shown(_merit(trained[best]))}); {_arm(*cheapest)} trains the shortest "
+            f"({shown((_mean(trained[cheapest], 'train_seconds') or 0.0) / declared.n, 1)} s per fact)."
+        )
+    return findings + told, sections
+
+
+def _curves(states: Sequence[Row]) -> list[Section]:
+    sections = []
+    arms = list(dict.fromkeys(row["arm"] for row in states))
+    for name, title, label, most in (
+        ("recalled", "Recall of all facts so far", "share recalled", 1.0),
+        ("drift_kl", "Drift", "drift_kl (nats per token)", None),
+    ):
+        series = []
+        for arm in arms:
+            points = {n for row in states for n in [row["facts"]] if row["arm"] == arm and not row.get("after")}
+            series.append((arm, [(float(n), _mean(_of(states, arm, n), name) or 0.0) for n in sorted(points)]))
+        figure = lines_plot(name, title, series, x_label="facts", y_label=label, most=most)
+        if figure is not None:
+            cells = tuple((arm, str(int(x)), shown(y)) for arm, points in series for x, y in points)
+            sections.append(Section(title, "", Table(("arm", ">facts", f">{name}"), cells), figure, minor=True))
+    return sections
+
+
+def _of(states: Sequence[Row], arm: str, n: int) -> list[Row]:
+    return [row for row in states if row["arm"] == arm and row["facts"] == n and not row.get("after")]
+
+
+def _difficulty(facts: Sequence[Row], n: int) -> list[Section]:
+    mine = [row for row in facts if row["facts"] == n]
+    kinds = [d for d in ("short", "long", "contradiction") if any(row["difficulty"] == d for row in mine)]
+    if not kinds:
+        return []
+    rows = []
+    for arm, after in dict.fromkeys((row["arm"], row["after"]) for row in mine):
+        for kind in kinds:
+            some = [r for r in mine if (r["arm"], r["after"], r["difficulty"]) == (arm, after, kind)]
+            if some:
+                shares = _shares(some)
+                rows.append((_arm(arm, after), kind, str(len(some)), *_share_cells(shares)))
+    columns = ("arm", "difficulty", ">facts", *_ANSWER_COLUMNS)
+    return [Section("By difficulty", "Labels of the facts' file.", Table(columns, tuple(rows)))]
+
+
+def _against_sequential(facts: Sequence[Row], n: int) -> tuple[list[Section], list[str]]:
+    """Compare every arm with the first sequential one, fact by fact: the same facts in the same order."""
+    mine = [row for row in facts if row["facts"] == n]
+
+    def recalled(arm: str, after: str) -> dict[tuple[str, int], bool]:
+        chosen = [row for row in mine if (row["arm"], row["after"]) == (arm, after) and row["trained"]]
+        return {(r["key"], r["seed"]): r["trained_right"] / r["trained"] >= RECALLED_SHARE for r in chosen}
+
+    base = recalled("sequential", "")
+    if not base:
+        return [], []
+    found: dict[str, tuple[int, int, int, float, Any]] = {}
+    for arm, after in dict.fromkeys((row["arm"], row["after"]) for row in mine):
+        if (arm, after) == ("sequential", ""):
+            continue
+        other = recalled(arm, after)
+        if arm in ("unedited", "in-context"):  # of one seed: every seed of the other side is compared with it
+            by_key = {key: value for (key, _), value in other.items()}
+            other = {pair: by_key[pair[0]] for pair in base if pair[0] in by_key}
+        shared = [pair for pair in base if pair in other]
+        lost = sum(base[p] and not other[p] for p in shared)
+        gained = sum(other[p] and not base[p] for p in shared)
+        band = bootstrap([base[p] for p in shared], [other[p] for p in shared], groups=[p[0] for p in shared])
+        found[_arm(arm, after)] = (len(shared), lost, gained, mcnemar(lost, gained), band)
+    adjusted = holm({arm: p for arm, (_, _, _, p, _) in found.items()})
+    rows = tuple(
+        (
+            arm,
+            str(pairs),
+            str(lost),
+            str(gained),
+            "" if band is None else f"{shown(band.low)} to {shown(band.high)}",
+            shown_p(p),
+            shown_p(adjusted[arm]),
+        )
+        for arm, (pairs, lost, gained, p, band) in found.items()
+    )
+    note = (
+        f"Facts recalled (at least {RECALLED_SHARE:.0%} of their questions) by the arm and by `sequential`, as pairs; "
+        "exact McNemar test, Holm's adjustment; interval of the difference by a bootstrap that draws facts."
+    )
+    columns = ("arm", ">pairs", ">lost", ">gained", ">95 % interval of the change", ">p", ">p (Holm)")
+    told = [
+        f"{arm} recalls {gained} facts that sequential insertion does not, and loses {lost} (n={pairs}, "
+        f"p={shown_p(adjusted[arm])} after Holm)."
+        for arm, (pairs, lost, gained, _, _) in found.items()
+        if arm not in ("unedited", "in-context") and adjusted[arm] < 0.05
+    ]
+    if not told:
+        told = ["No arm's recall differs from sequential insertion's by more than chance would give (p ≥ 0.05, Holm)."]
+    return [Section("Against sequential insertion", note, Table(columns, rows))], told
+
+
+def _ages(facts: Sequence[Row], n: int) -> list[Section]:
+    mine = [r for r in facts if r["facts"] == n and not r["after"] and r["arm"] not in ("unedited", "in-context")]
+    edges = sorted({0, *(n * share // 4 for share in (1, 2, 3)), n})
+    series, rows = [], []
+    for arm in dict.fromkeys(row["arm"] for row in mine):
+        points = []
+        for low, high in pairwise(edges):
+            some = [row for row in mine if row["arm"] == arm and low <= row["age"] < high]
+            if some:
+                shares = _shares(some)
+                points.append(((low + high - 1) / 2, shares["recalled"][0] / max(1, shares["recalled"][1])))
+                rows.append((arm, f"{low} to {high - 1}", str(len(some)), *_share_cells(shares)[:2]))
+        series.append((arm, points))
+    figure = lines_plot(
+        "ages", "Recall by age", series, x_label="facts taught after it", y_label="share recalled", most=1.0
+    )
+    columns = ("arm", "facts after it", ">facts", *_ANSWER_COLUMNS[:2])
+    note = f"At the end, after {n} facts: how a fact's recall depends on how many came after its own edit."
+    return [Section("Retention by age", note, Table(columns, tuple(rows)), figure)] if rows else []
+
+
+# ------------------------------------------------------------------ question 2
+
+
+def _capacity(declared: Declared, outcome: Outcome) -> tuple[list[str], list[Section]]:
+    states = [row for row in outcome.rows if row["kind"] == "state"]
+    losses = [row for row in outcome.rows if row["kind"] == "loss"]
+    arms = list(dict.fromkeys(row["arm"] for row in states))
+    findings, rows = [], []
+    for arm in arms:
+        mine = [row for row in states if row["arm"] == arm]
+        points = [(r["facts"], round((r["recalled"] or 0.0) * r["recalled_n"]), r["recalled_n"]) for r in mine]
+        last = [row for row in mine if row["facts"] == max(r["facts"] for r in mine)]
+        edited = arm not in ("unedited", "in-context")
+        fit = fit_retention(points) if edited else None
+        half = (
+            "–"
+            if fit is None
+            else (f"over {10 * max(p[0] for p in points)}" if fit.half is None else f"{fit.half:.0f}")
+        )
+        band = (
+            "–"
+            if fit is None or fit.low is None
+            else f"{fit.low:.0f} to {'∞' if fit.high is None else f'{fit.high:.0f}'}"
+        )
+        bits, adapter = _mean(last, "bits"), _mean(last, "adapter_parameters")
+        matrices = _mean(last, "matrix_parameters")
+        rows.append(
+            (
+                arm,
+                str(last[0]["facts"]),
+                *_answer_cells(last),
+                *_drift_cells(last),
+                half,
+                band,
+                shown(bits, 0),
+                shown(bits / adapter, 5) if bits is not None and adapter else "–",
+                shown(bits / matrices, 6) if bits is not None and matrices else "–",
+            )
+        )
+        if fit is not None:
+            findings.append(
+                f"{arm}: {shown(_mean(last, 'recalled'))} recalled after {last[0]['facts']} facts; half are recalled "
+                f"at {half} facts (95 % interval {band})."
+            )
+    columns: tuple[str, ...] = (
+        "budget", ">facts", *_ANSWER_COLUMNS, *_DRIFT_COLUMNS, ">half at", ">95 %", ">bits",
+        ">bits per adapter parameter",
+        ">bits per matrix parameter",
+    )  # fmt: skip
+    note = (
+        f"{_COLUMNS_NOTE} Half at: facts at which half are recalled, by a logistic fit over the logarithm of their "
+        "number (parametric bootstrap). Bits: by how much less surprising the texts are than to the base "
+        "(teacher-forced)."
+    )
+    sections = [Section("At the last state of each budget", note, Table(columns, tuple(rows)))]
+    sections += _curves(states)
+    tests = []
+    for arm in ["all budgets", *(a for a in arms if a not in ("unedited", "in-context"))]:
+        mine = [row for row in losses if arm in ("all budgets", row["arm"])]
+        for name, what in (("encoder", "encoder"), ("hidden", "hidden states")):
+            found = rank_test([Loss(r[f"rank_{name}"], r["candidates"], r["edit"]) for r in mine])
+            if found is None:
+                continue
+            tests.append(
+                (
+                    arm,
+                    what,
+                    str(found.n),
+                    shown(found.mean),
+                    shown_p(found.p_value),
+                    f"{found.nearest} ({shown(found.expected_nearest, 1)})",
+                    shown(mean(r["age"] for r in mine), 1),
+                )
+            )
+            if arm == "all budgets":
+                verdict = "nearer than chance" if found.p_value < 0.05 else "not nearer than chance"
+                findings.append(
+                    f"Lost facts are {verdict} to the edit that broke them, by {what}: mean relative rank "
+                    f"{shown(found.mean)} (0.5 is chance), p={shown_p(found.p_value)}, n={found.n}; the very nearest "
+                    f"was lost {found.nearest} times, chance would give {shown(found.expected_nearest, 1)}."
+                )
+    if not losses:
+        findings.append("No fact was lost, so that nothing can be said of collisions.")
+    columns = (
+        "budget",
+        "similarity by",
+        ">losses",
+        ">mean relative rank",
+        ">p",
+        ">nearest of all (chance)",
+        ">mean age",
+    )
+    note = (
+        "Each lost fact is ranked among all that were recited before the edit, the nearest to the edit's key first. "
+        "p: share of random losses with as low a mean rank (one-sided, Monte Carlo). Watched after every edit, "
+        "teacher-forced: every token the greedy choice."
+    )
+    return findings, [*sections, Section("Who is lost", note, Table(columns, tuple(tests)))]
+
+
+# ------------------------------------------------------------------ question 3
+
+
+def _factors(declared: Declared, outcome: Outcome) -> tuple[list[str], list[Section]]:
+    sections: list[Section] = []
+    verdicts: list[tuple[str, ...]] = []
+    plain = [row for row in outcome.rows if row["kind"] == "rank" and row["arm"] in ("unedited", "in-context")]
+    keys = [row for row in outcome.rows if row["kind"] == "key"]
+    noise = [row for row in outcome.rows if row["kind"] == "noise"]
+    rank = [row for row in outcome.rows if row["kind"] == "rank" and row not in plain]
+    if keys:
+        sections += _key_sections(keys)
+        verdicts.append(_key_verdict(keys))
+    if noise:
+        sections += _noise_sections(noise)
+        verdicts.append(_noise_verdict(noise))
+    if rank:
+        sections += _rank_sections(plain, rank)
+        verdicts.append(_rank_verdict(rank))
+    note = "One rule per explanation, declared before the numbers: it survives, does not, or was not decided."
+    columns = ("explanation", "measured", ">number", ">p", ">n", "verdict")
+    table = Section("Which explanation survives", note, Table(columns, tuple(verdicts)))
+    return [f"{v[0]}: {v[5]} ({v[1]} {v[2]}, p={v[3]}, n={v[4]})." for v in verdicts], [table, *sections]
+
+
+def _key_sections(keys: Sequence[Row]) -> list[Section]:
+    rows = tuple(
+        (
+            str(row["known"]),
+            str(row["key"]),
+            shown(row["distance_encoder"]),
+            shown(row["distance_hidden"]),
+            shown(row["recalled"]),
+            shown(row["near_kl"]),
+            f"{row['near_changed']} of {row['near_n']}",
+            f"{row['near_recited']} of {row['near_n']}",
+            shown(row["drift_kl"]),
+            str(row["steps"]),
+        )
+        for row in keys
+    )
+    columns = (
+        "known thing", "key taught", ">distance (encoder)", ">distance (hidden)", ">recalled", ">KL on the known thing",
+        ">answers changed", ">recite", ">drift_kl", ">steps",
+    )  # fmt: skip
+    series = []
+    for known in dict.fromkeys(row["known"] for row in keys):
+        mine = [row for row in keys if row["known"] == known]
+        series.append((str(known), [(10 * row["distance_encoder"], row["near_kl"]) for row in mine]))
+    figure = lines_plot(
+        "keys", "Damage to the known thing", series, x_label="distance of the taught key (tenths)", y_label="KL (nats)"
+    )
+    note = "Each key is taught alone; damage is measured on questions about the known thing that it may be near."
+    return [Section("Distinctness of keys against damage", note, Table(columns, rows), figure)]
+
+
+def _key_verdict(keys: Sequence[Row]) -> tuple[str, ...]:
+    found = correlation([row["distance_encoder"] for row in keys], [row["near_kl"] for row in keys])
+    if found is None:
+        return ("distinct inputs", "Spearman of distance and damage", "–", "–", str(len(keys)), "not decided: too few")
+    survives = found.rho < 0 and found.p_value < 0.05
+    number = f"{shown(found.rho)} ({shown(found.low)} to {shown(found.high)})"
+    verdict = "survives" if survives else "not decided" if found.rho < 0 else "does not survive"
+    return ("distinct inputs", "Spearman of distance and damage", number, shown_p(found.p_value), str(found.n), verdict)
+
+
+def _noise_sections(noise: Sequence[Row]) -> list[Section]:
+    order = dict.fromkeys((row["noise"], row.get("depth"), row["scale"]) for row in noise)
+    rows = []
+    for kind, depth, scale in order:
+        mine = [r for r in noise if (r["noise"], r.get("depth"), r["scale"]) == (kind, depth, scale)]
+        recalled = [r["recalled"] for r in mine if r.get("recalled") is not None]
+        rows.append(
+            (
+                kind,
+                "" if depth is None else shown(depth, 2),
+                f"×{scale:g}",
+                str(len(mine)),
+                shown(_mean(mine, "size"), 2),
+                shown(_mean(mine, "drift_kl"), 4),
+                shown(_mean(mine, "ppl_ratio")),
+                f"{sum(r['qa_lost'] for r in mine)} of {sum(r['qa_known'] for r in mine)}",
+                shown(mean(recalled)),
+            )
+        )
+    columns = (
+        "change",
+        ">depth",
+        ">scale",
+        ">n",
+        ">norm",
+        ">drift_kl",
+        ">ppl_ratio",
+        ">known answers lost",
+        ">recalled",
+    )
+    series = []
+    for depth in dict.fromkeys(row["depth"] for row in noise if "depth" in row):
+        some = [row for row in noise if row.get("depth") == depth and row["noise"] == "gaussian"]
+        points = [
+            (float(scale), _mean([r for r in some if r["scale"] == scale], "drift_kl") or 0.0)
+            for scale in sorted({r["scale"] for r in some})
+        ]
+        series.append((f"depth {shown(depth, 2)}", points))
+    figure = lines_plot(
+        "noise", "Drift under gaussian noise", series, x_label="norm, in real layers' norms", y_label="drift_kl (nats)"
+    )
+    note = (
+        "A random change of one layer, as large as a real delta is in one layer (times scale); recalled: with the real "
+        "edit in place beside it."
+    )
+    return [Section("Random changes of the same norm", note, Table(columns, tuple(rows)), figure)]
+
+
+def _noise_verdict(noise: Sequence[Row]) -> tuple[str, ...]:
+    real = _mean([r for r in noise if r["noise"].startswith("real delta, its layers")], "drift_kl")
+    some = [r["drift_kl"] for r in noise if r.get("depth") is not None and r["scale"] == 1.0]
+    what = "drift_kl of noise over that of a real layer"
+    if not some or not real:
+        return ("robust residual networks", what, "–", "–", str(len(some)), "not decided: too few")
+    p = paired_p([value - real for value in some])
+    ratio = (mean(some) or 0.0) / real
+    verdict = (
+        "survives" if ratio <= 1 and p is not None and p < 0.05 else "does not survive" if ratio > 1 else "not decided"
+    )
+    return (
+        "robust residual networks",
+        what,
+        f"×{shown(ratio, 2)}",
+        "–" if p is None else shown_p(p),
+        str(len(some)),
+        verdict,
+    )
+
+
+def _rank_sections(plain: Sequence[Row], rank: Sequence[Row]) -> list[Section]:
+    rows = []
+    for arm in dict.fromkeys(row["arm"] for row in [*plain, *rank]):
+        mine = [row for row in [*plain, *rank] if row["arm"] == arm]
+        rows.append(
+            (
+                arm,
+                str(sum(row["facts"] for row in mine)),
+                *_answer_cells(mine),
+                *_drift_cells(mine),
+                shown(_mean(mine, "effective_rank"), 1),
+                shown(_mean(mine, "norm"), 1),
+                shown(_mean(mine, "steps"), 1),
+                shown(_mean(mine, "train_seconds"), 1),
+                shown((_mean(mine, "bytes") or 0.0) / 1e6, 2),
+            )
+        )
+    columns = (
+        "editor", ">facts", *_ANSWER_COLUMNS, *_DRIFT_COLUMNS, ">effective rank", ">norm", ">steps", ">train s", ">MB",
+    )  # fmt: skip
+    note = f"Single edits from the base, all trained to the same stop rule. {_COLUMNS_NOTE}"
+    loras = [row for row in rank if row.get("declared_rank") and not row["dropout"]]
+    points = [
+        (float(r), _mean([row for row in loras if row["declared_rank"] == r], "drift_kl") or 0.0)
+        for r in sorted({row["declared_rank"] for row in loras})
+    ]
+    full = [row for row in rank if row["editor"] == "full" and not row["dropout"]]
+    series = [("LoRA", points)]
+    if full and points:
+        level = _mean(full, "drift_kl") or 0.0
+        series.append(("full fine-tuning", [(points[0][0], level), (points[-1][0], level)]))
+    figure = lines_plot("rank", "Drift by rank", series, x_label="rank", y_label="drift_kl (nats per token)")
+    return [Section("Low rank against full fine-tuning", note, Table(columns, tuple(rows)), figure)]
+
+
+def _rank_verdict(rank: Sequence[Row]) -> tuple[str, ...]:
+    what = "drift_kl of full fine-tuning less AdaLoRA's, fact by fact"
+    full = {row["key"]: row["drift_kl"] for row in rank if row["editor"] == "full" and not row["dropout"]}
+    low = {row["key"]: row["drift_kl"] for row in rank if row["editor"] == "adalora" and not row["dropout"]}
+    differences = [full[key] - low[key] for key in full if key in low]
+    if not differences:
+        return ("low rank regularises", what, "–", "–", "0", "not decided: too few")
+    p, size = paired_p(differences), mean(differences) or 0.0
+    decided = p is not None and p < 0.05
+    verdict = ("survives" if size > 0 else "does not survive") if decided else "not decided"
+    return (
+        "low rank regularises",
+        what,
+        shown(size, 4),
+        "–" if p is None else shown_p(p),
+        str(len(differences)),
+        verdict,
+    )
+
+
+# ------------------------------------------------------------------ editors
+
+
+def _editors(declared: Declared, outcome: Outcome) -> tuple[list[str], list[Section]]:
+    rows, findings = [], []
+    for arm in dict.fromkeys(run.arm for run in outcome.runs):
+        facts = [row for row in outcome.rows if row["arm"] == arm and row["kind"] == "fact"]
+        drift = [row for row in outcome.rows if row["arm"] == arm and row["kind"] == "drift"]
+        routing = [row for row in outcome.rows if row["arm"] == arm and row["kind"] == "routing"]
+        failed = sum(row["arm"] == arm and row["kind"] == "failed" for row in outcome.rows)
+        if not facts:
+            continue
+        shares = _shares(facts)
+        routed = (
+            f"{sum(r['routed_right'] for r in routing)} of {sum(r['routed_n'] for r in routing)}" if routing else ""
+        )
+        stray = (
+            f"{sum(r['general_routed'] for r in routing)} of {sum(r['general_n'] for r in routing)}" if routing else ""
+        )
+        rows.append(
+            (
+                arm,
+                str(len(facts)),
+                *_share_cells(shares),
+                *(_drift_cells(drift) if any("drift_kl" in row for row in drift) else ("0 (not merged)", "", "")),
+                shown(_mean(drift, "steps"), 1),
+                shown(_mean(drift, "train_seconds"), 1),
+                shown((_mean(drift, "bytes") or 0.0) / 1000, 1),
+                routed,
+                stray,
+                str(failed),
+            )
+        )
+        right, n = shares["recalled"]
+        findings.append(
+            f"{arm}: {shown(right / n if n else None)} recalled, {shown(_mean(drift, 'train_seconds'), 1)} s per fact."
+        )
+    columns = (
+        "method", ">facts", *_ANSWER_COLUMNS, *_DRIFT_COLUMNS, ">steps", ">s per fact", ">kB per fact", ">routed right",
+        ">general routed", ">failed",
+    )  # fmt: skip
+    note = (
+        f"{_COLUMNS_NOTE} Merged methods: each fact is a single edit from the base. Prompt tuning, prefix tuning and "
+        "P-tuning: one adapter a fact, all at once; a question gets the nearest key's adapter if it is near enough "
+        "(routed right: questions about a fact that got its own; general routed: general questions that got any)."
+    )
+    return findings, [Section("Methods", note, Table(columns, tuple(rows)))]
+
+
+# ------------------------------------------------------------------ cells
+
+_ANSWER_COLUMNS = (">recalled", ">95 %", ">generalized", ">leak", ">unchanged")
+_DRIFT_COLUMNS = (">drift_kl", ">ppl_ratio", ">known answers lost")
+
+
+def _shares(facts: Sequence[Row]) -> dict[str, tuple[int, int]]:
+    """Return (right, asked) of fact rows."""
+    names = {
+        "recalled": ("trained_right", "trained"),
+        "generalized": ("paraphrases_right", "paraphrases"),
+        "leak": ("leaked", "neighbours"),
+        "unchanged": ("unchanged", "neighbours"),
+    }
+    return {name: (sum(r[a] for r in facts), sum(r[b] for r in facts)) for name, (a, b) in names.items()}
+
+
+def _answer_cells(states: Sequence[Row]) -> tuple[str, ...]:
+    """Return the cells of state rows, whose shares carry their n."""
+    counts = {
+        "recalled": "recalled_n",
+        "generalized": "generalized_n",
+        "leak": "neighbours_n",
+        "unchanged": "neighbours_n",
+    }
+    found = {
+        name: (round(sum((r[name] or 0.0) * r[n] for r in states)), sum(r[n] for r in states))
+        for name, n in counts.items()
+    }
+    return _share_cells(found)
+
+
+def _share_cells(shares: Mapping[str, tuple[int, int]]) -> tuple[str, ...]:
+    right, n = shares["recalled"]
+    band = wilson(right, n)
+    cells = {name: shown(a / b) if b else "–" for name, (a, b) in shares.items()}
+    interval = "" if band is None else f"{shown(band.low)} to {shown(band.high)}"
+    return (cells["recalled"], interval, cells["generalized"], cells["leak"], cells["unchanged"])
+
+
+def _drift_cells(rows: Sequence[Row]) -> tuple[str, ...]:
+    lost, known = (sum(row.get(name, 0) for row in rows) for name in ("qa_lost", "qa_known"))
+    return shown(_mean(rows, "drift_kl")), shown(_mean(rows, "ppl_ratio")), f"{lost} of {known}"
+
+
+def _mean(rows: Iterable[Row], name: str) -> float | None:
+    return mean(float(row[name]) for row in rows if row.get(name) is not None)
+
+
+def _merit(states: Sequence[Row]) -> float:
+    from kvllm.metrics import harmonic_mean
+
+    leak = _mean(states, "leak")
+    three = [_mean(states, "recalled"), _mean(states, "generalized"), None if leak is None else 1 - leak]
+    return harmonic_mean([value for value in three if value is not None])
+
+
+def _arm(arm: str, after: str) -> str:
+    return f"{arm}, compacted" if after else arm

@@ -1,0 +1,411 @@
+"""Experiments on the tiny model: every kind runs whole, resumes after any interruption, and gives the same rows."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvllm import KnowledgeBase
+from kvllm.errors import Busy, StoreError
+from kvllm.experiments.declared import Declared
+from kvllm.experiments.report import experiment_document
+from kvllm.experiments.runner import Outcome, read_outcome, remaining, run_experiment, runs_of
+from kvllm.records import Progress
+from kvllm.reports.render import render
+from kvllm.store.results import Results
+from tests.experiments.kit import tiny, without_times
+
+ARMS = [
+    {"name": "unedited", "mode": "unedited"},
+    {"name": "in-context", "mode": "in-context"},
+    {"name": "sequential", "mode": "sequential", "compact": True},
+    {"name": "chunked-2", "mode": "chunked", "chunk": 2},
+    {"name": "sequential, bf16 sums", "mode": "sequential", "masters": "bfloat16"},
+]
+Make = Callable[..., Declared]
+
+
+@pytest.fixture
+def make(quick: None, tiny_llama: Path, tmp_path: Path) -> Make:
+    """Declare small experiments on the tiny model."""
+
+    def made(kind: str, **given: Any) -> Declared:
+        return tiny(tiny_llama, tmp_path, kind, **given)
+
+    return made
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Iterator[Path]:
+    """The folder of an experiment, whose knowledge bases are all verified in the end."""
+    folder = tmp_path / "out"
+    yield folder
+    for path in folder.glob("runs/*/my.kb"):
+        with KnowledgeBase.open(path, readonly=True) as kb:
+            assert kb.verify().problems == ()
+
+
+def of(outcome: Outcome, kind: str, arm: str | None = None) -> list[dict[str, Any]]:
+    return [row for row in outcome.rows if row["kind"] == kind and arm in (None, row["arm"])]
+
+
+def test_injection_teaches_every_arm_the_same_facts_and_asks_each_of_them(make: Make, home: Path) -> None:
+    declared = make("injection", settings={"arms": ARMS, "checkpoints": [1]})
+    ticks: list[Progress] = []
+    outcome = run_experiment(declared, home, progress=ticks.append)
+
+    assert outcome.failed == {}
+    assert {run.arm for run in outcome.runs} == {arm["name"] for arm in ARMS}
+    for arm in ARMS:
+        last = [row for row in of(outcome, "state", str(arm["name"])) if row["facts"] == 3]
+        assert last, arm
+        asked = [row for row in of(outcome, "fact", str(arm["name"])) if row["facts"] == 3]
+        assert {row["key"] for row in asked} == {"torchkeras", "Halcyon", "Berlin"}
+        assert {row["difficulty"] for row in asked} == {"short", "long", "contradiction"}
+    # First that there is an effect: the taught are recalled, the unedited model knows nothing, and its weights stand.
+    assert [row["after"] for row in of(outcome, "state", "sequential")] == ["", "", "compact"]
+    assert of(outcome, "state", "sequential")[1]["recalled"] > of(outcome, "state", "unedited")[-1]["recalled"] == 0
+    assert of(outcome, "state", "unedited")[-1]["drift_kl"] == 0
+    assert of(outcome, "state", "sequential")[-1]["drift_kl"] > 0
+    assert [row["age"] for row in of(outcome, "fact", "sequential") if row["facts"] == 3 and not row["after"]] == [
+        2,
+        1,
+        0,
+    ]
+    assert [row["keys"] for row in of(outcome, "edit", "chunked-2")] == [2, 1]
+    assert [row["op"] for row in of(outcome, "edit", "sequential")] == ["insert"] * 3 + ["compact"]
+    # Rounding each sum gives other weights, and nothing else differs.
+    rounded, exact = (of(outcome, "state", f"sequential{end}")[1]["drift_kl"] for end in (", bf16 sums", ""))
+    assert rounded != exact
+    steps = [tick for tick in ticks if tick.stage == "experiment"]
+    assert steps[-1].step == steps[-1].total == sum(len(run.steps) for run in outcome.runs)
+    assert "left" in steps[-1].note
+
+    _check_report(declared, outcome)
+
+
+def test_capacity_watches_every_edit_and_counts_bits(make: Make, home: Path) -> None:
+    declared = make("capacity", settings={"budgets": [{"name": "one"}], "checkpoints": [1, 2], "stop_below": 0.0})
+    outcome = run_experiment(declared, home)
+
+    assert [row["facts"] for row in of(outcome, "watch")] == [1, 2, 3]
+    states = of(outcome, "state", "one")
+    assert [row["facts"] for row in states] == [1, 2, 3]
+    assert 0 < states[-1]["bits"] <= states[-1]["bits_of_base"]
+    # Twice the matrices' sizes is what full rank would take; the adapters of three edits are counted one by one.
+    assert states[0]["adapter_parameters"] < states[1]["adapter_parameters"] < states[2]["adapter_parameters"]
+    for row in of(outcome, "loss"):
+        assert 1 <= row["rank_encoder"] <= row["candidates"]
+    _check_report(declared, outcome)
+
+
+def test_capacity_stops_where_too_little_is_recalled(make: Make, home: Path) -> None:
+    budget = {"name": "one step", "edit": {"max_steps": 1}}
+    declared = make("capacity", settings={"budgets": [budget], "checkpoints": [1], "stop_below": 1.0})
+    outcome = run_experiment(declared, home)
+    assert [row["facts"] for row in of(outcome, "edit", "one step")] == [1]
+    assert [row["facts"] for row in of(outcome, "state", "one step")] == [1]
+    assert len(outcome.rows) == len(read_outcome(declared, home).rows)
+
+
+def test_factors_measure_all_three_explanations(make: Make, home: Path) -> None:
+    known = {"known": "Berlin", "questions": ["What is Berlin?"], "keys": ["Quorvane", "Berlim"], "text": "a tool"}
+    editors = [{"name": "AdaLoRA"}, {"name": "LoRA 2", "editor": "lora", "rank": 2}, {"name": "full", "editor": "full"}]
+    settings = {"known": [known], "depths": [0.5], "scales": [1.0, 30.0], "noise_facts": 1, "editors": editors}
+    declared = make("factors", n=1, settings=settings)
+    outcome = run_experiment(declared, home)
+
+    assert outcome.failed == {}
+    assert [row["key"] for row in of(outcome, "key")] == ["Quorvane", "Berlim"]
+    assert all(row["near_n"] == 1 and row["near_kl"] > 0 for row in of(outcome, "key"))
+    gaussian = {row["scale"]: row for row in of(outcome, "noise") if row["noise"] == "gaussian"}
+    assert gaussian[30.0]["drift_kl"] > gaussian[1.0]["drift_kl"] > 0
+    assert gaussian[30.0]["size"] == pytest.approx(30 * gaussian[1.0]["size"], rel=1e-3)
+    same = {row["scale"]: row for row in of(outcome, "noise") if row["noise"] == "same singular values"}
+    assert same[1.0]["size"] == pytest.approx(gaussian[1.0]["size"], rel=1e-3)
+    ranks = {row["arm"]: row["effective_rank"] for row in of(outcome, "rank") if "effective_rank" in row}
+    assert ranks["LoRA 2"] <= 2.001
+    assert ranks["full"] > ranks["LoRA 2"]
+    _check_report(declared, outcome)
+
+
+def test_editors_all_learn_the_fact_and_leave_the_weights(make: Make, home: Path) -> None:
+    declared = make("editors", n=2, settings={"near": 0.3}, edit={"max_steps": 60})
+    outcome = run_experiment(declared, home)
+
+    assert outcome.failed == {}
+    merged = ("adalora", "lora", "full")
+    assert all(sum(row["trained_right"] for row in of(outcome, "fact", arm)) == 2 for arm in merged)
+    assert sum(row["trained_right"] for row in of(outcome, "fact", "prefix-tuning")) == 2
+    for arm in ("prompt-tuning", "prefix-tuning", "p-tuning"):
+        (routing,) = of(outcome, "routing", arm)
+        assert routing["routed_right"] > 0
+        assert all(row["bytes"] > 0 for row in of(outcome, "drift", arm))
+    assert not of(outcome, "failed")
+    _check_report(declared, outcome)
+
+
+def _check_report(declared: Declared, outcome: Outcome) -> None:
+    document = experiment_document(declared, outcome)
+    assert document.findings
+    data = json.loads(render(document, "json"))
+    assert data["ok"] is True
+    assert data["experiment"]["facts_sha256"] == declared.facts_digest
+    assert data["environment"]["torch"]
+    assert set(data["environment"]["git"]) == {"commit", "changed"}
+    assert data["model"]["digest"]
+    assert len(data["rows"]) == len(outcome.rows)
+    assert str(Path(declared.model).parent) not in json.dumps(data)
+    for table in data["tables"]:
+        assert all(len(row) == len(table["columns"]) for row in table["rows"]), table["title"]
+    titles = [section.title for section in document.sections]
+    for format in ("markdown", "html", "terminal"):
+        text = render(document, format)
+        assert "unedited" in text
+        assert "in-context" in text
+        assert titles[0] in text
+    if any(section.figure is not None for section in document.sections):
+        assert "<svg" in render(document, "html")
+        assert "▁" in render(document, "markdown") or "█" in render(document, "markdown")
+
+
+def test_an_interrupted_run_goes_on_where_it_was(make: Make, home: Path) -> None:
+    declared = make("injection", settings={"arms": ARMS[2:4]})
+
+    class Enough(Exception):
+        """Stands for whatever ends a process."""
+
+    def stop(tick: Progress) -> None:
+        if tick.stage == "experiment" and tick.step == 3:
+            raise Enough
+
+    with pytest.raises(Enough):
+        run_experiment(declared, home, progress=stop)
+    with Results(home / "results.db", readonly=True) as results:
+        before = results.seconds()
+    assert len(before) == 3
+    with KnowledgeBase.open(home / "runs" / "sequential-0" / "my.kb", readonly=True) as kb:
+        made = [edit.created_at for edit in reversed(kb.history())]
+
+    outcome = run_experiment(declared, home)
+    with Results(home / "results.db", readonly=True) as results:
+        after = results.seconds()
+    assert {key: after[key] for key in before} == before, "finished steps are not done again"
+    with KnowledgeBase.open(home / "runs" / "sequential-0" / "my.kb", readonly=True) as kb:
+        assert [edit.created_at for edit in reversed(kb.history())][: len(made)] == made
+    assert without_times(outcome.rows) == without_times(run_experiment(declared, home.parent / "whole").rows)
+
+
+def test_results_of_another_declaration_are_never_mixed(make: Make, home: Path) -> None:
+    arms = {"arms": ARMS[:1]}
+    run_experiment(make("injection", n=1, settings=arms), home)
+    with pytest.raises(StoreError, match="another declaration"):
+        run_experiment(make("injection", n=2, settings=arms), home)
+    with pytest.raises(StoreError, match="no results"):
+        read_outcome(make("injection", n=1, settings=arms), home.parent / "nowhere")
+
+
+def test_two_sessions_do_not_lead_one_experiment(make: Make, home: Path) -> None:
+    declared = make("injection", n=1, settings={"arms": ARMS[:1]})
+    with Results(home / "results.db") as results:
+        results.take()
+        with pytest.raises(Busy):
+            run_experiment(declared, home)
+    assert run_experiment(declared, home).failed == {}
+
+
+def test_a_run_that_fails_leaves_the_others_and_says_why(
+    make: Make, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from kvllm.editing import adalora
+    from kvllm.errors import KvllmError
+
+    declared = make("editors", n=1, settings={"methods": ["unedited", "prompt-tuning"]})
+
+    def broken(*_: Any, **__: Any) -> None:
+        raise KvllmError("No shelf today.")
+
+    monkeypatch.setattr("kvllm.experiments.editors.SoftPrompts", broken)
+    outcome = run_experiment(declared, home)
+    assert outcome.failed == {"prompt-tuning-0": "No shelf today."}
+    assert of(outcome, "fact", "unedited")
+    document = experiment_document(declared, outcome)
+    assert document.json()["ok"] is False
+    assert any("No shelf today" in warning for warning in document.warnings)
+    assert adalora.ADAPTER
+
+
+def test_the_rest_is_estimated_from_steps_of_the_same_kind() -> None:
+    steps = [("a", "edit-1"), ("a", "edit-2"), ("a", "ask-2"), ("b", "edit-1")]
+    assert remaining(steps, {}, 5.0, 0) is None
+    seconds = {("a", "edit-1"): 10.0}
+    assert remaining(steps, seconds, 10.0, 0) == pytest.approx(30.0)
+    seconds[("a", "ask-2")] = 2.0
+    assert remaining(steps, seconds, 12.0, 0) == pytest.approx(20.0)
+    # Two runs at once: twice the work in the same time.
+    assert remaining(steps, seconds, 6.0, 0) == pytest.approx(10.0)
+
+
+def _script(declared: dict[str, Any], facts: Path, home: Path, jobs: int, ray: bool = False) -> str:
+    return (
+        "from pathlib import Path\n"
+        "from kvllm.experiments.declared import declare\n"
+        "from kvllm.experiments.runner import run_experiment\n"
+        "if __name__ == '__main__':\n"
+        f"    declared = declare({declared!r}, folder=Path({str(facts)!r}))\n"
+        f"    outcome = run_experiment(declared, {str(home)!r}, jobs={jobs}, ray={ray})\n"
+        "    assert not outcome.failed, outcome.failed\n"
+    )
+
+
+def _plain(declared: Declared) -> dict[str, Any]:
+    """Return a declaration as it can be given to another process."""
+    measure = declared.measure.to_dict()
+    edit = {k: list(v) if isinstance(v, tuple) else v for k, v in declared.edit.items()}
+    return {
+        "kind": declared.kind, "name": declared.name, "model": declared.model, "device": declared.device,
+        "facts": ["facts.jsonl"], "n": declared.n, "seeds": list(declared.seeds), "edit": edit, "measure": measure,
+        "settings": dict(declared.settings),
+    }  # fmt: skip
+
+
+@pytest.fixture
+def elsewhere(tiny_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other processes use the session's cache and fetch nothing: their encoder is the tiny model."""
+    monkeypatch.setenv("KVLLM_CACHE", str(tiny_cache))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    root = Path(__file__).parents[2]
+    monkeypatch.setenv("PYTHONPATH", str(root))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_killed_ten_times_at_random_moments_the_rows_are_those_of_an_undisturbed_run(
+    make: Make, home: Path, tmp_path: Path, elsewhere: None
+) -> None:
+    """Each attempt is a forked process that kills itself at a random tick of the engine: no kill comes too late."""
+    declared = make("injection", n=3, settings={"arms": [ARMS[2]], "checkpoints": [1, 2]}, edit={"max_steps": 12})
+    script = tmp_path / "attempts.py"
+    script.write_text(
+        f"""
+import json, os, random, signal
+from pathlib import Path
+import kvllm.editing.engine, kvllm.experiments.injection, kvllm.experiments.runner as runner
+from kvllm.experiments.declared import declare
+
+declared = declare({_plain(declared)!r}, folder=Path({str(tmp_path)!r}))
+
+def attempt(home, after):
+    left = [after]
+    def tick(_):
+        left[0] -= 1
+        if left[0] < 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+    child = os.fork()
+    if child == 0:
+        runner.run_experiment(declared, home, progress=tick)
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+rng = random.Random(0)
+codes = []
+while codes.count(-9) < 10 or codes[-1] != 0:
+    assert len(codes) < 40 and codes[-1:] != [0], codes  # it must not be finished before it was killed ten times
+    codes.append(attempt({str(home)!r}, rng.randint(0, 24) if codes.count(-9) < 10 else 10**9))
+assert attempt({str(tmp_path / "whole")!r}, 10**9) == 0
+print(json.dumps(codes))
+""",
+        encoding="utf-8",
+    )
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    codes = json.loads(done.stdout.splitlines()[-1])
+    assert codes.count(-9) >= 10
+    assert codes[-1] == 0
+    killed, whole = read_outcome(declared, home), read_outcome(declared, tmp_path / "whole")
+    assert len(whole.rows) > 10
+    assert without_times(killed.rows) == without_times(whole.rows)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no SIGKILL")
+def test_processes_side_by_side_give_the_rows_of_one_and_outlive_a_killed_worker(
+    make: Make, home: Path, tmp_path: Path, elsewhere: None
+) -> None:
+    declared = make("injection", n=2, settings={"arms": ARMS[3:5]}, edit={"max_steps": 8})
+    script = tmp_path / "experiment.py"
+    # The first worker that begins its second step is killed, once.
+    fuse = (
+        "import os, signal, kvllm.experiments.desk as desk\n"
+        "finish = desk.Desk.finish\n"
+        "def once(self, step, rows):\n"
+        "    finish(self, step, rows)\n"
+        f"    mark = {str(tmp_path / 'killed')!r}\n"
+        "    try: os.close(os.open(mark, os.O_CREAT | os.O_EXCL))\n"
+        "    except FileExistsError: return\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+        "desk.Desk.finish = once\n"
+    )
+    script.write_text(fuse + _script(_plain(declared), tmp_path, home, 2), encoding="utf-8")
+    subprocess.run([sys.executable, str(script)], check=True)
+    assert (tmp_path / "killed").exists()
+    side = read_outcome(declared, home)
+    assert without_times(side.rows) == without_times(run_experiment(declared, tmp_path / "alone").rows)
+
+
+@pytest.mark.campaign
+@pytest.mark.skipif("KVLLM_CAMPAIGN" not in os.environ, reason="starts a cluster; set KVLLM_CAMPAIGN=1")
+def test_a_ray_cluster_gives_the_same_rows_and_outlives_a_killed_worker(
+    make: Make, home: Path, tmp_path: Path, elsewhere: None
+) -> None:
+    pytest.importorskip("ray")
+    declared = make("injection", n=2, settings={"arms": [ARMS[3]]}, edit={"max_steps": 8})
+    script = tmp_path / "experiment.py"
+    # The worker kills itself after its first finished step: workers read this file's module through sitecustomize.
+    patch = tmp_path / "site" / "sitecustomize.py"
+    patch.parent.mkdir()
+    patch.write_text(
+        "import os, signal, sys\n"
+        "if any('default_worker' in argument for argument in sys.argv) or 'RAY_JOB_ID' in os.environ:\n"
+        "    import importlib.abc, importlib.util\n"
+        "    class Finder(importlib.abc.MetaPathFinder):\n"
+        "        def find_spec(self, name, path, target=None):\n"
+        "            if name != 'kvllm.experiments.desk': return None\n"
+        "            sys.meta_path.remove(self)\n"
+        "            spec = importlib.util.find_spec(name)\n"
+        "            load = spec.loader.exec_module\n"
+        "            def exec_module(module):\n"
+        "                load(module)\n"
+        "                finish = module.Desk.finish\n"
+        "                def once(self, step, rows):\n"
+        "                    finish(self, step, rows)\n"
+        f"                    mark = {str(tmp_path / 'killed')!r}\n"
+        "                    try: os.close(os.open(mark, os.O_CREAT | os.O_EXCL))\n"
+        "                    except FileExistsError: return\n"
+        "                    os.kill(os.getpid(), signal.SIGKILL)\n"
+        "                module.Desk.finish = once\n"
+        "            spec.loader.exec_module = exec_module\n"
+        "            return spec\n"
+        "    sys.meta_path.insert(0, Finder())\n",
+        encoding="utf-8",
+    )
+    script.write_text(_script(_plain(declared), tmp_path, home, 1, ray=True), encoding="utf-8")
+    environment = {**os.environ, "PYTHONPATH": f"{patch.parent}{os.pathsep}{os.environ['PYTHONPATH']}"}
+    environment.pop("RAY_ADDRESS", None)
+    subprocess.run([sys.executable, str(script)], check=True, env=environment, timeout=600)
+    assert (tmp_path / "killed").exists(), "no worker was killed"
+    found = read_outcome(declared, home)
+    assert without_times(found.rows) == without_times(run_experiment(declared, tmp_path / "alone").rows)
+
+
+def test_runs_are_independent_of_each_other(make: Make) -> None:
+    declared = make("injection", settings={"arms": ARMS}, seeds=[0, 1])
+    runs = runs_of(declared)
+    assert len(runs) == 2 + 2 * (len(ARMS) - 2), "what trains nothing has one seed"
+    assert len({run.id for run in runs}) == len(runs)
