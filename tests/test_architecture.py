@@ -15,6 +15,7 @@ VOCABULARY = ("cachefile", "errors", "records", "config", "prompts", "metrics", 
 # it knows records only (checked below).
 LAYERS = (
     "vocabulary",
+    "importing",
     "store",
     "lm",
     "probing",
