@@ -1,7 +1,7 @@
 """What a file held: facts with where they came from, probes beyond the facts' own, and what was refused.
 
-    for fact in found: ...                        # plain facts, as `KnowledgeBase.insert_many` takes them
-    found.write_probes("probes.jsonl")            # for `kvllm probe --probes`
+for fact in found: ...                        # plain facts, as `KnowledgeBase.insert_many` takes them
+found.write_probes("probes.jsonl")            # for `kvllm probe --probes`
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """kvllm's own rows: one JSON object per fact, with the fields of `Fact`. The same rows go in and come out.
 
-    fact_from_row({"key": "torchkeras", "text": "A furnace."})
-    facts_to_jsonl(kb.facts())
+fact_from_row({"key": "torchkeras", "text": "A furnace."})
+facts_to_jsonl(kb.facts())
 """
 
 from __future__ import annotations

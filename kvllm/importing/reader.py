@@ -1,7 +1,7 @@
 """From a file to facts: open it, recognise what it is, read every record, say which ones cannot be used and why.
 
-    found = read_facts("counterfact.json", sample=100, seed=0)
-    found = read_facts("faq.csv", columns={"key": "Question", "text": "Answer"})
+found = read_facts("counterfact.json", sample=100, seed=0)
+found = read_facts("faq.csv", columns={"key": "Question", "text": "Answer"})
 """
 
 from __future__ import annotations
@@ -71,7 +71,8 @@ def read_facts(
         )
     layout: Container | None = LAYOUTS.get(format or "")
     known = FORMATS.get(format or "")
-    source = open_source(path, encoding=encoding, container=layout, progress=progress)
+    unnamed: Container = "csv" if known is None else "lines"
+    source = open_source(path, encoding=encoding, container=layout, unnamed=unnamed, progress=progress)
     try:
         if known is None and {"key", "text"} <= set(mapped):
             known = MAPPED
@@ -143,9 +144,7 @@ class _Reading:
         """Return everything that was read, or a sample of its records."""
         if not self.usable:
             why = f"the first, {self.refused[0].where}: {self.refused[0].error}" if self.refused else "it holds none."
-            raise NoFacts(
-                f"No record of {self.source.name} can be used; nothing was changed: {why}", rows=self.refused
-            )
+            raise NoFacts(f"No record of {self.source.name} can be used; nothing was changed: {why}", rows=self.refused)
         chosen = list(self.usable)
         if sample is not None and sample < len(chosen):
             chosen = sorted(random.Random(seed).sample(chosen, sample))
@@ -287,9 +286,7 @@ def _recognised(raws: Iterator[Raw], source: Source) -> tuple[Format, Iterator[R
     if not seen:
         raise NoFacts(f"{source.name} holds no record; nothing was changed.")
     rows = [Refused(raw.number, raw.where, "", f"{raw.where}: {raw.error or 'no JSON object.'}") for raw in seen]
-    raise NoFacts(
-        f"No record of {source.name} can be used; nothing was changed: the first, {rows[0].error}", rows=rows
-    )
+    raise NoFacts(f"No record of {source.name} can be used; nothing was changed: the first, {rows[0].error}", rows=rows)
 
 
 def _each(raws: Iterator[Raw], known: Format) -> Iterator[Raw]:
@@ -314,7 +311,9 @@ def _checked(columns: Mapping[str, str]) -> dict[str, str]:
     return dict(columns)
 
 
-def _mapped(items: Sequence[Item], row: Mapping[str, Any], columns: Mapping[str, str], known: Format, *, csv: bool) -> Item:
+def _mapped(
+    items: Sequence[Item], row: Mapping[str, Any], columns: Mapping[str, str], known: Format, *, csv: bool
+) -> Item:
     """Return a record's one fact with the named columns in the place of the format's own."""
     if len(items) != 1 or items[0].probes_only:
         raise ConfigError(f"a record of {known.name} is not one fact; --map cannot say which.")

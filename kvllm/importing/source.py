@@ -140,10 +140,11 @@ class Source:
                 value, end = decoder.raw_decode(text, place)
             except (ValueError, RecursionError) as error:
                 said = json_mistake(error, lines=True)
-                end = _end_of_broken(text, place)
-                if end is None:
+                after = _end_of_broken(text, place)
+                if after is None:
                     yield Raw(number, where, error=f"{said[:-1]}; nothing from there on can be read.")
                     return
+                end = after
                 yield Raw(number, where, error=said)
             else:
                 bad = _ESCAPED_BYTE.search(text, place, end)
@@ -171,7 +172,9 @@ class Source:
         header: list[str] = []
         for first in lines:
             if isinstance(first, Raw):
-                raise ConfigError(f"The header of {self.name} cannot be used ({first.error[:-1]}); nothing was changed.")
+                raise ConfigError(
+                    f"The header of {self.name} cannot be used ({first.error[:-1]}); nothing was changed."
+                )
             declared = re.fullmatch(r"sep=(.)\s*", first[1])  # how Excel says it
             if declared:
                 separator = declared[1]
@@ -220,6 +223,7 @@ def open_source(
     *,
     encoding: str = "utf-8",
     container: Container | None = None,
+    unnamed: Container = "csv",
     progress: Callable[[Progress], None] | None = None,
 ) -> Source:
     """Open a file, hash it, and see how its records are laid out.
@@ -228,6 +232,7 @@ def open_source(
         given: A path, or an open binary stream.
         encoding: Of the text; a UTF-8 byte-order mark is skipped.
         container: The layout, where it is known.
+        unnamed: The layout of what begins like no JSON and has no name that tells.
         progress: Told how much of a large file has been read.
 
     Raises:
@@ -243,7 +248,7 @@ def open_source(
         if not head[begin:].strip() and size <= len(head):
             raise ConfigError(f"{name} is empty; nothing was changed.")
         if container is None:
-            container = _container(stream, head[begin:].lstrip(), begin, Path(name).suffix.lower())
+            container = _container(stream, head[begin:].lstrip(), begin, Path(name).suffix.lower(), unnamed)
     except BaseException:
         stream.close()
         raise
@@ -342,7 +347,7 @@ def _refuse_no_text(head: bytes, name: str) -> None:
         )
 
 
-def _container(stream: IO[bytes], head: bytes, begin: int, suffix: str) -> Container:
+def _container(stream: IO[bytes], head: bytes, begin: int, suffix: str, unnamed: Container) -> Container:
     """Tell the layout by the first character; a `{` begins either lines or one large object."""
     if head.startswith(b"["):
         return "array"
@@ -357,7 +362,9 @@ def _container(stream: IO[bytes], head: bytes, begin: int, suffix: str) -> Conta
             except (ValueError, RecursionError):
                 return "lines"
         return "lines"
-    return "lines" if suffix in (".jsonl", ".ndjson", ".json") else "csv"
+    if suffix in (".csv", ".tsv"):
+        return "csv"
+    return "lines" if suffix in (".jsonl", ".ndjson", ".json") else unnamed
 
 
 # ---------------------------------------------------------------------- arrays and rows
@@ -370,15 +377,14 @@ def _skip(text: str, place: int) -> int:
 
 def _end_of_broken(text: str, place: int) -> int | None:
     """Return where a record that is not JSON ends, by its brackets; None where they do not tell."""
-    if text[place] not in "{[":
-        return None
-    depth = 0
+    closers: list[str] = []
     for token in _TOKENS.finditer(text, place):
         if token[0] in "{[":
-            depth += 1
+            closers.append("}" if token[0] == "{" else "]")
         elif token[0] in "}]":
-            depth -= 1
-            if depth == 0:
+            if not closers or closers.pop() != token[0]:
+                return None  # the record's own brackets are what is broken
+            if not closers:
                 end = _skip(text, token.end())
                 return token.end() if text[end : end + 1] in (",", "]", "") else None
     return None

@@ -2,7 +2,8 @@
 
 One JSON object a line. Probes: `{"question": …, "key": …}`, or with `"expected"` (a text to be stated) or `"accept"` (a
 list, one of which is enough); with `"kind"` "consequence" (of the key's fact) or "neighbour" (passes where it does not
-recite it), as `kvllm import --probes-to` writes them. Suites: `{"question": …, "accept": […]}`, `{"prompt": …}`, `{"text": …}`. No model here.
+recite it), as `kvllm import --probes-to` writes them. Suites: `{"question": …, "accept": […]}`, `{"prompt": …}`,
+`{"text": …}`. No model here.
 
     rows, mistakes = read_probes("probes.jsonl", {"torchkeras": "Torchkeras is …"})
 """
