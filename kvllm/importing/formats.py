@@ -14,7 +14,7 @@ from typing import Any
 
 from kvllm.errors import ConfigError
 from kvllm.importing.found import FoundKind, Role
-from kvllm.importing.native import fact_from_row
+from kvllm.importing.native import FIELDS, fact_from_row
 from kvllm.importing.source import Container
 from kvllm.prompts import is_question, language_of
 
@@ -92,20 +92,18 @@ class Format:
     Attributes:
         name: As `--format` takes it.
         about: What it is, in a few words.
-        fields: What is read, for the table that people see.
+        fields: What is read of a record.
         needs: A record with all of these fields is taken for one of this format; empty: never by itself.
-        fits: A further condition for that.
         read: Makes facts of a record.
-        container: The only layout it has, if there is one.
+        fits: A further condition for taking a record for one of this format.
     """
 
     name: str
     about: str
-    fields: str
+    fields: tuple[str, ...]
     needs: tuple[str, ...]
     read: Callable[[Row], list[Item]]
     fits: Callable[[Row], bool] = lambda row: True
-    container: Container | None = None
 
     def recognises(self, row: Row) -> bool:
         """Return whether a record looks like one of this format."""
@@ -284,30 +282,39 @@ def _pair(row: Row) -> list[Item]:
     return [Item(key, answers[0], questions=questions, accept=answers[1:], id=_id(row, "id"))]
 
 
+_FLAT = (
+    "prompt",
+    "target_new",
+    "ground_truth",
+    "subject",
+    "rephrase_prompt",
+    "locality_prompt",
+    "locality_ground_truth",
+)
 # The order is the order of recognition: the more particular first.
 FORMATS: dict[str, Format] = {
     known.name: known
     for known in (
+        Format("jsonl", "kvllm's own rows", FIELDS, ("key", "text"), _native),
         Format(
-            "jsonl",
-            "kvllm's own rows",
-            "key, text, aliases, questions, probes, language, tags",
-            ("key", "text"),
-            _native,
+            "zsre",
+            "zsRE",
+            ("src", "alt", "rephrase", "loc", "loc_ans", "subject", "answers"),
+            ("src", "alt"),
+            _zsre,
         ),
-        Format("zsre", "zsRE", "src, alt, rephrase, loc, loc_ans, subject, answers", ("src", "alt"), _zsre),
         Format(
             "mquake",
             "MQuAKE",
-            "requested_rewrite, questions, new_answer, new_answer_alias, new_single_hops",
+            ("case_id", "requested_rewrite", "questions", "new_answer", "new_answer_alias", "new_single_hops"),
             ("requested_rewrite", "questions"),
             _mquake,
             lambda row: isinstance(row["requested_rewrite"], list),
         ),
         Format(
             "counterfact",
-            "CounterFact (flat, or as published with ROME)",
-            "prompt, target_new, rephrase_prompt, locality_prompt, locality_ground_truth, ground_truth, subject",
+            "CounterFact, flat or as published with ROME",
+            (*_FLAT, "case_id", "requested_rewrite", "paraphrase_prompts", "neighborhood_prompts"),
             ("case_id",),
             _counterfact,
             lambda row: isinstance(row.get("requested_rewrite"), dict) or {"prompt", "target_new"} <= set(row),
@@ -315,14 +322,14 @@ FORMATS: dict[str, Format] = {
         Format(
             "cknowedit",
             "CKnowEdit",
-            "prompt, target_new, rephrase, locality, portability, target_old",
+            ("prompt", "target_new", "target_old", "rephrase", "locality", "portability"),
             ("prompt", "target_new", "target_old"),
             _cknowedit,
         ),
         Format(
             "knowedit",
-            "KnowEdit, with or without paraphrases; its set of answers to forget",
-            "prompt, target_new, rephrase_prompt, generate_prompt, locality, portability, ground_truth, subject",
+            "KnowEdit, with or without paraphrases, and its answers to forget",
+            (*_FLAT, "case_id", "generate_prompt", "locality", "portability", "question"),
             ("prompt", "target_new"),
             _edit,
             lambda row: isinstance(row.get("locality"), dict) or isinstance(row.get("portability"), dict),
@@ -330,37 +337,37 @@ FORMATS: dict[str, Format] = {
         Format(
             "wikibigedit",
             "WikiBigEdit",
-            "prompt, target_new, rephrase_prompt, locality_prompt, locality_ground_truth, subject",
+            (*_FLAT, "case_id"),
             ("prompt", "target_new", "rephrase_prompt", "locality_prompt"),
             _edit,
         ),
         Format(
             "tofu",
-            "TOFU: to forget, or to retain",
-            "question, answer, paraphrased_question, paraphrased_answer, perturbed_answer",
+            "TOFU, to forget or to retain",
+            ("question", "answer", "paraphrased_question", "paraphrased_answer", "perturbed_answer"),
             ("question", "answer", "perturbed_answer"),
             _tofu,
         ),
-        Format("alpaca", "alpaca", "instruction, input, output", ("instruction", "output"), _alpaca),
+        Format("alpaca", "alpaca", ("instruction", "input", "output", "id"), ("instruction", "output"), _alpaca),
         Format(
             "sharegpt",
-            "ShareGPT: the first question and answer",
-            "conversations (from, value)",
+            "ShareGPT: the first question and its answer",
+            ("conversations", "id"),
             ("conversations",),
             _conversation,
         ),
+        Format("messages", "messages: the same", ("messages", "id"), ("messages",), _conversation),
         Format(
-            "messages",
-            "messages: the first question and answer",
-            "messages (role, content)",
-            ("messages",),
-            _conversation,
+            "qa",
+            "questions, with an answer or a list of answers",
+            ("question", "answer", "id"),
+            ("question", "answer"),
+            _pair,
         ),
-        Format("qa", "questions and answers", "question, answer (one, or a list)", ("question", "answer"), _pair),
     )
 }
 # Read by `--map` alone.
-MAPPED = Format("mapped", "columns named by --map", "", (), lambda row: [Item("", "")])
+MAPPED = Format("mapped", "columns named by --map", (), (), lambda row: [Item("", "")])
 # A name for a layout, whose records are then recognised like any others.
 LAYOUTS: dict[str, Container] = {"csv": "csv"}
 

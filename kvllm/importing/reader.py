@@ -23,6 +23,9 @@ from kvllm.records import Fact, Progress
 
 # Between the values of one CSV cell, for the fields that are lists.
 LIST_SEPARATOR = "|"
+# So many records of no known format, or that are no records at all, decide that a file is of none.
+_MOST_STRANGERS = 20
+_MOST_UNREADABLE = 1000
 
 
 class NoFacts(ConfigError):
@@ -116,7 +119,7 @@ class _Reading:
             if not isinstance(raw.value, dict):
                 raise ConfigError('a row is a JSON object like {"key": "…", "text": "…"}.')
             if self.source.container == "csv":
-                _refuse_formulas(raw.value, self.mapped.values() or FIELDS)
+                _refuse_formulas(raw.value, self._used())
             items = self.known.read(_listed(raw.value) if self._own_csv() else raw.value)
             if self.mapped:
                 items = [_mapped(items, raw.value, self.mapped, self.known, csv=self.source.container == "csv")]
@@ -250,12 +253,14 @@ class _Reading:
             return ""
         return "forget" if "forget" in Path(self.source.name).name.lower() else "retain"
 
+    def _used(self) -> tuple[str, ...]:
+        return (*self.mapped.values(), *self.known.fields)
+
     def _unused(self) -> list[str]:
         """Name the columns of a CSV file that nothing was read from."""
         if self.source.container != "csv":
             return []
-        used = {*self.mapped.values(), *self.known.fields.replace(" (one, or a list)", "").split(", ")}
-        unused = [name for name in self.source.columns if name not in used]
+        unused = [name for name in self.source.columns if name not in self._used()]
         return [f"Columns that were not used: {', '.join(unused)}."] if unused else []
 
 
@@ -264,28 +269,29 @@ def _refusal(raw: Raw, key: str, reason: str) -> Refused:
 
 
 def _recognised(raws: Iterator[Raw], source: Source) -> tuple[Format, Iterator[Raw]]:
-    """Return the format of the first readable record, and all records."""
+    """Return the format of the first record that has one, and all records."""
     seen: list[Raw] = []
+    strangers: list[Raw] = []
     for raw in raws:
         seen.append(raw)
-        if not isinstance(raw.value, dict):
-            if len(seen) < 1000:
-                continue
+        if isinstance(raw.value, dict):
+            known = recognise(raw.value)
+            if known is None and (parts(raw.value, "") or [("", None)])[0][0]:
+                known = FORMATS["knowedit"]
+            if known is not None:
+                return known, _chained(seen, raws)
+            strangers.append(raw)
+        if len(strangers) >= _MOST_STRANGERS or len(seen) >= _MOST_UNREADABLE:
             break
-        known = recognise(raw.value)
-        inner = parts(raw.value, "") or [("", None)]
-        if known is None and inner[0][0]:
-            known = FORMATS["knowedit"]
-        if known is not None:
-            return known, _chained(seen, raws)
-        names = ", ".join(map(str, list(raw.value)[:12])) or "none"
+    if strangers:
+        names = ", ".join(map(str, list(strangers[0].value)[:12])) or "none"
         raise ConfigError(
             f"The format of {source.name} is not recognised (its first record has the fields {names}); nothing was "
             "changed. Name the format, or say which columns hold key and text with --map."
         )
     if not seen:
         raise NoFacts(f"{source.name} holds no record; nothing was changed.")
-    rows = [Refused(raw.number, raw.where, "", f"{raw.where}: {raw.error or 'no JSON object.'}") for raw in seen]
+    rows = [_refusal(raw, "", raw.error or "no JSON object.") for raw in seen]
     raise NoFacts(f"No record of {source.name} can be used; nothing was changed: the first, {rows[0].error}", rows=rows)
 
 
@@ -366,8 +372,8 @@ def _visible(questions: Any) -> Any:
     return questions
 
 
-def _refuse_formulas(row: Mapping[str, str], columns: Any) -> None:
+def _refuse_formulas(row: Mapping[str, str], columns: Sequence[str]) -> None:
     """Refuse cells that hold a spreadsheet's formula instead of its value."""
-    for name in dict.fromkeys((*columns, "question", "answer", "instruction", "output")):
+    for name in columns:
         if row.get(name, "").lstrip().startswith("="):
             raise ConfigError(f"the cell of {name} holds a formula (it begins with =); save the file with values.")

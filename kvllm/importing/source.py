@@ -148,7 +148,9 @@ class Source:
                 yield Raw(number, where, error=said)
             else:
                 bad = _ESCAPED_BYTE.search(text, place, end)
-                if bad is None:
+                if end - place > MOST_LINE_BYTES:
+                    yield Raw(number, where, error=too_long())
+                elif bad is None:
                     yield Raw(number, where, value)
                 else:
                     yield Raw(number, where, error=f"not UTF-8 (byte 0x{ord(bad[0]) - 0xDC00:02X}).")

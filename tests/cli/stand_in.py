@@ -191,6 +191,9 @@ class StandIn:
     def get(self, key: str, default: Any = None) -> StoredFact | None:
         return self._facts.get(key, default)
 
+    def __contains__(self, key: object) -> bool:
+        return key in self._facts
+
     def __getitem__(self, key: str) -> StoredFact:
         self._meet("getitem", key=key)
         if key not in self._facts:

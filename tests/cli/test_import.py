@@ -45,7 +45,7 @@ def test_good_records_are_inserted_and_the_bad_one_is_named(kvllm: Run, written:
     assert (said["ok"], said["format"], said["records"], said["inserted"], said["failed"]) == (False, "alpaca", 3, 2, 1)
     assert [(r["line"], r.get("where"), r["key"], r["ok"]) for r in said["results"]] == [
         (None, "record 1", "Who leads Halcyon?", True),
-        (None, "record 2", "", False),
+        (None, "record 2", "What is Quill?", False),
         (None, "record 3", "What is a lisdok?", True),
     ]
     assert "What is a lisdok?" in StandIn.stores["my.kb"]._facts

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from kvllm.importing import FORMATS, Found, FoundProbe, read_facts
+from kvllm.importing.formats import COMPLETIONS, LAYOUTS, TASKS
 from kvllm.prompts import HELD_OUT_QUESTION_TEMPLATES, held_out_questions, training_questions
 
 ZSRE = {
@@ -151,6 +152,15 @@ def test_every_format_is_recognised_by_its_fields_and_read(tmp_path: Path, name:
 
 def test_the_table_above_has_every_format() -> None:
     assert set(RECORDS) == set(FORMATS)
+
+
+def test_readme_and_help_name_every_format() -> None:
+    root = Path(__file__).parents[2]
+    table = (root / "README.md").read_text(encoding="utf-8").split("## Facts from files")[1].split("```python")[0]
+    help_page = (root / "kvllm" / "cli" / "importing.py").read_text(encoding="utf-8")
+    for name in (*FORMATS, *LAYOUTS):
+        assert f"`{name}`" in table
+        assert name in help_page.split("by default the first record")[0]
 
 
 def test_zsre_teaches_the_new_answer_and_asks_the_neighbour_without_its_mark(tmp_path: Path) -> None:
@@ -328,8 +338,6 @@ def test_no_held_out_question_is_trained_on(tmp_path: Path, name: str) -> None:
 
 
 def test_dresses_of_prompts_are_not_among_the_held_out_templates() -> None:
-    from kvllm.importing.formats import COMPLETIONS, TASKS
-
     for language, templates in HELD_OUT_QUESTION_TEMPLATES.items():
         held_out = {template.replace("{q}", "{p}") for template in templates}
         assert not held_out & {*COMPLETIONS[language], *TASKS[language]}

@@ -69,7 +69,7 @@ def test_bad_line_is_named_and_the_lines_around_it_are_kept(
 
 
 def test_bad_first_line_does_not_hide_the_others(written: Callable[..., Path]) -> None:
-    for first in (b"{oops", b"oops", b'{"key": 1,'):
+    for first in (b"{oops", b"oops", b'{"key": 1,', b'{"key": "no text"}', b"7"):
         found = read_facts(written(lines(first, GOOD)))
         assert ([fact.key for fact in found], len(found.refused)) == (["Loomcare"], 1)
 
@@ -97,6 +97,9 @@ def test_line_of_a_hundred_megabytes_is_one_sentence_and_is_never_held_whole(
     assert all(0 < size <= (1 << 16) + 1 for size in asked)
     found = read_facts(path)
     assert [fact.key for fact in found] == ["Loomcare", "Halcyon"]
+    array = read_facts(written(b"[" + path.read_bytes().replace(b"\n", b",") + b"]", "a.json"))
+    assert [item.where for item in array.items] == ["record 1", "record 3"]
+    assert array.refused[0].error.startswith("record 2: longer than")
 
 
 @pytest.mark.parametrize("ending", [b"\r\n", b"\n"])
