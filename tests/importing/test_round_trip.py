@@ -50,9 +50,10 @@ def test_exporting_no_facts_is_refused_and_needs_no_model(
     make_kb: Callable[..., KnowledgeBase], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kb = make_kb()
-    monkeypatch.setattr(KnowledgeBase, "_engine", property(lambda self: pytest.fail("a model was loaded")))
-    with pytest.raises(ConfigError, match="holds no fact; nothing was written"):
-        kb.export(tmp_path / "out.jsonl", format="facts")
+    with monkeypatch.context() as patch:
+        patch.setattr(KnowledgeBase, "_engine", property(lambda self: pytest.fail("a model was loaded")))
+        with pytest.raises(ConfigError, match="holds no fact; nothing was written"):
+            kb.export(tmp_path / "out.jsonl", format="facts")
     assert not (tmp_path / "out.jsonl").exists()
 
 
