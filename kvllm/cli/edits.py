@@ -228,6 +228,7 @@ def many_result(found: Found, outcomes: Sequence[EditOutcome], *, done: str) -> 
             }
             for row, outcome in results
         ],
+        "duplicates": [{**place(row), "key": row.key, "error": row.error} for row in found.duplicates],
         "edits": [edit.to_dict() for edit in edits.values()],
     }
     if failed:

@@ -202,7 +202,7 @@ def _about(found: Found) -> dict[str, Any]:
         "sha256": found.sha256,
         "records": found.records,
         "probes": len(found.probes),
-        "duplicates": [row.to_dict() for row in found.duplicates],
+        "duplicates": [{**place(row), "key": row.key, "error": row.error} for row in found.duplicates],
         "refused_probes": [row.to_dict() for row in found.refused_probes],
         "notes": list(found.notes),
     }

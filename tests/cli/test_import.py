@@ -154,7 +154,7 @@ def test_duplicates_and_notes_are_shown(kvllm: Run, written: Callable[..., str])
     path = written("key,text,price\na,A.,1\na,A.,2\n", "a.csv")
     ran = kvllm("import", "my.kb", path, "--json")
     assert (ran.code, ran.document["inserted"]) == (0, 1)
-    assert ran.document["duplicates"][0]["where"] == "line 3"
+    assert [(row["line"], row["key"]) for row in ran.document["duplicates"]] == [(3, "a")]
     assert ran.document["notes"] == ["Columns that were not used: price."]
     shown = kvllm("import", "my.kb", path, "--dry-run").out
     assert "line 3: the key 'a' is already on line 2, with the same text." in shown
