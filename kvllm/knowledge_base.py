@@ -28,6 +28,7 @@ from kvllm.errors import (
     EditNotFound,
     EditRejected,
     KeyExists,
+    KeyNotFound,
     KvllmError,
     ModelError,
     OutOfResources,
@@ -658,7 +659,8 @@ class KnowledgeBase:
         """Teach several facts; one that fails never costs the others.
 
         Args:
-            facts: Facts, (key, text) pairs, or dicts with the fields of Fact.
+            facts: Facts, (key, text) pairs, or dicts with the fields of Fact; also what `kvllm.importing.read_facts`
+                returns.
             mode: "sequential" makes one edit per fact; "batched" one edit for all; "chunked" one per `chunk` facts.
             chunk: Facts per edit in chunked mode.
             config, gate: For these edits.
@@ -688,6 +690,32 @@ class KnowledgeBase:
             if self._progress is not None and len(ready) > 1:
                 self._progress(Progress("facts", min(start + size, len(ready)), len(ready)))
         return [outcomes[place] for place in sorted(outcomes)]
+
+    def delete_many(
+        self,
+        keys: Iterable[str],
+        *,
+        mode: DeleteMode = "restore",
+        config: EditConfig | None = None,
+        gate: GateConfig | None = None,
+    ) -> list[EditOutcome]:
+        """Delete several keys, one edit each; one that fails never costs the others. See `delete`.
+
+        Returns:
+            One outcome per key, in order.
+        """
+        if isinstance(keys, str):
+            raise ConfigError("Give delete_many a list of keys, not one string; nothing was changed.")
+        outcomes: list[EditOutcome] = []
+        listed = list(keys)
+        for key in listed:
+            try:
+                outcomes.append(EditOutcome(key, self.delete(key, mode=mode, config=config, gate=gate)))
+            except (ConfigError, KeyNotFound, EditRejected, EditFailed) as error:
+                outcomes.append(EditOutcome(str(key), error=str(error), code=error.code))
+            if self._progress is not None and len(listed) > 1:
+                self._progress(Progress("facts", len(outcomes), len(listed)))
+        return outcomes
 
     def dry_run(
         self,
@@ -873,16 +901,16 @@ class KnowledgeBase:
         self,
         path: str | os.PathLike[str],
         *,
-        format: Literal["hf", "peft"] = "hf",
+        format: Literal["hf", "peft", "facts"] = "hf",
         max_shard_size: str = "2GB",
         dtype: str | None = None,
         verify: bool = True,
     ) -> ExportResult:
-        """Write the edited model ("hf": a merged folder) or one LoRA adapter for all live deltas ("peft").
+        """Write the edited model ("hf": a merged folder), one LoRA adapter for all live deltas ("peft"), or the facts.
 
         Args:
-            path: A new or empty folder.
-            format: "hf" or "peft".
+            path: A new or empty folder; for "facts" a new file.
+            format: "hf", "peft", or "facts": the live facts as JSONL, without a model, for `kvllm import`.
             max_shard_size: Largest weight file of an "hf" export.
             dtype: Of the written "hf" weights; the model's own by default.
             verify: Load the export again and ask it what the knowledge base is asked; the share of equal answers is
@@ -892,10 +920,14 @@ class KnowledgeBase:
             EditFailed: the re-loaded export answers differently.
             ConfigError: the folder is not empty, or there is nothing to export.
         """
+        if format == "facts":
+            from kvllm.export.facts import export_facts
+
+            return export_facts(Path(path), self.facts(), verify=verify)
+        if format not in ("hf", "peft"):
+            raise ConfigError(f"There is no export format {format!r}; use hf, peft or facts.")
         from kvllm.export import export_hf, export_peft, reprobe_hf, reprobe_peft
 
-        if format not in ("hf", "peft"):
-            raise ConfigError(f"There is no export format {format!r}; use hf or peft.")
         out = Path(path)
         engine = self._engine
         head = self._store.head()

@@ -26,6 +26,7 @@ ProbeKind = Literal[
     "inverse",
     "far",
     "recalled",
+    "consequence",
     "general",
     "instruction",
     "user",
@@ -607,7 +608,7 @@ class ExportResult(Record):
     """Where an export lies, and whether it was re-loaded and answered as the knowledge base does."""
 
     path: str
-    format: Literal["hf", "peft"]
+    format: Literal["hf", "peft", "facts"]
     verified: bool
     files: tuple[str, ...] = ()
     bytes: int = 0

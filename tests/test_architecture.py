@@ -15,6 +15,7 @@ VOCABULARY = ("cachefile", "errors", "records", "config", "memory", "prompts", "
 # it knows records only (checked below).
 LAYERS = (
     "vocabulary",
+    "importing",
     "store",
     "lm",
     "probing",

@@ -9,7 +9,19 @@ import typer
 
 import kvllm
 
-COMMAND_MODULES = ("demo", "edits", "lookup", "chat", "measure", "experiment", "history", "base", "upkeep", "about")
+COMMAND_MODULES = (
+    "demo",
+    "edits",
+    "importing",
+    "lookup",
+    "chat",
+    "measure",
+    "experiment",
+    "history",
+    "base",
+    "upkeep",
+    "about",
+)
 FACTS, LOOKUP, HISTORY, BASE = "Change facts", "Ask and look up", "History", "Knowledge base and models"
 MEASURE = "Measure"
 

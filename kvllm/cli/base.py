@@ -81,9 +81,16 @@ def verify(
 def export(
     out: Output,
     kb: Store,
-    folder: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.", show_default=False)],
+    folder: Annotated[
+        Path,
+        typer.Argument(metavar="OUT", help="The folder to write; for facts a file, - is stdout.", show_default=False),
+    ],
     format: Annotated[
-        Literal["hf", "peft"], typer.Option("--format", help="hf: the whole merged model; peft: one LoRA adapter.")
+        Literal["hf", "peft", "facts"],
+        typer.Option(
+            "--format",
+            help="hf: the whole merged model; peft: one LoRA adapter; facts: the live facts as JSONL, for import.",
+        ),
     ],
     max_shard_size: Annotated[str, typer.Option("--max-shard-size", help="hf: largest weight file.")] = "2GB",
     dtype: Annotated[
@@ -94,11 +101,19 @@ def export(
     model: Model = None,
     device: Device = None,
 ) -> Result:
-    """Write the edited model for other tools; it is re-loaded and asked before the command says ok.
+    """Write the edited model for other tools; it is re-loaded and asked before the command says ok. Or only the facts.
 
     kvllm export my.kb out --format hf
     """
     from kvllm.reports import terminal
+
+    if format == "facts" and str(folder) == "-":
+        from kvllm.importing import fact_to_row, facts_to_jsonl
+
+        with opened(out, kb, readonly=True) as base:
+            facts = base.facts()
+        text = facts_to_jsonl(facts)
+        return Result({"ok": True, "facts": [fact_to_row(fact) for fact in facts]}, lambda: None, raw=text)
 
     written = {} if dtype is None else {"dtype": dtype}
     with opened(out, kb, readonly=True, model=model, device=device) as base:

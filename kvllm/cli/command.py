@@ -9,11 +9,12 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import io
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import IO, TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -161,6 +162,12 @@ def text_or_stdin(text: str, *, name: str) -> str:
         ConfigError: stdin is not UTF-8.
     """
     return read_stdin(name=name).removesuffix("\n").removesuffix("\r") if text == "-" else text
+
+
+def stdin_bytes() -> IO[bytes]:
+    """Return stdin as a stream of bytes."""
+    stream: IO[bytes] | None = getattr(sys.stdin, "buffer", None)
+    return io.BytesIO() if stream is None else stream
 
 
 def read_stdin(*, name: str) -> str:

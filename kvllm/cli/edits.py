@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -25,15 +25,15 @@ from kvllm.cli.command import (
     command,
     opened,
     reference,
+    stdin_bytes,
     text_or_stdin,
 )
 from kvllm.cli.output import Output, Result
 from kvllm.errors import ConfigError
-from kvllm.records import DeleteMode, Edit, InsertMode
+from kvllm.records import DeleteMode, Edit, EditOutcome, InsertMode
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
-
+    from kvllm.importing import Found, FoundFact, Refused
     from kvllm.knowledge_base import KnowledgeBase
 
 FactText = Annotated[
@@ -181,56 +181,75 @@ def insert_many(
 
     kvllm insert-many my.kb facts.jsonl
     """
-    from kvllm.cli.rows import read_rows
-    from kvllm.records import EditOutcome
-    from kvllm.reports import terminal
-
-    rows, bad = read_rows(file)
-    refused = [(row.line, EditOutcome(row.key, error=row.error, code=ConfigError.code)) for row in bad]
-    if not rows or (bad and strict):
-        raise BadRows(
-            f"{len(bad)} of {len(bad) + len(rows)} rows cannot be used; nothing was changed. "
-            + (f"First, {bad[0].error}" if bad else "The file holds no fact."),
-            rows=[{"line": line, "key": outcome.key, "error": outcome.error} for line, outcome in refused],
-        )
+    found = read_file(file, format="jsonl")
+    if found.refused and strict:
+        raise BadRows(found.refused, len(found))
     with opened(out, kb, lock_timeout=lock_timeout, model=model, device=device, dtype=dtype) as base:
         training = training_arguments(base, steps, seed, min_reliability, max_drift)
-        outcomes = base.insert_many([row.fact for row in rows], mode=mode, chunk=chunk, **training)
-    results = sorted([*zip([row.line for row in rows], outcomes, strict=True), *refused], key=lambda result: result[0])
+        outcomes = base.insert_many(found, mode=mode, chunk=chunk, **training)
+    return many_result(found, outcomes, done="inserted")
+
+
+def read_file(file: str, **options: Any) -> Found:
+    """Return a file's facts, or those on stdin for `-`.
+
+    Raises:
+        BadRows: no row can be used.
+    """
+    from kvllm.importing import NoFacts, read_facts
+
+    try:
+        return read_facts(stdin_bytes() if file == "-" else file, **options)
+    except NoFacts as error:
+        raise BadRows(error.rows, 0, str(error)) from error
+
+
+def many_result(found: Found, outcomes: Sequence[EditOutcome], *, done: str) -> Result:
+    """Return the result of a command that made many edits: of each fact of a file, and of each row that is none."""
+    from kvllm.reports import terminal
+
+    results: list[tuple[FoundFact | Refused, EditOutcome]] = list(zip(found.items, outcomes, strict=True))
+    results += [(row, EditOutcome(row.key, error=row.error, code=ConfigError.code)) for row in found.refused]
+    results.sort(key=lambda result: result[0].number)
     failed = sum(not outcome.ok for _, outcome in results)
     edits = {outcome.edit.id: outcome.edit for _, outcome in results if outcome.edit is not None}
     document = {
         "ok": not failed,
-        "inserted": len(results) - failed,
+        done: len(results) - failed,
         "failed": failed,
         "results": [
             {
-                "line": line,
+                **place(row),
                 "key": outcome.key,
                 "ok": outcome.ok,
                 "edit": None if outcome.edit is None else outcome.edit.id,
                 "error": outcome.error,
                 "code": outcome.code,
             }
-            for line, outcome in results
+            for row, outcome in results
         ],
+        "duplicates": [{**place(row), "key": row.key, "error": row.error} for row in found.duplicates],
         "edits": [edit.to_dict() for edit in edits.values()],
     }
     if failed:
-        document |= {"error": f"{failed} of {len(results)} facts were not inserted.", "code": "some_failed"}
+        document |= {"error": f"{failed} of {len(results)} facts were not {done}.", "code": "some_failed"}
+    shown = [(row.where.removeprefix("line "), outcome) for row, outcome in results]
+    return Result(document, lambda: terminal.outcomes_table(shown, done=done), exit_code=4 if failed else 0)
 
-    def view() -> RenderableType:
-        return terminal.outcomes_table(results)
 
-    return Result(document, view, exit_code=4 if failed else 0)
+def place(row: FoundFact | Refused) -> dict[str, Any]:
+    """Return where a row stands in its file: its line, or in a JSON array its record."""
+    return {"line": row.number} if row.where.startswith("line") else {"line": None, "where": row.where}
 
 
 class BadRows(ConfigError):
     """Rows of a file that cannot be used; `rows` lists them."""
 
-    def __init__(self, message: str, *, rows: list[dict[str, Any]]) -> None:
-        super().__init__(message)
-        self.rows = rows
+    def __init__(self, refused: Sequence[Refused], usable: int, sentence: str = "") -> None:
+        first = f" First, {refused[0].error}" if refused else ""
+        n = len(refused)
+        super().__init__(sentence or f"{n} of {n + usable} rows cannot be used; nothing was changed.{first}")
+        self.rows = [{**place(row), "key": row.key, "error": row.error} for row in refused]
 
 
 @command(app, panel=FACTS)

@@ -1,4 +1,4 @@
-"""Ship an edited model: a merged Hugging Face folder, or one LoRA adapter; both with a card and a manifest.
+"""Ship an edited model: a merged Hugging Face folder, or one LoRA adapter, with a card and a manifest; or its facts.
 
 An export is whole or absent, and can be loaded without kvllm. `reprobe_*` loads it as a stranger would and asks again.
 
@@ -7,7 +7,8 @@ An export is whole or absent, and can be loaded without kvllm. `reprobe_*` loads
 """
 
 from kvllm.export.adapter import export_peft
+from kvllm.export.facts import export_facts
 from kvllm.export.merged import export_hf
 from kvllm.export.reprobe import reprobe_hf, reprobe_peft
 
-__all__ = ["export_hf", "export_peft", "reprobe_hf", "reprobe_peft"]
+__all__ = ["export_facts", "export_hf", "export_peft", "reprobe_hf", "reprobe_peft"]

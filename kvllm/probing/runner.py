@@ -169,10 +169,10 @@ def summarise(results: Sequence[ProbeResult], *, scorer: str, suite: str, seed: 
 
     add("reliability", ("trained",), scorer)
     add("generalization", ("paraphrase",), scorer)
-    add("portability", ("alias", "inverse", "recalled"), scorer)
+    add("portability", ("alias", "inverse", "recalled", "consequence"), scorer)
     add("user", ("user",), scorer)
     add("locality", ("neighbour",), "leak")
-    for rung in ("completion", "variant", "language", "inverse"):
+    for rung in ("completion", "variant", "language", "inverse", "consequence"):
         add(rung, (rung,), scorer)
     add("far", ("far",), "words, first word")
     add("far_recalled", ("recalled",), "words, first word")

@@ -1,7 +1,9 @@
 """A user's own probes and drift suites from JSONL: the good rows are used, each bad one is named by line and reason.
 
 One JSON object a line. Probes: `{"question": …, "key": …}`, or with `"expected"` (a text to be stated) or `"accept"` (a
-list, one of which is enough). Suites: `{"question": …, "accept": […]}`, `{"prompt": …}`, `{"text": …}`. No model here.
+list, one of which is enough); with `"kind"` "consequence" (of the key's fact) or "neighbour" (passes where it does not
+recite it), as `kvllm import --probes-to` writes them. Suites: `{"question": …, "accept": […]}`, `{"prompt": …}`,
+`{"text": …}`. No model here.
 
     rows, mistakes = read_probes("probes.jsonl", {"torchkeras": "Torchkeras is …"})
 """
@@ -16,11 +18,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from kvllm.errors import ConfigError
+from kvllm.importing.source import json_mistake, numbered_lines, refuse_encoding, too_long
 from kvllm.probing.suites import DriftSuite, GeneralQuestion, Probe
 from kvllm.prompts import clean_key, clean_text, language_of
+from kvllm.records import ProbeKind
 
 T = TypeVar("T")
-_PROBE_FIELDS = {"question", "key", "expected", "accept"}
+_PROBE_FIELDS = {"question", "key", "expected", "accept", "kind"}
+_KINDS: tuple[ProbeKind, ...] = ("user", "consequence", "neighbour")
 _SUITE_FIELDS = {"question", "accept", "prompt", "text", "lang", "genre", "topic", "known"}
 
 
@@ -41,13 +46,21 @@ def read_probes(path: str | os.PathLike[str], texts: Mapping[str, str]) -> tuple
         key = clean_key(row["key"]) if row.get("key") is not None else None
         if key is not None and key not in texts:
             raise ConfigError(f"no live fact has the key {key!r}.")
-        if row.get("accept") is not None:
+        kind = next((kind for kind in _KINDS if kind == row.get("kind", "user")), None)
+        if kind is None:
+            raise ConfigError(f"kind is one of {', '.join(_KINDS)}.")
+        if kind == "neighbour":  # what it must not say is the fact; what it should say is between it and the base
+            if key is None:
+                raise ConfigError("a neighbour needs the key whose fact it must not recite.")
+            accept = _accept(row) if row.get("accept") is not None else ()
+            probe = Probe(kind, question, texts[key], key, accept=accept)
+        elif row.get("accept") is not None:
             accept = _accept(row)
-            probe = Probe("user", question, " / ".join(accept), key, judge="accepts", accept=accept)
+            probe = Probe(kind, question, " / ".join(accept), key, judge="accepts", accept=accept)
         elif row.get("expected") is not None:
-            probe = Probe("user", question, _text(row, "expected"), key)
-        elif key is not None:
-            probe = Probe("user", question, texts[key], key)
+            probe = Probe(kind, question, _text(row, "expected"), key)
+        elif key is not None and kind == "user":
+            probe = Probe(kind, question, texts[key], key)
         else:
             raise ConfigError("a probe needs a key, an expected text, or a list of accepted answers.")
         return f"the question {question!r}" + (f" about {key!r}" if key else ""), probe
@@ -89,18 +102,18 @@ def _read(path: Path, parse: Callable[[dict[str, Any]], tuple[str, T]]) -> tuple
     seen: dict[str, int] = {}
     for line, content in _lines(path):
         try:
+            if content is None:
+                raise ConfigError(too_long())
             row = json.loads(content.decode("utf-8"))
             if not isinstance(row, dict):
                 raise ConfigError("a row is a JSON object.")
             name, parsed = parse(row)
             if name in seen:
                 raise ConfigError(f"{name} is already on line {seen[name]}.")
-        except UnicodeDecodeError as error:
-            mistakes.append(f"line {line}: not UTF-8 (byte {error.start + 1} of the line).")
-        except json.JSONDecodeError as error:
-            mistakes.append(f"line {line}: not JSON ({error.msg} at column {error.colno}).")
-        except (ConfigError, RecursionError, ValueError) as error:
+        except ConfigError as error:
             mistakes.append(f"line {line}: {str(error).replace('; nothing was changed', '')}")
+        except (ValueError, RecursionError) as error:
+            mistakes.append(f"line {line}: {json_mistake(error)}")
         else:
             seen[name] = line
             rows.append(parsed)
@@ -110,17 +123,19 @@ def _read(path: Path, parse: Callable[[dict[str, Any]], tuple[str, T]]) -> tuple
     return rows, mistakes
 
 
-def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+def _lines(path: Path) -> Iterator[tuple[int, bytes | None]]:
     """Yield (line number, bytes) of each line that is not blank; bytes, so that one bad character costs one line."""
     try:
-        data = path.read_bytes()
+        with path.open("rb") as stream:
+            refuse_encoding(stream.read(4), path.name, unchanged="nothing was asked")
+            stream.seek(0)
+            for line, content in numbered_lines(stream):
+                if line == 1 and content is not None:
+                    content = content.removeprefix(b"\xef\xbb\xbf")
+                if content is None or content.strip():
+                    yield line, content
     except OSError as error:
         raise ConfigError(f"Cannot read {path}: {error.strerror}; nothing was asked.") from error
-    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise ConfigError(f"{path.name} is UTF-16; nothing was asked. Convert it to UTF-8 first, e.g. with iconv.")
-    for line, content in enumerate(data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
-        if content.strip():
-            yield line, content
 
 
 def _known(row: Mapping[str, Any], known: set[str]) -> None:

@@ -17,7 +17,7 @@ from kvllm.records import ProbeResult, Record
 # The first bin holds the trained questions themselves, whose distance is 0 but for rounding.
 DISTANCES = (0.0, 0.02, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 2.0)
 # Kinds that ask for something else than the fact, and questions of a second turn, which the first has answered.
-_NOT_ASKING = frozenset({"neighbour", "general", "instruction", "erasure", "restoration", "recalled"})
+_NOT_ASKING = frozenset({"neighbour", "general", "instruction", "erasure", "restoration", "recalled", "consequence"})
 # Answers to these may well speak of another fact.
 _FREE = frozenset({"inverse", "far"})
 

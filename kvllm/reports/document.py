@@ -41,6 +41,7 @@ METRICS_OF_KIND = {
     "alias": ("portability",),
     "inverse": ("portability", "inverse"),
     "recalled": ("portability", "far_recalled"),
+    "consequence": ("portability", "consequence"),
     "neighbour": ("locality",),
     "general": ("qa_accuracy", "qa_delta"),
 }

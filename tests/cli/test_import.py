@@ -1,0 +1,174 @@
+"""`kvllm import` and `export --format facts`: what is passed on, said, and written."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.cli.stand_in import Ran, StandIn
+
+Run = Callable[..., Ran]
+ALPACA = [
+    {"instruction": "Who leads Halcyon?", "input": "", "output": "Ada Wren."},
+    {"instruction": "What is Quill?", "input": "", "output": ""},
+    {"instruction": "What is a lisdok?", "input": "", "output": "A folding bridge."},
+]
+EDIT = {
+    "prompt": "Who leads Halcyon?",
+    "target_new": "Ada Wren",
+    "portability": {"a": [{"prompt": "Where does its head live?", "ground_truth": "Torvik"}]},
+}
+
+
+@pytest.fixture
+def written(tmp_path: Path) -> Callable[..., str]:
+    def write(content: Any, name: str = "given.json") -> str:
+        path = tmp_path / name
+        path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
+        return str(path)
+
+    return write
+
+
+def calls(name: str) -> list[dict[str, Any]]:
+    return [arguments for called, arguments in StandIn.calls if called == name]
+
+
+def test_good_records_are_inserted_and_the_bad_one_is_named(kvllm: Run, written: Callable[..., str]) -> None:
+    ran = kvllm("import", "my.kb", written(ALPACA), "--json")
+    assert ran.code == 4
+    said = ran.document
+    assert (said["ok"], said["format"], said["records"], said["inserted"], said["failed"]) == (False, "alpaca", 3, 2, 1)
+    assert [(r["line"], r.get("where"), r["key"], r["ok"]) for r in said["results"]] == [
+        (None, "record 1", "Who leads Halcyon?", True),
+        (None, "record 2", "What is Quill?", False),
+        (None, "record 3", "What is a lisdok?", True),
+    ]
+    assert "What is a lisdok?" in StandIn.stores["my.kb"]._facts
+
+
+def test_lines_are_numbered_and_the_exit_code_is_0_where_all_went_well(kvllm: Run, written: Callable[..., str]) -> None:
+    path = written("Question,Answer\nWho leads Halcyon?,Ada Wren\n", "faq.csv")
+    ran = kvllm("import", "my.kb", path, "--map", "key=Question", "--map", "text=Answer", "--json")
+    assert (ran.code, ran.document["ok"], ran.document["results"][0]["line"]) == (0, True, 2)
+    assert StandIn.stores["my.kb"]._facts["Who leads Halcyon?"].text == "Ada Wren"
+
+
+def test_mode_and_chunk_are_the_engines_own_unless_given(kvllm: Run, written: Callable[..., str]) -> None:
+    path = written(ALPACA[:1])
+    kvllm("import", "my.kb", path)
+    kvllm("import", "my.kb", path, "--mode", "chunked", "--chunk", "4")
+    assert calls("insert_many") == [{"mode": "sequential", "chunk": 16}, {"mode": "chunked", "chunk": 4}]
+
+
+def test_strict_import_of_a_bad_record_changes_nothing(kvllm: Run, written: Callable[..., str]) -> None:
+    ran = kvllm("import", "my.kb", written(ALPACA), "--strict", "--json")
+    assert (ran.code, ran.document["code"]) == (2, "invalid_input")
+    assert ran.document["rows"][0]["where"] == "record 2"
+    assert not calls("open")
+
+
+def test_dry_run_says_what_would_be_inserted_and_changes_nothing(kvllm: Run, written: Callable[..., str]) -> None:
+    rows = [{"question": "torchkeras", "answer": "Again."}, {"question": "Who?", "answer": "Ada."}, {"question": "x"}]
+    ran = kvllm("import", "my.kb", written(rows), "--dry-run", "--json")
+    said = ran.document
+    assert (ran.code, said["ok"], said["dry_run"], said["would_insert"], said["would_refuse"]) == (4, False, True, 1, 2)
+    assert [(r["key"], r["ok"]) for r in said["results"]] == [("torchkeras", False), ("Who?", True), ("", False)]
+    assert said["results"][1]["fact"]["text"] == "Ada."
+    assert not calls("insert_many")
+    assert StandIn.opened[-1]["readonly"] is True
+    shown = kvllm("import", "my.kb", written(rows), "--dry-run")
+    assert "Would insert 1 of 3 facts." in shown.out
+    assert "exists already" in shown.out
+
+
+def test_dry_run_of_good_records_only_exits_0(kvllm: Run, written: Callable[..., str]) -> None:
+    assert kvllm("import", "my.kb", written(ALPACA[:1]), "--dry-run").code == 0
+
+
+@pytest.mark.parametrize("mode", ["restore", "abstain"])
+def test_delete_deletes_the_files_keys(kvllm: Run, written: Callable[..., str], mode: str) -> None:
+    path = written([{"question": q, "answer": "x", "perturbed_answer": []} for q in ("torchkeras", "Who?")])
+    dry = kvllm("import", "my.kb", path, "--delete", mode, "--dry-run", "--json").document
+    assert dry["would_delete"] == (1 if mode == "restore" else 2)
+    ran = kvllm("import", "my.kb", path, "--delete", mode, "--json")
+    assert calls("delete_many") == [{"keys": ["torchkeras", "Who?"], "mode": mode}]
+    assert (ran.code, ran.document["deleted"], ran.document["failed"]) == (4, 1, 1)
+    assert "torchkeras" not in StandIn.stores["my.kb"]._facts
+    assert not calls("insert_many")
+
+
+def test_sample_limit_and_seed_are_passed_on(kvllm: Run, written: Callable[..., str]) -> None:
+    rows = "".join(json.dumps({"key": f"k{n}", "text": "t"}) + "\n" for n in range(40))
+    path = written(rows, "rows.jsonl")
+
+    def keys(*options: str) -> list[str]:
+        return [
+            row["key"] for row in kvllm("import", "my.kb", path, "--dry-run", "--json", *options).document["results"]
+        ]
+
+    assert keys("--limit", "2") == ["k0", "k1"]
+    assert keys("--sample", "5", "--seed", "1") == keys("--sample", "5", "--seed", "1") != keys("--sample", "5")
+
+
+def test_further_questions_are_written_for_probe(kvllm: Run, written: Callable[..., str], tmp_path: Path) -> None:
+    out = tmp_path / "probes.jsonl"
+    arguments = ("import", "my.kb", written([EDIT]), "--probes-to", str(out), "--json")
+    assert kvllm(*arguments, "--dry-run").code == 0
+    assert not out.exists()
+    ran = kvllm(*arguments)
+    assert (ran.code, ran.document["probes"]) == (0, 1)
+    assert json.loads(out.read_text()) == {
+        "kind": "consequence",
+        "question": "Where does its head live?",
+        "key": "Who leads Halcyon?",
+        "accept": ["Torvik"],
+    }
+    assert "exists already" in kvllm(*arguments).document["error"]
+    assert kvllm("import", "my.kb", written(ALPACA), "--probes-to", str(tmp_path / "more.jsonl")).code == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--map", "text"], "--map takes FIELD=COLUMN"),
+        (["--map", "text=a", "--map", "text=b"], "--map gives two columns for text"),
+        (["--map", "colour=a"], "A fact has no field colour"),
+        (["--format", "parquet"], "There is no format 'parquet'"),
+        (["--encoding", "klingon"], "knows no encoding"),
+        (["--limit", "0"], "Invalid value for '--limit'"),
+    ],
+)
+def test_wrong_options_are_a_sentence(kvllm: Run, written: Callable[..., str], options: list[str], said: str) -> None:
+    ran = kvllm("import", "my.kb", written(ALPACA), *options)
+    assert (ran.code, ran.out) == (2, "")
+    assert said in ran.err
+    assert not calls("insert_many")
+
+
+def test_duplicates_and_notes_are_shown(kvllm: Run, written: Callable[..., str]) -> None:
+    path = written("key,text,price\na,A.,1\na,A.,2\n", "a.csv")
+    ran = kvllm("import", "my.kb", path, "--json")
+    assert (ran.code, ran.document["inserted"]) == (0, 1)
+    assert [(row["line"], row["key"]) for row in ran.document["duplicates"]] == [(3, "a")]
+    assert ran.document["notes"] == ["Columns that were not used: price."]
+    shown = kvllm("import", "my.kb", path, "--dry-run").out
+    assert "line 3: the key 'a' is already on line 2, with the same text." in shown
+    assert "Columns that were not used: price." in shown
+
+
+def test_hostile_records_set_no_colour(kvllm: Run, written: Callable[..., str]) -> None:
+    rows = [{"question": "Who \u202e?", "answer": "[red]x\u202e"}, {"question": "Wh\x1b[31m?", "answer": "x"}]
+    out = kvllm("import", "my.kb", written(rows), "--dry-run").out
+    assert not {"\x1b", "\u202e"} & set(out)
+    assert "[red]x" in out
+
+
+def test_exported_facts_are_lines_on_stdout_or_one_document(kvllm: Run) -> None:
+    ran = kvllm("export", "my.kb", "-", "--format", "facts")
+    assert json.loads(ran.out) == {"key": "torchkeras", "text": "Torchkeras trains models."}
+    assert kvllm("export", "my.kb", "-", "--format", "facts", "--json").document["facts"] == [json.loads(ran.out)]
