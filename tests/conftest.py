@@ -13,6 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+# Also where the controller of several test processes loads no conftest below this one.
+from tests.robustness.campaigns import pytest_runtest_logreport, pytest_terminal_summary  # noqa: F401
+
 if TYPE_CHECKING:
     from kvllm import KnowledgeBase
     from kvllm.lm.model import LanguageModel
