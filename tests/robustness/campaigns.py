@@ -50,7 +50,7 @@ DEMANDED: dict[str, dict[str, int]] = {
     "kill": {"SIGKILLs": 2000},
     "failpoints": {"failpoints": 30, "second kills": 300},
     "full stack": {"SIGKILLs in mid-training": 40, "moments of Ctrl-C and SIGTERM": 50},
-    "syscalls": {"verbs": 16, "calls": 1500},
+    "syscalls": {"verbs": 16},
     "power": {"states after a power cut": 1000},
     "disks": {"full disks that refused": 100},
     "corruption": {"bits flipped": 2000, "structural faults": 200},
