@@ -50,7 +50,7 @@ def recorded(stage: Stage, case: Path) -> list[ptrace.Call]:
     """Run the verb undisturbed and return its calls."""
     calls: list[ptrace.Call] = []
     stage.template.lay_out(case)
-    code = ptrace.trace(lambda: stage.verb.act(case), root=case, answer=lambda call: calls.append(call))
+    code = ptrace.trace(lambda: stage.verb.act(case), root=case, answer=calls.append, with_data=True)
     assert code == FINISHED, (stage.verb.name, code)
     shutil.rmtree(case)
     return calls
