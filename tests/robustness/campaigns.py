@@ -62,7 +62,7 @@ DEMANDED: dict[str, dict[str, int]] = {
         "locks of killed holders": 20,
     },
     "numbers": {"faults at every step of training": 60},
-    "hostile text": {"kinds of Unicode": 60, "SQL": 200, "paths": 150, "control tokens and templates": 100},
+    "hostile text": {"Unicode": 60, "SQL": 200, "paths": 150, "control tokens and templates": 100},
     "artefacts": {"poisoned artefacts": 200, "mutated headers": 2000},
     "growth": {"edits": 2000},
     "migrations": {"killed upgrades": 10},

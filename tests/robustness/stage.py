@@ -41,6 +41,10 @@ def prepare(cache: Path) -> None:
 
     torch.set_num_threads(1)
     load()
+    with contextlib.suppress(Exception):  # a table that every loading would build anew: an eighth of an insert
+        from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+        get_checkpoint_conversion_mapping("llama")
     SentenceEncoder.speaks = lambda self, text: False  # type: ignore[method-assign]
     drift.GATE_PROMPTS, drift.GATE_TEXTS = 6, 3
 

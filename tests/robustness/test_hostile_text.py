@@ -33,6 +33,7 @@ from tests.store.bench import BASE, forge_seals
 
 CAMPAIGN = "hostile text"
 ALL = tuple(dict.fromkeys(text for texts in KINDS.values() for text in texts))
+TRIED = some(ALL, least=150)
 # What must not reach a terminal: C0 and C1 controls but line feeds and tabs, overrides and marks of direction.
 OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
 COLOURS = re.compile(r"\x1b\[[0-9;]*m")
@@ -104,7 +105,7 @@ def test_every_text_in_every_place_is_stored_verbatim_or_refused(place: Path, re
     """Through the Python API: as key, text, alias, question, probe and label."""
     counts: Counter[str] = Counter()
     with KnowledgeBase.open(place) as kb:
-        for n, text in enumerate(ALL):
+        for n, text in enumerate(TRIED):
             edit, error = attempt(lambda text=text: kb.insert(text, "plain"))
             if edit is None:
                 assert isinstance(error, (ConfigError, KeyExists)), (text[:40], error)
@@ -131,9 +132,9 @@ def test_every_text_in_every_place_is_stored_verbatim_or_refused(place: Path, re
         assert {fact.key: fact for fact in again.facts()} == everything
     assert "<script" not in page
     assert "<img" not in page
-    record({**{kind: len(set(texts)) for kind, texts in KINDS.items()}, **counts})
-    assert counts["keys stored"] >= 450
-    assert counts["texts, aliases, questions, probes and labels stored"] >= 450
+    record({**{kind: len({*texts} & {*TRIED}) for kind, texts in KINDS.items()}, **counts})
+    assert counts["keys stored"] >= 0.7 * len(TRIED)
+    assert counts["texts, aliases, questions, probes and labels stored"] >= 0.7 * len(TRIED)
 
 
 def test_a_quote_in_a_key_is_a_letter_of_the_key(place: Path) -> None:
@@ -149,10 +150,10 @@ def test_every_text_through_jsonl_and_the_command_line(
     place: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], record: Callable[..., None]
 ) -> None:
     rows = "".join(
-        json.dumps({"key": text, "text": text, "aliases": [text + "!"], "tags": [text]}) + "\n" for text in ALL
+        json.dumps({"key": text, "text": text, "aliases": [text + "!"], "tags": [text]}) + "\n" for text in TRIED
     )
     usable, bad = parse_rows(rows)
-    assert len(usable) + len(bad) == len(ALL)
+    assert len(usable) + len(bad) == len(TRIED)
     path = place.parent / "facts.jsonl"
     path.write_text(rows, encoding="utf-8")
     code = main(["insert-many", str(place), str(path), "--json"])
@@ -192,7 +193,9 @@ def test_every_text_as_an_argument_of_a_command(
             ["rollback", str(place), "--", text + "!"],
             ["show", str(place), "--", text + "!"],
         ):
-            if n % 16 and not (arguments[0] == "get" and n < 80):  # all kinds of Unicode, and some of the rest
+            if n % (16 if WHOLE else 64) and not (
+                arguments[0] == "get" and n < 80
+            ):  # all Unicode, and some of the rest
                 continue
             code = main(arguments)
             said = capfd.readouterr()
@@ -359,7 +362,7 @@ def test_control_tokens_of_a_user_never_become_control_tokens(
     from kvllm.lm.model import LanguageModel
 
     look_alike = [text.translate({ord("<"): "＜", ord(">"): "＞", ord("|"): "｜"}) for text in INJECTIONS]
-    texts = [*INJECTIONS, *look_alike, *(c.upper() for c in CONTROL), *(c.title() for c in CONTROL)]
+    texts = some([*INJECTIONS, *look_alike, *(c.upper() for c in CONTROL), *(c.title() for c in CONTROL)], least=60)
     counts: Counter[str] = Counter()
     for name, folder in tokenizer_variants(tiny_llama, tiny_base, tmp_path):
         lm = LanguageModel.load(folder, ModelConfig(device="cpu"))
