@@ -29,6 +29,7 @@ from kvllm.records import Edit, Fact
 from kvllm.store import NewEdit, Store, files, sqlite
 from tests.robustness.hostile import attempt, tree
 from tests.robustness.hostile_texts import CONTROL, ESCAPES, INJECTIONS, KINDS, PATHS, SQL, UNICODE
+from tests.robustness.sizes import WHOLE, some
 from tests.store.bench import BASE, forge_seals
 
 CAMPAIGN = "hostile text"
