@@ -58,7 +58,7 @@ DEMANDED: dict[str, dict[str, int]] = {
     "concurrency": {
         "seconds of 2 writers and 4 readers": 60,
         "inserts by 8 processes": 400,
-        "backups while writers ran": 20,
+        "backups while writers ran": 10,
         "locks of killed holders": 20,
     },
     "numbers": {"faults at every step of training": 60},
