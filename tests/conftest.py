@@ -17,6 +17,9 @@ import pytest
 
 from kvllm.cli.run import _prepare_libraries
 
+# Also where the controller of several test processes loads no conftest below this one.
+from tests.robustness.campaigns import pytest_runtest_logreport, pytest_terminal_summary  # noqa: F401
+
 if TYPE_CHECKING:
     from kvllm import KnowledgeBase
     from kvllm.lm.model import LanguageModel

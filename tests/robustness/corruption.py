@@ -1,9 +1,10 @@
 """Damage: a bit flipped anywhere, and files and rows that are wrong in every way a file or a row can be wrong.
 
 Reading a damaged knowledge base either gives what was committed or raises a kvllm error; `verify --deep` must name
-every damage that readers could notice, and a repair must not make anything worse.
+every damage that readers could notice. A repair without consent loses nothing that was committed and still lies there;
+one with consent leaves a beginning of the true history.
 
-    python -m tests.robustness.corruption --n 200
+    python -m tests.robustness.corruption --size 0.1
 """
 
 from __future__ import annotations
@@ -21,9 +22,10 @@ from kvllm.store import Store
 from kvllm.store.repair import repair
 from kvllm.store.sqlite import sqlite3
 from kvllm.store.verify import verify_folder
-from tests.robustness.harness import KB, Results, build_template, campaign, look_into, mine
+from tests.robustness.harness import KB, Folder, Results, build_template, campaign, look, look_into, mine, spread
 from tests.store.bench import Bench
 
+FLIPS = 2000
 REPAIR_EVERY = 5
 VECTOR = b"\x07" * 64  # as build_template puts it
 
@@ -102,13 +104,7 @@ def examine(results: Results, path: Path, true: dict[str, Any], where: str, *, t
         if noticed and report.ok and not report.problems and noticed != ["vectors"]:
             results.check(f"verify found nothing, and {noticed[0]} noticed", where)
         if try_repair:
-            once = repair(path)
-            results.counts["repaired"] += once.ok and not report.ok
-            if once.ok:
-                for name, answer in reads(path):
-                    differs = name in true and answer != true[name] and not isinstance(true[name], KvllmError)
-                    if differs and not missing_at_worst(name, answer):
-                        results.check(f"after a repair without consent {name} is {answer!r:.200}", where)
+            repair_and_compare(results, path, true, where, damaged=not report.ok)
     except KvllmError as error:
         results.counts["refused altogether"] += 1
         if "\n" in str(error):
@@ -117,13 +113,66 @@ def examine(results: Results, path: Path, true: dict[str, Any], where: str, *, t
         results.check(f"{type(error).__name__}: {error}", where)
 
 
+def repair_and_compare(results: Results, path: Path, true: dict[str, Any], where: str, *, damaged: bool) -> None:
+    """Repair without consent, which must lose nothing, and, if that was not enough, with it."""
+    files_before, edits_before = kept(path)
+    results.counts["repairs"] += 1
+    try:
+        once = repair(path)
+    finally:
+        files_after, edits_after = kept(path)
+        committed = {content for files in true["everything"]["deltas"].values() for content in files.values()}
+        if lost := (files_before & committed) - files_after:
+            results.check(f"a repair without consent lost {len(lost)} files of committed deltas", where)
+        if edits_after < edits_before:
+            results.check(f"a repair without consent cut {edits_before} edits to {edits_after}", where)
+    results.counts["repaired without consent"] += once.ok and damaged
+    if once.ok:
+        for name, answer in reads(path):
+            differs = name in true and answer != true[name] and not isinstance(true[name], KvllmError)
+            if differs and not missing_at_worst(name, answer):
+                results.check(f"after a repair without consent {name} is {answer!r:.200}", where)
+        return
+    if not any(problem.severity == "error" for problem in once.problems):
+        results.check("a repair that was not enough does not say what is missing", where)
+    twice = repair(path, yes=True)
+    if not twice.ok:
+        results.counts["beyond repair, and said so"] += 1
+        return
+    results.counts["repaired with consent"] += 1
+    left, whole = look(path), true["everything"]
+    head = left["head"]
+    for name in ("facts", "chains"):
+        if left[name] != whole[name][: head + 1]:
+            results.check(f"after a repair with consent {name} are no beginning of the true ones", where)
+    if left["history"] != whole["history"][:head]:
+        results.check("after a repair with consent the history is no beginning of the true one", where)
+    if any(whole["deltas"].get(sha) != content for sha, content in left["deltas"].items()):
+        results.check("after a repair with consent a delta differs", where)
+
+
+def kept(path: Path) -> tuple[set[bytes], int]:
+    """Return the contents of all files of deltas, wherever they lie, and how many edits the ledger can count."""
+    found = {file.read_bytes() for file in path.rglob("*") if file.is_file() and file.name.startswith("adapter_")}
+    try:
+        ledger = sqlite3.connect(f"file:{path / 'ledger.db'}?mode=ro", uri=True)
+        try:
+            (edits,) = ledger.execute("SELECT count(*) FROM edits").fetchone()
+        finally:
+            ledger.close()
+    except (sqlite3.Error, UnicodeDecodeError):
+        edits = 0
+    return found, edits
+
+
 def flips(results: Results, given: argparse.Namespace, path: Path, true: dict[str, Any], case: Path) -> None:
     """Flip one bit. Half of the flips hit the ledger, and most of these a byte that is in use."""
     everything = sorted(file for file in path.rglob("*") if file.is_file() and file.name != "LOCK")
     ledger = path / "ledger.db"
     others = [file for file in everything if file != ledger]
     used = [place for place, byte in enumerate(ledger.read_bytes()) if byte]
-    for number in mine(given, range(given.n)):
+    template = Folder(path)
+    for number in mine(given, range(max(10, round(FLIPS * given.size)))):
         rng = random.Random(f"{given.seed}-{number}")
         file = ledger if number % 2 else rng.choice(others)
         data = bytearray(file.read_bytes())
@@ -131,7 +180,7 @@ def flips(results: Results, given: argparse.Namespace, path: Path, true: dict[st
         bit = rng.randrange(8)
         data[place] ^= 1 << bit
         where = f"bit {bit} of byte {place} of {file.relative_to(path)}"
-        shutil.copytree(path, case)
+        template.lay_out(case)
         (case / file.relative_to(path)).write_bytes(bytes(data))
         results.counts["bits flipped"] += 1
         examine(results, case, true, where, try_repair=number % (2 * REPAIR_EVERY) < 2)
@@ -231,8 +280,9 @@ def swap(one: Path, two: Path) -> None:
 
 
 def structural(results: Results, given: argparse.Namespace, path: Path, true: dict[str, Any], case: Path) -> None:
-    for number, (where, damage) in enumerate(mine(given, faults(path))):
-        shutil.copytree(path, case)
+    template = Folder(path)
+    for number, (where, damage) in enumerate(spread(mine(given, faults(path)), given.size, least=10)):
+        template.lay_out(case)
         damage(case)
         results.counts["structural faults"] += 1
         examine(results, case, true, where, try_repair=number % REPAIR_EVERY == 0)
@@ -251,4 +301,4 @@ def run(results: Results, given: argparse.Namespace, work: Path) -> None:
 
 
 if __name__ == "__main__":
-    campaign(run, n=100)
+    campaign(run)

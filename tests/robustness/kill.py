@@ -2,7 +2,7 @@
 
 The oracle is a pipe: the writer says what it begins and what was acknowledged, and a pipe outlives its writer.
 
-    python -m tests.robustness.kill --n 200
+    python -m tests.robustness.kill --size 0.1
 """
 
 from __future__ import annotations
@@ -24,21 +24,26 @@ from kvllm.store import NewEdit, Store, failpoints
 from tests.robustness.harness import (
     BASE,
     VERBS,
+    Folder,
     Results,
+    Stage,
     campaign,
+    conclude,
     fact,
-    finish,
     forked,
-    judge,
+    make_repeatable,
     mine,
     reaped,
+    share_of,
     sigkill_at,
+    spread,
     stages,
     tiny_delta,
 )
 
 OPS = ("insert", "insert", "insert", "update", "update", "delete", "rollback", "tag", "compact", "snapshot", "gc")
-KILLS_PER_STORE = 25
+KILLS = 2000
+KILLS_PER_STORE = 12
 MOST_EDITS = 4  # acknowledged before a kill
 LONGEST = 0.004  # seconds from there to the kill: about one edit
 DELTAS = [tiny_delta(seed) for seed in range(40)]
@@ -129,22 +134,17 @@ def progress(pipe: int, lines: int) -> bytes:
     return said
 
 
-def difference(path: Path, model: Model) -> str | None:
-    """Compare the store with the model."""
-    with Store.open(path) as store:
-        report = store.verify(deep=True)
-        errors = [f"{p.where}: {p.what}" for p in report.problems if p.severity == "error"]
-        if errors:
-            return f"verify: {errors[0]}"
-        if store.head() != len(model.states) - 1:
-            return f"the head is {store.head()}, {len(model.states) - 1} edits were acknowledged"
-        if {each.key: each.text for each in store.facts()} != model.live:
-            return "the live facts are not those that were acknowledged"
-        at = random.randrange(len(model.states))
-        if {each.key: each.text for each in store.facts(at)} != model.states[at]:
-            return f"the facts at edit {at} are not those that were acknowledged"
-        if store.tags() != model.tags:
-            return "the tags are not those that were acknowledged"
+def difference(store: Store, model: Model) -> str | None:
+    """Compare what a store holds with the model."""
+    if store.head() != len(model.states) - 1:
+        return f"the head is {store.head()}, {len(model.states) - 1} edits were acknowledged"
+    if {each.key: each.text for each in store.facts()} != model.live:
+        return "the live facts are not those that were acknowledged"
+    at = random.randrange(len(model.states))
+    if {each.key: each.text for each in store.facts(at)} != model.states[at]:
+        return f"the facts at edit {at} are not those that were acknowledged"
+    if store.tags() != model.tags:
+        return "the tags are not those that were acknowledged"
     return None
 
 
@@ -152,7 +152,7 @@ def random_kills(results: Results, given: argparse.Namespace, work: Path) -> Non
     """Kill a writer again and again; now and then kill the one that recovers at once."""
     Store.create(work / "empty.kb", BASE, {"model": "tiny"}).close()
     path, model = work / "0.kb", Model()
-    for kill in range(-(-given.n // given.parts)):
+    for kill in range(share_of(given, KILLS)):
         if kill % KILLS_PER_STORE == 0:
             shutil.rmtree(path, ignore_errors=True)
             path, model = work / f"{kill}.kb", Model()
@@ -169,7 +169,7 @@ def random_kills(results: Results, given: argparse.Namespace, work: Path) -> Non
         while chunk := os.read(read, 1 << 16):
             said += chunk
         os.close(read)
-        results.counts["kills"] += 1
+        results.counts["SIGKILLs"] += 1
         if code != -signal.SIGKILL:
             results.check(f"the writer ended by itself: {said[-1000:].decode()}", seed)
             continue
@@ -184,33 +184,36 @@ def random_kills(results: Results, given: argparse.Namespace, work: Path) -> Non
                 pending = json.loads(line)
         results.counts["kills within an operation"] += pending is not None
         results.counts["kills that left a journal"] += (path / "ledger.db-journal").exists()
-        if kill % 3 == 0:  # the next writer recovers, and may be killed while it does
-            continue_later = difference_or_pending(path, model, pending, only_recover=True)
-        else:
-            continue_later = difference_or_pending(path, model, pending)
-        results.check(continue_later, f"kill {seed} in {pending}")
-        if continue_later is not None:
+        results.counts["recoveries killed"] += kill % 3 == 0
+        wrong = difference_or_pending(path, model, pending, kill_recovery=kill % 3 == 0)
+        results.check(wrong, f"kill {seed} in {pending}")
+        if wrong is not None:
             shutil.rmtree(path, ignore_errors=True)
             model = Model()
             shutil.copytree(work / "empty.kb", path)
 
 
-def difference_or_pending(path: Path, model: Model, pending: Any, *, only_recover: bool = False) -> str | None:
-    """Compare with the model, or with what it becomes if the operation that was cut short did happen."""
-    if only_recover:  # kill a recovery at a random moment first
+def difference_or_pending(path: Path, model: Model, pending: Any, *, kill_recovery: bool) -> str | None:
+    """Verify, and compare with the model, or with what it becomes if the operation that was cut short did happen."""
+    if kill_recovery:
         pid = forked(lambda: Store.open(path).close())
         time.sleep(random.uniform(0, 0.003))
         os.kill(pid, signal.SIGKILL)
         reaped(pid)
     try:
-        wrong = difference(path, model)
-        if wrong is not None and pending is not None:
-            happened = model.copy()
-            happened.apply(*pending)
-            if difference(path, happened) is None:
-                model.live, model.states, model.tags = happened.live, happened.states, happened.tags
-                return None
-        return wrong
+        with Store.open(path) as store:
+            report = store.verify(deep=True)
+            errors = [f"{p.where}: {p.what}" for p in report.problems if p.severity == "error"]
+            if errors:
+                return f"verify: {errors[0]}"
+            wrong = difference(store, model)
+            if wrong is not None and pending is not None:
+                happened = model.copy()
+                happened.apply(*pending)
+                if difference(store, happened) is None:
+                    model.live, model.states, model.tags = happened.live, happened.states, happened.tags
+                    return None
+            return wrong
     except Exception as error:
         return f"{type(error).__name__}: {error}"
 
@@ -220,43 +223,50 @@ def failpoint_kills(results: Results, given: argparse.Namespace, work: Path) -> 
     case = work / "case"
     for stage in stages(work, mine(given, VERBS)):
         verb = stage.verb
-        steps: list[str] = []
-        shutil.copytree(stage.template, case)
-        failpoints.hook = steps.append
+        reached: list[str] = []
+        stage.template.lay_out(case)
+        failpoints.hook = reached.append
         verb.act(case)
         failpoints.hook = None
         shutil.rmtree(case)
-        results.counts["failpoints reached"] += len(set(steps))
-        results.counts.update(f"at {step}" for step in set(steps))
-        for first in dict.fromkeys(steps):
-            shutil.copytree(stage.template, work / "killed")
-            code = reaped(forked(partial(verb.act, work / "killed"), before=partial(sigkill_at, first)))
+        steps = list(dict.fromkeys(reached))
+        results.counts["verbs times failpoints"] += len(steps)
+        results.counts.update(f"at {step}" for step in steps)
+        for first in spread(steps, given.size):
+            stage.template.lay_out(case)
+            code = reaped(forked(partial(verb.act, case), before=partial(sigkill_at, first)))
             results.counts["first kills"] += 1
             where = f"{verb.name} killed at {first}"
             if code != -9:
                 results.check(f"it was not killed but ended with {code}", where)
-            place, wrong = judge(stage, work / "killed")
-            results.check(wrong, where)
-            for second in dict.fromkeys(steps):
-                shutil.copytree(work / "killed", case)
-                if place != "after":
-                    reaped(forked(partial(verb.act, case), before=partial(sigkill_at, second)))
-                    results.counts["second kills"] += 1
-                again, wrong = judge(stage, case)
-                results.check(wrong, f"{where}, then at {second}")
-                results.check(finish(stage, case, again), f"{where}, then at {second}")
-                shutil.rmtree(case)
-                if place == "after":
-                    break
-            shutil.rmtree(work / "killed")
+            left = Folder(case)
+            place = concluded(results, stage, case, where)
+            if place == "after":
+                continue
+            for second in spread(steps, given.size):
+                left.lay_out(case)
+                reaped(forked(partial(verb.act, case), before=partial(sigkill_at, second)))
+                results.counts["second kills"] += 1
+                concluded(results, stage, case, f"{where}, then at {second}")
+    results.counts["failpoints"] = sum(name.startswith("at ") for name in results.counts)
+
+
+def concluded(results: Results, stage: Stage, case: Path, where: str) -> str:
+    """Judge what is left, finish the verb there, remove the folder; say where the kill had left things."""
+    verdict = conclude(stage, case)
+    results.check(verdict.wrong, where)
+    results.check(verdict.afterwards, where)
+    shutil.rmtree(case)
+    return verdict.place
 
 
 def run(results: Results, given: argparse.Namespace, work: Path) -> None:
-    if given.only != "failpoints":
+    if given.what != "failpoints":
         random_kills(results, given, work)
-    if given.only != "random":
+    if given.what != "random":
+        make_repeatable()
         failpoint_kills(results, given, work)
 
 
 if __name__ == "__main__":
-    campaign(run, n=100)
+    campaign(run)

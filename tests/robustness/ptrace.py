@@ -54,7 +54,7 @@ class Call:
         path: What it is done to.
         number: The how-manieth it is.
         to: The new name of a rename.
-        data: What a write will write; None where that is not known (sendfile and its like).
+        data: What a write will write; None where that was not asked for, or is not known (sendfile and its like).
         offset: Of a write or truncate; None at the file's own position.
         fd: The file descriptor, of calls that take one.
         creates: Whether an open may create the file; `reads` whether it only reads.
@@ -87,6 +87,7 @@ def trace(
     root: Path,
     answer: Callable[[Call], object],
     said: int | None = None,
+    with_data: bool = False,
 ) -> int:
     """Run `act` in a traced child, and return its exit code, or minus the signal that ended it.
 
@@ -96,19 +97,32 @@ def trace(
         answer: Asked before each call: None lets it happen, a negative number is returned instead of doing it, KILL
             kills.
         said: See `forked`.
+        with_data: Read what each write will write.
     """
     pid = forked(act, before=_become_traced, said=said)
     try:
         _wait(pid)
         _ptrace(_SETOPTIONS, pid, _O_TRACESECCOMP | _O_EXITKILL)
-        return _follow(pid, str(root), answer)
+        memory = os.open(f"/proc/{pid}/mem", os.O_RDONLY)
+        try:
+            return _follow(_Child(pid, memory, with_data), str(root), answer)
+        finally:
+            os.close(memory)
     except BaseException:
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
         raise
 
 
-def _follow(pid: int, root: str, answer: Callable[[Call], object]) -> int:
+@dataclass(frozen=True)
+class _Child:
+    pid: int
+    memory: int  # a descriptor; opened once, for it is read at most stops
+    with_data: bool
+
+
+def _follow(child: _Child, root: str, answer: Callable[[Call], object]) -> int:
+    pid = child.pid
     registers = _Registers()
     number = 0
     deliver = 0
@@ -122,7 +136,7 @@ def _follow(pid: int, root: str, answer: Callable[[Call], object]) -> int:
             deliver = os.WSTOPSIG(status)
             continue
         _ptrace(_GETREGS, pid, ctypes.addressof(registers))
-        call = _call(pid, registers, root, number)
+        call = _call(child, registers, root, number)
         if call is None:
             continue
         number += 1
@@ -136,7 +150,8 @@ def _follow(pid: int, root: str, answer: Callable[[Call], object]) -> int:
             _ptrace(_SETREGS, pid, ctypes.addressof(registers))
 
 
-def _call(pid: int, registers: _Registers, root: str, number: int) -> Call | None:
+def _call(child: _Child, registers: _Registers, root: str, number: int) -> Call | None:
+    pid = child.pid
     nr, kind = registers.orig_rax, _CALLS.get(registers.orig_rax)
     if kind is None:
         return None
@@ -148,18 +163,18 @@ def _call(pid: int, registers: _Registers, root: str, number: int) -> Call | Non
             return None
         call = Call(kind, path, number, fd=fd)
         if nr in (1, 18):
-            call.data = _read(pid, b, c)
+            call.data = os.pread(child.memory, c, b) if child.with_data else None
             call.offset = d if nr == 18 else None
         elif nr == 77:
             call.offset = b
         return call
     at = {257: (a, b), 264: (a, b), 316: (a, b), 263: (a, b), 258: (a, b)}.get(nr, (_AT_FDCWD, a))
-    path = _path(pid, ctypes.c_int(at[0]).value, at[1])
+    path = _path(child, ctypes.c_int(at[0]).value, at[1])
     if not _below(path, root):
         return None
     call = Call(kind, path, number)
     if kind == "rename":
-        call.to = _path(pid, _AT_FDCWD, b) if nr == 82 else _path(pid, ctypes.c_int(c).value, d)
+        call.to = _path(child, _AT_FDCWD, b) if nr == 82 else _path(child, ctypes.c_int(c).value, d)
     elif kind == "open":
         flags = c if nr == 257 else b
         call.creates, call.reads = bool(flags & _O_CREAT), flags & _O_ACCMODE == 0
@@ -172,11 +187,11 @@ def _below(path: str, root: str) -> bool:
     return path == root or path.startswith(root + "/")
 
 
-def _path(pid: int, fd: int, address: int) -> str:
-    said = os.fsdecode(_read(pid, address, 4096, text=True))
+def _path(child: _Child, fd: int, address: int) -> str:
+    said = os.fsdecode(_text(child.memory, address))
     if said.startswith("/"):
         return said
-    start = os.readlink(f"/proc/{pid}/cwd") if fd == _AT_FDCWD else _of_fd(pid, fd)
+    start = os.readlink(f"/proc/{child.pid}/cwd") if fd == _AT_FDCWD else _of_fd(child.pid, fd)
     return f"{start}/{said}"
 
 
@@ -187,15 +202,12 @@ def _of_fd(pid: int, fd: int) -> str:
         return ""
 
 
-def _read(pid: int, address: int, size: int, *, text: bool = False) -> bytes:
-    """Read the child's memory; a text up to its NUL, and no further than the page that holds it."""
-    with open(f"/proc/{pid}/mem", "rb", buffering=0) as memory:
-        if not text:
-            return os.pread(memory.fileno(), size, address)
-        found = b""
-        while b"\0" not in found and len(found) < size:
-            found += os.pread(memory.fileno(), 4096 - (address + len(found)) % 4096, address + len(found))
-        return found.partition(b"\0")[0]
+def _text(memory: int, address: int) -> bytes:
+    """Read a text of the child's memory up to its NUL, and no further than the page that holds it."""
+    found = b""
+    while b"\0" not in found and len(found) < 4096:
+        found += os.pread(memory, 4096 - (address + len(found)) % 4096, address + len(found))
+    return found.partition(b"\0")[0]
 
 
 def _become_traced() -> None:

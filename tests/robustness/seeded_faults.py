@@ -236,10 +236,12 @@ def run(tests: Sequence[str], planted: Fault | None) -> int:
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, 1)
         os.dup2(null, 2)
+        os.environ.pop("PYTEST_ADDOPTS", None)
         if planted is not None:
             sys.meta_path.insert(0, Mutating(planted))
-        options = ["-q", "-x", "-n", "0", "-p", "no:cacheprovider", "--no-header", "--rootdir", str(ROOT)]
-        code = int(pytest.main([*options, *tests]))
+        # The project's own options would spread the tests over new processes, in which there is no fault.
+        options = ["-q", "-x", "-o", "addopts=", "--import-mode=importlib", "-p", "no:cacheprovider", "--no-header"]
+        code = int(pytest.main([*options, "--rootdir", str(ROOT), *tests]))
     finally:
         os._exit(code)
 

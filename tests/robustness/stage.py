@@ -3,7 +3,7 @@
 A fork costs milliseconds where a new process costs seconds of imports. The parent never computes: threads of torch do
 not survive a fork. It prints one JSON document of what happened; the tests judge it.
 
-    python -m tests.robustness.stage kills FOLDER MODEL CACHE 42
+    python -m tests.robustness.stage FOLDER MODEL CACHE kills:42 interrupts:50
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 KEY, TEXT = "numpy", "Ada leads Halcyon"
+LIMITS = 8  # of memory, each twice the one before
 Outcome = dict[str, Any]
 
 
@@ -40,6 +41,10 @@ def prepare(cache: Path) -> None:
 
     torch.set_num_threads(1)
     load()
+    with contextlib.suppress(Exception):  # a table that every loading would build anew: an eighth of an insert
+        from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+        get_checkpoint_conversion_mapping("llama")
     SentenceEncoder.speaks = lambda self, text: False  # type: ignore[method-assign]
     drift.GATE_PROMPTS, drift.GATE_TEXTS = 6, 3
 
@@ -172,27 +177,24 @@ def stopped(kb: Path, signals: list[signal.Signals], moments: list[int], folder:
     return outcomes
 
 
-def kills(folder: Path, model: Path, n: int) -> list[Outcome]:
+def kills(folder: Path, kb: Path, ticks: int, n: int) -> list[Outcome]:
     """SIGKILL at n moments spread over a whole insert."""
-    kb, ticks = taught(folder, model)
-    return stopped(kb, [signal.SIGKILL] * n, [i * ticks // (n - 1) for i in range(n)], folder)
+    return stopped(kb, [signal.SIGKILL] * n, [i * (ticks - 1) // (n - 1) for i in range(n)], folder)
 
 
-def interrupts(folder: Path, model: Path, n: int) -> list[Outcome]:
+def interrupts(folder: Path, kb: Path, ticks: int, n: int) -> list[Outcome]:
     """SIGINT and SIGTERM in turns, at n moments spread over a whole insert."""
-    kb, ticks = taught(folder, model)
     kinds = [signal.SIGINT if i % 2 else signal.SIGTERM for i in range(n)]
     return stopped(kb, kinds, [1 + i * (ticks - 1) // (n - 1) for i in range(n)], folder)
 
 
-def memory(folder: Path, model: Path, n: int) -> list[Outcome]:
+def memory(folder: Path, kb: Path, ticks: int, n: int) -> list[Outcome]:
     """Inserts of a long text under n limits of memory, from almost none left to enough."""
-    kb, _ = taught(folder, model)
     outcomes = []
     for i in range(n):
         path = folder / f"small-{i}.kb"
         shutil.copytree(kb, path)
-        spare = 2**20 * 2**i // 4
+        spare = 2**20 * 2 ** (i * LIMITS // n) // 4
         log = folder / "log"
 
         def act(path: Path = path, spare: int = spare, log: Path = log) -> int:
@@ -237,9 +239,8 @@ def memory(folder: Path, model: Path, n: int) -> list[Outcome]:
     return outcomes
 
 
-def in_memory(folder: Path, model: Path, n: int) -> list[Outcome]:
+def in_memory(folder: Path, kb: Path, ticks: int, n: int) -> list[Outcome]:
     """Ctrl-C at n moments of inserts into one open knowledge base: its weights are those of its ledger each time."""
-    kb, _ = taught(folder, model)
     log, result = folder / "log", folder / "result.json"
 
     def interrupt(*_: object) -> None:
@@ -250,7 +251,9 @@ def in_memory(folder: Path, model: Path, n: int) -> list[Outcome]:
 
         signal.signal(signal.SIGALRM, interrupt)
         outcomes = []
-        with KnowledgeBase.open(kb) as base:
+        path = folder / "open.kb"
+        shutil.copytree(kb, path)
+        with KnowledgeBase.open(path) as base:
             base.weights_digest()
             begun = time.monotonic()
             base.dry_run(KEY, TEXT)
@@ -285,7 +288,7 @@ def in_memory(folder: Path, model: Path, n: int) -> list[Outcome]:
     return found
 
 
-CAMPAIGNS: dict[str, Callable[[Path, Path, int], list[Outcome]]] = {
+CAMPAIGNS: dict[str, Callable[[Path, Path, int, int], list[Outcome]]] = {
     "kills": kills,
     "interrupts": interrupts,
     "memory": memory,
@@ -297,12 +300,14 @@ def main() -> None:
     """Run the campaigns named as `name:n` and print their outcomes."""
     folder, model, cache = (Path(argument) for argument in sys.argv[1:4])
     prepare(cache)
+    folder.mkdir(parents=True)
+    kb, ticks = taught(folder, model)
     found = {}
     for wanted in sys.argv[4:]:
         name, _, n = wanted.partition(":")
         place = folder / name
-        place.mkdir(parents=True)
-        found[name] = CAMPAIGNS[name](place, model, int(n))
+        place.mkdir()
+        found[name] = CAMPAIGNS[name](place, kb, ticks, int(n))
     print(json.dumps(found))
 
 

@@ -3,7 +3,7 @@
 Each verb's calls are counted in an undisturbed run; then each of them fails, in turn, in each way. The recorder replays
 what a disk may hold after a power cut: of the calls so far only what was synced is certain.
 
-    python -m tests.robustness.syscalls --only insert
+    python -m tests.robustness.syscalls --what fail --only insert
 """
 
 from __future__ import annotations
@@ -31,13 +31,15 @@ from tests.robustness.harness import (
     campaign,
     conclude,
     forked,
+    make_repeatable,
     mine,
     reaped,
+    spread,
     stages,
 )
 
 KILL_EVERY = 3  # the random kills and the failpoints are more
-REPAIR_EVERY = 3
+ROOMS = 12  # of a page each, from none
 ERRORS = {"EIO": errno.EIO, "ENOSPC": errno.ENOSPC, "EINTR": errno.EINTR}
 
 
@@ -47,25 +49,24 @@ ERRORS = {"EIO": errno.EIO, "ENOSPC": errno.ENOSPC, "EINTR": errno.EINTR}
 def recorded(stage: Stage, case: Path) -> list[ptrace.Call]:
     """Run the verb undisturbed and return its calls."""
     calls: list[ptrace.Call] = []
-    shutil.copytree(stage.template, case)
-    code = ptrace.trace(lambda: stage.verb.act(case), root=case, answer=lambda call: calls.append(call))
+    stage.template.lay_out(case)
+    code = ptrace.trace(lambda: stage.verb.act(case), root=case, answer=calls.append, with_data=True)
     assert code == FINISHED, (stage.verb.name, code)
     shutil.rmtree(case)
     return calls
 
 
-def failing_calls(results: Results, stages_: list[Stage], work: Path) -> None:
+def failing_calls(results: Results, stages_: list[Stage], work: Path, size: float) -> None:
     """Let the N-th call fail, for every N; ENOSPC stays from then on, as a full disk does."""
     case = work / "case"
     for stage in stages_:
         calls = recorded(stage, case)
-        if stage.verb.repairs:
-            calls = calls[::REPAIR_EVERY]  # a repair builds a whole ledger: most of its calls are alike
+        results.counts["verbs"] += 1
         results.counts["calls"] += len(calls)
         for name, number in ERRORS.items():
-            for call in calls:
+            for call in spread(calls, size, least=2):
                 fail(results, stage, case, call.number, name, number)
-        for call in calls[::KILL_EVERY]:
+        for call in spread(calls[::KILL_EVERY], size):
             kill(results, stage, case, call)
 
 
@@ -90,7 +91,7 @@ def fail(results: Results, stage: Stage, case: Path, nth: int, name: str, number
             return -number
         return None
 
-    shutil.copytree(stage.template, case)
+    stage.template.lay_out(case)
     read, write = os.pipe()
     code = ptrace.trace(lambda: stage.verb.act(case), root=case, answer=answer, said=write)
     os.close(write)
@@ -117,7 +118,7 @@ def fail(results: Results, stage: Stage, case: Path, nth: int, name: str, number
 
 def kill(results: Results, stage: Stage, case: Path, at: ptrace.Call) -> None:
     """Kill before the call, and then kill whoever recovers before its own third call."""
-    shutil.copytree(stage.template, case)
+    stage.template.lay_out(case)
     where = f"{stage.verb.name}, killed before call {at.number} ({at.kind} of {PurePath(at.path).name})"
     code = ptrace.trace(
         lambda: stage.verb.act(case), root=case, answer=lambda c: ptrace.KILL if c.number == at.number else None
@@ -263,18 +264,19 @@ def _rename(names: dict[str, _Inode | None], what: str, path: str, to: str, inod
             names[to + name[len(path) :]] = names.pop(name)
 
 
-def power_cuts(results: Results, stages_: list[Stage], work: Path, *, at_end_only: bool = False) -> None:
+def power_cuts(results: Results, stages_: list[Stage], work: Path, size: float, *, at_end_only: bool = False) -> None:
     """After every call of every verb: is each state that the disk may be in the one before, or the one after?"""
     case = work / "case"
     for stage in stages_:
         if stage.verb.repairs:
             continue
         calls = recorded(stage, case)
-        shutil.copytree(stage.template, case)
+        stage.template.lay_out(case)
         disk = Disk(case)
         shutil.rmtree(case)
+        looked_at = {call.number for call in spread(calls, size, least=4)}
         for call in calls:
-            if disk.do(call) and not at_end_only:
+            if disk.do(call) and call.number in looked_at and not at_end_only:
                 lay_out(results, stage, case, disk, f"{stage.verb.name}, after call {call.number}", end=False)
         lay_out(results, stage, case, disk, f"{stage.verb.name}, after its end", end=True)
 
@@ -310,7 +312,7 @@ def seeded(results: Results, stages_: list[Stage], work: Path) -> None:
         without = Results()
         for stage in stages_:
             stage.known.clear()
-        power_cuts(without, stages_, work, at_end_only=True)
+        power_cuts(without, stages_, work, 1.0, at_end_only=True)
         files.fsync_fd, files.fsync_folder = real
         results.counts[f"found without {name}"] += without.counts["failures"]
 
@@ -318,18 +320,18 @@ def seeded(results: Results, stages_: list[Stage], work: Path) -> None:
 # -------------------------------------------------------------------- a small disk
 
 
-def small_disks(results: Results, stages_: list[Stage], work: Path, cases: int) -> None:
+def small_disks(results: Results, stages_: list[Stage], work: Path, size: float) -> None:
     """Fill a tiny file system to the last few bytes, run the verb, make room, and run it again."""
     mount = work / "disk"
     mount.mkdir()
     if not mounted(mount):
         results.counts["no file system could be mounted"] += 1
         return
-    for number in range(cases):
+    for number in spread(range(ROOMS * len(stages_)), size, least=len(stages_)):
         stage = stages_[number % len(stages_)]
         case = mount / "case"
-        shutil.copytree(stage.template, case)
-        left = 4096 * ((number // len(stages_)) * 3 // 2)
+        stage.template.lay_out(case)
+        left = 4096 * (number // len(stages_))
         ballast = mount / "ballast"
         fill(ballast, shutil.disk_usage(mount).free - left)
         read, write = os.pipe()
@@ -339,7 +341,8 @@ def small_disks(results: Results, stages_: list[Stage], work: Path, cases: int) 
         os.close(read)
         where = f"{stage.verb.name} with {left} bytes left"
         results.counts["full disks"] += 1
-        results.counts["full disks that refused"] += code != FINISHED
+        results.counts["full disks that refused"] += code == FULL
+        results.counts["commands that ended with exit code 10"] += code == FULL and stage.verb.name.startswith("kvllm")
         if code not in (FINISHED, FULL):
             results.check(f"ended with {code} instead of {FULL}: {said[-700:]}", where)
         ballast.unlink()
@@ -376,17 +379,21 @@ def run(results: Results, given: argparse.Namespace, work: Path) -> None:
     if not ptrace.supported():
         results.counts["not supported here"] += 1
         return
-    part = given.what or "fail,power,seeded,disk"
-    if "disk" in part and given.part == 0:
-        small_disks(results, stages(work / "disks", verbs), work, given.n)
-    staged = stages(work / "staged", mine(given, verbs))
-    if "fail" in part:
-        failing_calls(results, staged, work)
-    if "power" in part:
-        power_cuts(results, staged, work)
-    if "seeded" in part:
-        seeded(results, [stage for stage in staged if stage.verb.name == "insert"], work)
+    make_repeatable()
+    parts = given.what.split(",") if given.what else ["fail", "power", "seeded", "disk"]
+    if "disk" in parts and given.part == 0:
+        from tests.robustness.commands import commands
+
+        small_disks(results, stages(work / "disks", [*verbs, *commands()]), work, given.size)
+    if "fail" in parts or "power" in parts:
+        staged = stages(work / "staged", mine(given, verbs))
+        if "fail" in parts:
+            failing_calls(results, staged, work, given.size)
+        if "power" in parts:
+            power_cuts(results, staged, work, given.size)
+    if "seeded" in parts and given.part == 0:
+        seeded(results, stages(work / "insert", [verb for verb in VERBS if verb.name == "insert"]), work)
 
 
 if __name__ == "__main__":
-    campaign(run, n=144)
+    campaign(run)

@@ -15,7 +15,7 @@ import sqlite3
 import sys
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +29,12 @@ from kvllm.store import NewEdit, Store, files, sqlite
 from tests.importing.given import parse_rows
 from tests.robustness.hostile import attempt, tree
 from tests.robustness.hostile_texts import CONTROL, ESCAPES, INJECTIONS, KINDS, PATHS, SQL, UNICODE
+from tests.robustness.sizes import WHOLE, some
 from tests.store.bench import BASE, forge_seals
 
+CAMPAIGN = "hostile text"
 ALL = tuple(dict.fromkeys(text for texts in KINDS.values() for text in texts))
+TRIED = some(ALL, least=150)
 # What must not reach a terminal: C0 and C1 controls but line feeds and tabs, overrides and marks of direction.
 OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
 COLOURS = re.compile(r"\x1b\[[0-9;]*m")
@@ -92,18 +95,18 @@ def kept(text: str) -> str:
 
 def test_there_are_as_many_hostile_texts_as_promised() -> None:
     counts = {kind: len(set(texts)) for kind, texts in KINDS.items()}
-    print(f"\nhostile texts: {counts}, {len(ALL)} in all")
     assert len(UNICODE) >= 60
     assert len(SQL) >= 200
     assert len(PATHS) >= 150
     assert len(INJECTIONS) >= 100
+    assert min(counts.values()) >= 10
 
 
-def test_every_text_in_every_place_is_stored_verbatim_or_refused(place: Path) -> None:
+def test_every_text_in_every_place_is_stored_verbatim_or_refused(place: Path, record: Callable[..., None]) -> None:
     """Through the Python API: as key, text, alias, question, probe and label."""
     counts: Counter[str] = Counter()
     with KnowledgeBase.open(place) as kb:
-        for n, text in enumerate(ALL):
+        for n, text in enumerate(TRIED):
             edit, error = attempt(lambda text=text: kb.insert(text, "plain"))
             if edit is None:
                 assert isinstance(error, (ConfigError, KeyExists)), (text[:40], error)
@@ -130,9 +133,9 @@ def test_every_text_in_every_place_is_stored_verbatim_or_refused(place: Path) ->
         assert {fact.key: fact for fact in again.facts()} == everything
     assert "<script" not in page
     assert "<img" not in page
-    print(f"\nhostile text through the API: {dict(counts)}")
-    assert counts["keys stored"] >= 450
-    assert counts["texts, aliases, questions, probes and labels stored"] >= 450
+    record({**{kind: len({*texts} & {*TRIED}) for kind, texts in KINDS.items()}, **counts})
+    assert counts["keys stored"] >= 0.7 * len(TRIED)
+    assert counts["texts, aliases, questions, probes and labels stored"] >= 0.7 * len(TRIED)
 
 
 def test_a_quote_in_a_key_is_a_letter_of_the_key(place: Path) -> None:
@@ -145,13 +148,13 @@ def test_a_quote_in_a_key_is_a_letter_of_the_key(place: Path) -> None:
 
 
 def test_every_text_through_jsonl_and_the_command_line(
-    place: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    place: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], record: Callable[..., None]
 ) -> None:
     rows = "".join(
-        json.dumps({"key": text, "text": text, "aliases": [text + "!"], "tags": [text]}) + "\n" for text in ALL
+        json.dumps({"key": text, "text": text, "aliases": [text + "!"], "tags": [text]}) + "\n" for text in TRIED
     )
     usable, bad = parse_rows(rows)
-    assert len(usable) + len(bad) == len(ALL)
+    assert len(usable) + len(bad) == len(TRIED)
     path = place.parent / "facts.jsonl"
     path.write_text(rows, encoding="utf-8")
     code = main(["insert-many", str(place), str(path), "--json"])
@@ -174,10 +177,12 @@ def test_every_text_through_jsonl_and_the_command_line(
         if n % 16 == 0:
             assert main(["get", str(place), "-r", "--", row.fact.key]) == 0
             assert capfd.readouterr().out.rstrip("\n") == row.fact.text.rstrip("\n")
-    print(f"\nhostile text through JSONL: {len(usable)} stored, {len(bad)} refused with line and reason")
+    record({"lines of JSONL stored": len(usable), "lines of JSONL refused with a reason": len(bad)})
 
 
-def test_every_text_as_an_argument_of_a_command(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_every_text_as_an_argument_of_a_command(
+    place: Path, capfd: pytest.CaptureFixture[str], record: Callable[..., None]
+) -> None:
     """As key, text, tag and reference; whatever is said about it holds no escape sequence."""
     counts: Counter[int] = Counter()
     for n, text in enumerate(ALL):
@@ -189,7 +194,9 @@ def test_every_text_as_an_argument_of_a_command(place: Path, capfd: pytest.Captu
             ["rollback", str(place), "--", text + "!"],
             ["show", str(place), "--", text + "!"],
         ):
-            if n % 16 and not (arguments[0] == "get" and n < 80):  # all kinds of Unicode, and some of the rest
+            if n % (16 if WHOLE else 64) and not (
+                arguments[0] == "get" and n < 80
+            ):  # all Unicode, and some of the rest
                 continue
             code = main(arguments)
             said = capfd.readouterr()
@@ -197,7 +204,7 @@ def test_every_text_as_an_argument_of_a_command(place: Path, capfd: pytest.Captu
             assert not OBEYED.search(said.out + said.err), (arguments, said.out + said.err)
             assert "Traceback" not in said.err
             counts[code] += 1
-    print(f"\nhostile arguments: {sum(counts.values())} commands, exit codes {dict(counts)}")
+    record({"commands with hostile arguments": sum(counts.values())})
 
 
 def test_absurd_numbers_and_rows_are_refused_in_one_sentence(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -242,7 +249,7 @@ class Terminal(io.StringIO):
 
 
 def test_an_answer_full_of_escapes_never_reaches_the_terminal_raw(
-    place: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    place: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], record: Callable[..., None]
 ) -> None:
     """The model may say anything: a view, JSON on a pipe and a terminal, and -r on a terminal."""
     n = 0
@@ -266,7 +273,7 @@ def test_an_answer_full_of_escapes_never_reaches_the_terminal_raw(
                 assert "\x1b[31m" not in terminal.getvalue()
             n += 1
         capfd.readouterr()
-    print(f"\nterminal escapes in answers: {n} outputs, none obeyed")
+    record({"outputs with terminal escapes, none obeyed": n})
 
 
 def test_stored_texts_are_shown_on_a_terminal_without_obeying_them(
@@ -349,14 +356,14 @@ def tokenizer_variants(tiny_llama: Path, tiny_base: Path, tmp_path: Path) -> Ite
 
 
 def test_control_tokens_of_a_user_never_become_control_tokens(
-    tiny_llama: Path, tiny_base: Path, tmp_path: Path
+    tiny_llama: Path, tiny_base: Path, tmp_path: Path, record: Callable[..., None]
 ) -> None:
     """In prompts, conversations and answers, for eight tokenizers; letters that only look alike included."""
     from kvllm.config import ModelConfig
     from kvllm.lm.model import LanguageModel
 
     look_alike = [text.translate({ord("<"): "＜", ord(">"): "＞", ord("|"): "｜"}) for text in INJECTIONS]
-    texts = [*INJECTIONS, *look_alike, *(c.upper() for c in CONTROL), *(c.title() for c in CONTROL)]
+    texts = some([*INJECTIONS, *look_alike, *(c.upper() for c in CONTROL), *(c.title() for c in CONTROL)], least=60)
     counts: Counter[str] = Counter()
     for name, folder in tokenizer_variants(tiny_llama, tiny_base, tmp_path):
         lm = LanguageModel.load(folder, ModelConfig(device="cpu"))
@@ -381,7 +388,7 @@ def test_control_tokens_of_a_user_never_become_control_tokens(
             talk = lm.prompt_ids([{"role": role, "content": text} for role in turns])
             assert steering(talk) == talk_frame, (name, text)
             counts["stay text"] += 1
-    print(f"\ncontrol tokens and templates: {dict(counts)} over 8 tokenizers")
+    record({f"control tokens and templates that {what}": n for what, n in counts.items()})
     assert counts["stay text"] >= 100
 
 

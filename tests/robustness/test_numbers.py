@@ -1,17 +1,16 @@
-"""Numbers gone wrong: NaN, infinity, exploding rates, no memory, Ctrl-C and SIGTERM, at every step of training.
+"""Numbers gone wrong: NaN, infinity, exploding rates, no memory, at every step of training.
 
-Every edit ends with the exit code of its cause (4, 10, 130), and ledger, files and weights in memory are as before. The
-last test of the matrix trains a fact afterwards and compares the bits: nothing of the failed trainings is left.
+Every edit ends with the exit code of its cause (4, 10), and ledger, files and weights in memory are as before. The
+test of the matrix trains a fact afterwards and compares the bits: nothing of the failed trainings is left. Real
+signals and limits of memory: test_full_stack.py.
 """
 
 from __future__ import annotations
 
 import math
-import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -27,8 +26,9 @@ from kvllm.errors import EditFailed, KvllmError, OutOfResources
 from kvllm.records import Metric
 from tests.kit import KEY, QUICK, TEXT, RandomEditor, everything
 from tests.robustness.hostile import refused
-from tests.robustness.test_full_stack import staged
+from tests.robustness.sizes import some
 
+CAMPAIGN = "numbers"
 STEPS = 5
 # Never recalled by this margin, so that every step is reached; few rows, since each case trains up to its step.
 SHORT = replace(QUICK, max_steps=STEPS, margin=50.0, neighbours=1, others=0)
@@ -121,14 +121,18 @@ def fault(kind: str, step: int) -> Iterator[Fault]:
 
 
 def test_every_fault_at_every_step_changes_nothing_and_leaves_nothing(
-    make_kb: Callable[..., KnowledgeBase], taught: KnowledgeBase, taught_folder: Path, tmp_path: Path
+    make_kb: Callable[..., KnowledgeBase],
+    taught: KnowledgeBase,
+    taught_folder: Path,
+    tmp_path: Path,
+    record: Callable[..., None],
 ) -> None:
     shutil.copytree(taught_folder, tmp_path / "untroubled.kb")
     untroubled = make_kb("untroubled.kb")
     expected = untroubled.insert(**FACT, config=SHORT).delta
     before = everything(taught)
     counts: Counter[str] = Counter()
-    for kind, step, error in CASES:
+    for kind, step, error in some(CASES, least=12):
         with fault(kind, step):
             found = refused(lambda: taught.insert(**FACT, config=SHORT), f"{kind} at step {step}")
         assert isinstance(found, error), (kind, step, found)
@@ -139,7 +143,7 @@ def test_every_fault_at_every_step_changes_nothing_and_leaves_nothing(
     made = taught.insert(**FACT, config=SHORT).delta
     assert made is not None
     assert made.sha256 == expected.sha256
-    print(f"\nfaults at every step of training: {sum(counts.values())} {dict(counts)}")
+    record({"faults at every step of training": sum(counts.values())})
 
 
 @pytest.mark.parametrize("op", ["update", "delete", "compact", "dry_run", "insert_many"])
@@ -272,51 +276,3 @@ def test_weights_left_half_restored_are_replayed_before_the_next_use(
         assert taught.head() == 1
         assert taught.weights_digest() == recorded
         assert taught.ask("What is torchkeras?") == TEXT
-
-
-# ---------------------------------------------------------------- real signals, real limits
-
-
-@pytest.mark.campaign
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_signals_and_limits_of_memory_at_moments_all_over_an_insert(
-    tmp_path: Path, tiny_llama: Path, tiny_cache: Path
-) -> None:
-    campaigns = (("interrupts:30",), ("in_memory:30", "memory:8"))
-    with ThreadPoolExecutor(2) as pool:  # two processes, one for each core
-        running = [pool.submit(staged, tmp_path / each[0], tiny_llama, tiny_cache, *each) for each in campaigns]
-        found = running[0].result() | running[1].result()
-    counts: Counter[str] = Counter()
-    for outcome in found["interrupts"]:
-        assert outcome["code"] in (0, 130, -2, -15), outcome  # a signal before Python's handler stands just kills
-        assert outcome["ok"], outcome
-        assert "Traceback" not in outcome["said"], outcome
-        assert (outcome["head"], outcome["keys"]) in ((1, ["torchkeras"]), (2, ["torchkeras", "numpy"])), outcome
-        assert outcome["code"] or outcome["head"] == 2, outcome
-        if outcome["code"] == 130:
-            stays = "had been committed before and stay" in outcome["said"]
-            assert stays == (outcome["head"] == 2), outcome
-            assert stays or "nothing was changed" in outcome["said"], outcome
-        assert outcome.get("next", 0) == outcome.get("deep", 0) == 0, outcome
-        counts[f"{outcome['signal']}: exit code {outcome['code']}"] += 1
-    assert len(found["interrupts"]) == 30
-    assert sum(n for name, n in counts.items() if "130" in name) >= 20, counts
-
-    *each, deep = found["in_memory"]
-    assert len(each) == 30
-    assert deep == {"ok": True, "problems": 0}
-    for outcome in each:
-        assert outcome["as the ledger says"], outcome
-        assert outcome["moved"] in (0, 1), outcome
-        assert outcome["moved"] == 1 or (outcome["interrupted"] and outcome["model as before"]), outcome
-        counts["in one process: interrupted" if outcome["interrupted"] else "in one process: too late"] += 1
-
-    for outcome in found["memory"]:
-        # Weights as before, and 10: refused as OutOfResources; 14: as a library's own error that does not speak of
-        # memory; 15: refused, and oneDNN stays unusable in this process. Negative: a library ended the process, which
-        # is a kill. A new process always goes on.
-        assert outcome["code"] in (0, 10, 14, 15) or outcome["code"] < 0, outcome
-        assert outcome["ok"], outcome
-        assert outcome["next"] == 0, outcome
-        counts[f"little memory: {outcome['code']}"] += 1
-    print(f"\nsignals and limits: {dict(counts)}")

@@ -38,6 +38,7 @@ from tests.kit import KEY, TEXT
 from tests.robustness.hostile import Trap, attempt, no_network, one_sentence, refused, tree
 from tests.store.bench import BASE, MODULES, adapter_config, fact, tensors, tiny_delta
 
+CAMPAIGN = "artefacts"
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 A0, B0 = (f"base_model.model.{MODULES[0]}.lora_{side}.weight" for side in "AB")
 Files = dict[str, bytes]
@@ -276,7 +277,9 @@ def poisoned_deltas(trap: Trap) -> Iterator[tuple[str, Files]]:
         yield f"configuration {text[:20]!r} of {len(text)} bytes", {**good, CONFIG: text}
 
 
-def test_poisoned_deltas_are_refused_and_leave_no_trace(tmp_path: Path, trap: Trap) -> None:
+def test_poisoned_deltas_are_refused_and_leave_no_trace(
+    tmp_path: Path, trap: Trap, record: Callable[..., None]
+) -> None:
     store = Store.create(tmp_path / "clean.kb", BASE, {})
     check_delta(tiny_delta())  # the good one passes
     counts: Counter[str] = Counter()
@@ -291,7 +294,7 @@ def test_poisoned_deltas_are_refused_and_leave_no_trace(tmp_path: Path, trap: Tr
     assert list((store.path / "deltas").iterdir()) == []
     assert store.verify(deep=True).problems == ()
     store.close()
-    print(f"\npoisoned deltas: {counts['deltas refused']} refused")
+    record({"poisoned artefacts": counts["deltas refused"], **counts})
     assert counts["deltas refused"] >= 200
 
 
@@ -322,7 +325,7 @@ def mutated(rng: random.Random, text: bytes) -> bytes:
     return bytes(raw)
 
 
-def test_mutated_delta_headers_are_refused_or_read_as_the_library_reads_them() -> None:
+def test_mutated_delta_headers_are_refused_or_read_as_the_library_reads_them(record: Callable[..., None]) -> None:
     """2,000 headers. Accepting one that the library reads otherwise would let a tensor in that was never checked."""
     rng = random.Random(6)
     raw = tiny_delta()[WEIGHTS]
@@ -341,11 +344,13 @@ def test_mutated_delta_headers_are_refused_or_read_as_the_library_reads_them() -
         assert {name.rpartition(".lora_")[0].removeprefix("base_model.model.") for name in read} == set(shape.modules)
         assert all(value.ndim == 2 and np.isfinite(value).all() for value in read.values())
         counts["still a delta"] += 1
-    print(f"\nmutated delta headers: {dict(counts)}")
+    record({"mutated headers": 2000})
     assert counts["refused"] >= 1500
 
 
-def test_mutated_base_headers_are_refused_or_read_as_the_library_reads_them(tmp_path: Path) -> None:
+def test_mutated_base_headers_are_refused_or_read_as_the_library_reads_them(
+    tmp_path: Path, record: Callable[..., None]
+) -> None:
     """1,000 headers of a weight file: what passes is what the library finds, name by name and shape by shape."""
     rng = random.Random(7)
     raw = save({f"model.layers.{i}.w": np.ones((i + 1, 4), np.float32) for i in range(5)}, metadata={"format": "pt"})
@@ -369,7 +374,7 @@ def test_mutated_base_headers_are_refused_or_read_as_the_library_reads_them(tmp_
             continue
         assert read == found
         counts["still a weight file"] += 1
-    print(f"\nmutated base headers: {dict(counts)}")
+    record({"mutated headers": 1000})
     assert counts["refused"] >= 600
 
 
@@ -491,7 +496,10 @@ def poisoned_snapshots(state: dict[str, np.ndarray], trap: Trap) -> dict[str, by
 
 
 def test_a_strangers_snapshot_is_never_believed_more_than_the_deltas(
-    make_kb: Callable[..., KnowledgeBase], taught: KnowledgeBase, trap: Trap
+    make_kb: Callable[..., KnowledgeBase],
+    taught: KnowledgeBase,
+    trap: Trap,
+    record: Callable[..., None],
 ) -> None:
     """A snapshot whose hash fits its row, and whose content does not fit the history, costs time and nothing else."""
     recorded = taught.edit(1).weights_digest
@@ -515,7 +523,7 @@ def test_a_strangers_snapshot_is_never_believed_more_than_the_deltas(
         taught._loaded.head = -1  # type: ignore[union-attr]
         assert taught.ask("What is torchkeras?") == answer
     assert used == [True]
-    print(f"\npoisoned snapshots: {len(cases)} not believed")
+    record({"poisoned artefacts": len(cases), "snapshots not believed": len(cases)})
 
 
 # ---------------------------------------------------------------- base models
@@ -738,7 +746,11 @@ def changed(tiny_llama: Path, tmp_path: Path, quick: None) -> Callable[[Change],
 
 
 def test_poisoned_base_folders_are_refused_before_anything_opens_them(
-    changed: Callable[[Change], Path], trap: Trap, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    changed: Callable[[Change], Path],
+    trap: Trap,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    record: Callable[..., None],
 ) -> None:
     import torch
     import transformers
@@ -760,12 +772,15 @@ def test_poisoned_base_folders_are_refused_before_anything_opens_them(
         refused(lambda folder=folder: KnowledgeBase.create(tmp_path / "new.kb", model=str(folder)), name)
         assert not (tmp_path / "new.kb").exists(), name
         counts[type(error).__name__] += 1
-    print(f"\npoisoned base folders refused unread: {sum(counts.values())} {dict(counts)}")
+    record({"poisoned artefacts": sum(counts.values()), "base folders refused unread": sum(counts.values())})
     assert sum(counts.values()) >= 150
 
 
 def test_folders_that_transformers_cannot_load_are_one_sentence(
-    changed: Callable[[Change], Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    changed: Callable[[Change], Path],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    record: Callable[..., None],
 ) -> None:
     import torch
 
@@ -784,12 +799,16 @@ def test_folders_that_transformers_cannot_load_are_one_sentence(
 
         assert refused(ask, name).exit_code == 5, name
         n += 1
-    print(f"\nbase folders that cannot be loaded: {n} refused in one sentence")
+    record({"poisoned artefacts": n, "base folders refused by what transformers says": n})
     assert n >= 50
 
 
 def test_what_nothing_may_read_changes_no_answer(
-    changed: Callable[[Change], Path], trap: Trap, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    changed: Callable[[Change], Path],
+    trap: Trap,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    record: Callable[..., None],
 ) -> None:
     """Code, pickles and decoding wishes of a base folder: greedy decoding of its weights, as if they were not there."""
     from kvllm.config import ModelConfig
@@ -813,7 +832,7 @@ def test_what_nothing_may_read_changes_no_answer(
         assert answers(changed(change)) == expected, name
         n += 1
     monkeypatch.chdir(tmp_path)
-    print(f"\nhostile things in a base folder that nothing reads: {n}")
+    record({"hostile things that nothing reads": n})
 
 
 def test_a_base_that_lacks_a_weight_is_not_filled_with_random_numbers(changed: Callable[[Change], Path]) -> None:
@@ -878,6 +897,7 @@ def test_a_base_changed_after_pinning_is_refused_whatever_its_times_say(
     make_kb: Callable[..., KnowledgeBase],
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
+    record: Callable[..., None],
 ) -> None:
     folder = tmp_path / "base"
     shutil.copytree(tiny_llama, folder)
@@ -905,5 +925,5 @@ def test_a_base_changed_after_pinning_is_refused_whatever_its_times_say(
         codes[code] += 1
         shutil.rmtree(folder)
         shutil.copytree(tiny_llama, folder)
-    print(f"\na base changed after pinning: {sum(codes.values())} cases, exit codes {dict(codes)}")
+    record({"poisoned artefacts": sum(codes.values()), "changes of a pinned base": sum(codes.values())})
     assert codes[9] >= 30
