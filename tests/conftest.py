@@ -40,9 +40,9 @@ if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
 
 
 def pytest_xdist_auto_num_workers() -> int:
-    """Say how many processes run the tests: one per processor, or none where a campaign fills the processors itself."""
+    """Say how many processes run the tests: one per processor, four at most; none for one alone."""
     processes = min(PROCESSORS, MOST_PROCESSES)
-    return 0 if processes == 1 or os.environ.get("KVLLM_CAMPAIGN") else processes
+    return processes if processes > 1 else 0
 
 
 @pytest.hookimpl(trylast=True)
