@@ -361,7 +361,6 @@ def test_processes_side_by_side_give_the_rows_of_one_and_outlive_a_killed_worker
     assert without_times(side.rows) == without_times(run_experiment(declared, tmp_path / "alone").rows)
 
 
-@pytest.mark.campaign
 @pytest.mark.skipif("KVLLM_CAMPAIGN" not in os.environ, reason="starts a cluster; set KVLLM_CAMPAIGN=1")
 def test_a_ray_cluster_gives_the_same_rows_and_outlives_a_killed_worker(
     make: Make, home: Path, tmp_path: Path, elsewhere: None
