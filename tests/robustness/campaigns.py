@@ -34,7 +34,7 @@ class Campaign:
 
 CAMPAIGNS = {
     "concurrency": Campaign("concurrency", 1),
-    "syscalls": Campaign("syscalls", 4, ("--what", "fail")),
+    "syscalls": Campaign("syscalls", 16, ("--what", "fail")),
     "power": Campaign("syscalls", 2, ("--what", "power")),
     "left-out syncs": Campaign("syscalls", 1, ("--what", "seeded")),
     "disks": Campaign("syscalls", 1, ("--what", "disk")),
