@@ -34,6 +34,7 @@ PACKAGES = ("kvllm", "torch", "transformers", "peft", "safetensors", "sentence-t
 
 # Two torch processes whose idle threads spin slow each other by more than ten times on two cores (see LOG.md).
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # as the command line does
 if str(ROOT) not in sys.path:  # for `tests.store.bench`
     sys.path.append(str(ROOT))
 

@@ -107,8 +107,8 @@ class EditConfig(_Validated):
     max_text_tokens: int = 400
     preserve_weight: float = 32.0
     preserve_tokens: int = 20
-    neighbours: int = 4
-    others: int = 2
+    neighbours: int = 3
+    others: int = 1
     texts: int = 1
     replay: int = 4
     orthogonality: float = 0.1

@@ -39,6 +39,7 @@ _ALLOCATE_UNTIL = 8
 _DRIFT_SMOOTHING = 0.5
 _TINY = 0.02  # peft's own spread of factors that no gradient has pointed
 _SCALES = (0.9, 0.8, 0.7, 0.6)  # of the trained delta, tried in turn
+_STEPS_PER_TRIM = 8  # what is given back has to be fetched again
 _HEAD_TOKENS = 128  # answer tokens per vocabulary projection
 _GROUP_TOKENS = 512  # tokens per forward and backward pass, padding included
 # A step trains half of the rows, within these bounds: they are paraphrases, and a whole pass costs twice as much. All
@@ -157,8 +158,11 @@ class LowRankEditor:
                 if penalty is not None:
                     (config.orthogonality * penalty).backward()
                 adapter.step(step)
-                give_back()
-            scale = _shrink(copy, adapter, stages, fact, task.restore, config.margin) if recalled else 1.0
+                if step % _STEPS_PER_TRIM == 0:
+                    give_back()
+            # What is restored is not shrunk: it is to come all the way back, not just within the bound.
+            shrinks = recalled and not task.restore
+            scale = _shrink(copy, adapter, stages, fact, config.margin) if shrinks else 1.0
             delta, ranks = adapter.fold()
         check_finite(delta)
         return Training(
@@ -302,10 +306,9 @@ class _RowStages:
         else:
             self._unchecked = set(range(self._n))
 
-    def hold(self, leads_per_row: Sequence[torch.Tensor], restored_kl: Sequence[float], margin: float) -> bool:
-        """Say whether all rows, the fact's in order and then the restored ones, meet the stop rule at these numbers."""
-        leading = all(self._share_leading(i, lead, margin) >= 1.0 for i, lead in enumerate(leads_per_row))
-        return leading and all(kl <= RESTORED_KL for kl in restored_kl)
+    def lead(self, leads_per_row: Sequence[torch.Tensor], margin: float) -> bool:
+        """Say whether all of the fact's rows, in order, meet the stop rule with these leads."""
+        return all(self._share_leading(i, lead, margin) >= 1.0 for i, lead in enumerate(leads_per_row))
 
     def _share_leading(self, i: int, lead: torch.Tensor, margin: float) -> float:
         needed = torch.full_like(lead, margin)
@@ -491,7 +494,6 @@ def _shrink(
     adapter: Adapter,
     stages: _RowStages,
     fact: Sequence[Item],
-    restore: Sequence[PreservedItem],
     margin: float,
 ) -> float:
     """Scale the delta down as far as every row still meets the stop rule, and return the factor.
@@ -502,14 +504,11 @@ def _shrink(
     trained = [value.detach().clone() for value in values]
     device = copy.lm.device
     parts = [_Part(lower, row, torch.ones(len(row.answer), device=device)) for lower, row in fact]
-    parts += [_Part(i.lower, i.row, torch.ones(len(i.row.answer), device=device), i.output) for i in restore]
 
     def holds(scale: float) -> bool:
         for value, full in zip(values, trained, strict=True):
             value.copy_(full * scale)
-        measured = _measure(copy, parts)
-        restored_kl = [float(m.losses.mean()) for m in measured[len(fact) :]]
-        return stages.hold([m.leads for m in measured if m.leads is not None], restored_kl, margin)
+        return stages.lead([m.leads for m in _measure(copy, parts) if m.leads is not None], margin)
 
     found = 1.0
     for scale in _SCALES:
