@@ -966,9 +966,10 @@ class KnowledgeBase:
                 out, engine.files.path, questions=questions, expected=expected, config=self._model_config
             )
         # The same bits must give the same answers. A cast, or an adapter's other order of summation, may turn a word of
-        # a long free answer where two tokens are as likely.
+        # a long free answer where two tokens are as likely: one answer may differ, or a tenth of many.
         same_bits = format == "hf" and dtype in (None, self._model_config.dtype)
-        if agreement < (1.0 if same_bits else 0.9):
+        differing = round((1 - agreement) * len(questions))
+        if differing > (0 if same_bits else max(1, len(questions) // 10)):
             raise EditFailed(
                 f"The export at {out} answers only {agreement:.0%} of {len(questions)} questions as the knowledge base "
                 f"does; it was left there for inspection, and the knowledge base is unchanged."
