@@ -12,7 +12,6 @@ import argparse
 import hashlib
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -21,7 +20,6 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timezone
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +28,6 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-PACKAGES = ("kvllm", "torch", "transformers", "peft", "safetensors", "sentence-transformers", "sqlite-utils")
 
 # Two torch processes whose idle threads spin slow each other by more than ten times on two cores (see LOG.md).
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -71,6 +68,8 @@ def finish(
         model: Name, revision and digest of the base model.
         data: sha256 by name of what was fed in.
     """
+    from kvllm.experiments.environment import git_state
+
     moment = datetime.now(timezone.utc)
     shown = {key: value for key, value in vars(given).items() if key not in ("out", "json", "quiet")}
     document = {
@@ -110,33 +109,15 @@ def _without_folder(value: Any) -> Any:
 
 def environment() -> dict[str, Any]:
     """Return versions and the machine's size; no names of hosts or folders."""
-    found: dict[str, Any] = {"python": platform.python_version(), "system": platform.system()}
-    for package in PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            found[package] = None
-    cpuinfo = Path("/proc/cpuinfo")
-    names = [line for line in cpuinfo.read_text().splitlines() if "model name" in line] if cpuinfo.exists() else []
-    found["cpu"] = names[0].partition(":")[2].strip() if names else platform.processor() or platform.machine()
-    found["cpus"] = os.cpu_count()
+    from kvllm.experiments.environment import machine
+
+    found = machine()
     found["load_1m"] = round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
     found["omp"] = {name: os.environ[name] for name in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY") if name in os.environ}
     if "torch" in sys.modules:
         found["threads"] = sys.modules["torch"].get_num_threads()
         found["cuda"] = sys.modules["torch"].version.cuda
     return found
-
-
-def git_state() -> dict[str, Any]:
-    """Return the commit, and whether tracked files differ from it."""
-
-    def git(*arguments: str) -> str | None:
-        done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=False)
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    changed = git("status", "--porcelain", "--untracked-files=no")
-    return {"commit": git("rev-parse", "HEAD"), "changed": None if changed is None else bool(changed)}
 
 
 def model_facts(kb: KnowledgeBase) -> dict[str, Any]:

@@ -16,6 +16,11 @@ PACKAGES = ("kvllm", "torch", "transformers", "peft", "safetensors", "sentence-t
 
 def environment(*, threads: int) -> dict[str, Any]:
     """Return versions, the machine's size, and the commit of the code that runs."""
+    return machine() | {"threads": threads, "git": git_state()}
+
+
+def machine() -> dict[str, Any]:
+    """Return versions and the machine's size; no names of hosts or folders."""
     found: dict[str, Any] = {"python": platform.python_version(), "system": platform.system()}
     for package in PACKAGES:
         try:
@@ -26,8 +31,7 @@ def environment(*, threads: int) -> dict[str, Any]:
     names = [line for line in cpuinfo.read_text().splitlines() if "model name" in line] if cpuinfo.exists() else []
     found["cpu"] = names[0].partition(":")[2].strip() if names else platform.processor() or platform.machine()
     found["cpus"] = os.cpu_count()
-    found["threads"] = threads
-    return found | {"git": git_state()}
+    return found
 
 
 def git_state() -> dict[str, Any]:
