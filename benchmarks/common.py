@@ -32,6 +32,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 # Two torch processes whose idle threads spin slow each other by more than ten times on two cores (see LOG.md).
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # as the command line does
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
 if str(ROOT) not in sys.path:  # for `tests.store.bench`
     sys.path.append(str(ROOT))
 

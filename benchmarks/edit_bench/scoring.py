@@ -190,7 +190,7 @@ def _asked_again(
         ids, max_new_tokens=_room(lm, item), drafts=[one.answer for one in questions], batch_size=64
     )
     now = lm.answer_states([Row(i, one.compared) for i, one in zip(ids, questions, strict=True)])
-    kls = [lm.mean_kl(one.states, states) for one, states in zip(questions, now, strict=True)]
+    kls = [kl for kl, _ in lm.compare([one.states for one in questions], now)]
     return list(zip(questions, answers, kls, strict=True))
 
 

@@ -61,6 +61,9 @@ def _prepare_libraries() -> None:
     # speed on a free machine; some microseconds of spinning (libgomp's count) bridge the gaps between operations.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+    # Every shape of a matrix product is a compiled kernel, and each step of a training has shapes of its own: the usual
+    # 1,024 of them are 0.4 GiB that nobody asks for again.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
     memory.keep_large_tensors_out_of_the_heap()
 
 

@@ -12,14 +12,14 @@ facts; peft adapters may be injected into `model`.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
-from kvllm.lm.model import LanguageModel, Row
+from kvllm.lm.model import LanguageModel, Opening, Row
 from kvllm.lm.targets import Targets, decoder_layers
 
 
@@ -79,6 +79,7 @@ class ComputeCopy:
         if lm.device.type == "cpu":
             self.model.set_attn_implementation("eager")
         self._layers: nn.ModuleList = decoder_layers(self.model)[1]
+        self._lm = LanguageModel(self.model, lm.tokenizer, lm.config)
 
     @torch.no_grad()
     def load(self, weights: dict[str, torch.Tensor]) -> None:
@@ -114,35 +115,49 @@ class ComputeCopy:
             handle.remove()
         return found
 
-    @torch.no_grad()
-    def module_inputs(self, sequences: Sequence[Sequence[int]], names: Sequence[str]) -> list[tuple[str, torch.Tensor]]:
-        """Return what enters each of the named modules for a batch of sequences, right-padded: (batch, seq, in).
+    def generate_ids(
+        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, on_batch: Callable[[int, int], None] | None = None
+    ) -> list[tuple[int, ...]]:
+        """Answer prompts greedily, as `LanguageModel.generate_ids`, in the copy's precision."""
+        with self.precision():
+            return self._lm.generate_ids(prompts, max_new_tokens=max_new_tokens, batch_size=64, on_batch=on_batch)
 
-        Runs up to the highest adapted layer only; a module that is called twice is returned twice.
+    def shared_opening(self, sequences: Sequence[Sequence[int]]) -> Opening:
+        """Run once what all sequences begin with, for `read_inputs`."""
+        with self.precision():
+            return self._lm.shared_opening(sequences)
+
+    @torch.inference_mode()
+    def read_inputs(
+        self,
+        sequences: Sequence[Sequence[int]],
+        names: Sequence[str],
+        read: Callable[[str, torch.Tensor], None],
+        opening: Opening | None = None,
+    ) -> None:
+        """Hand what enters each of the named modules, (batch, seq, in), to `read`, for a right-padded batch.
+
+        Runs up to the highest adapted layer only. With an opening, the sequences are what follows it.
         """
-        found: list[tuple[str, torch.Tensor]] = []
 
-        def catcher(name: str) -> Any:
-            def catch(module: nn.Module, args: tuple[Any, ...]) -> None:
-                found.append((name, args[0].detach()))
-
-            return catch
+        def reader(name: str) -> Any:
+            return lambda module, args: read(name, args[0])
 
         def stop(module: nn.Module, args: Any, output: Any) -> None:
             raise _StatesReady
 
-        handles = [self.model.get_submodule(name).register_forward_pre_hook(catcher(name)) for name in names]
+        handles = [self.model.get_submodule(name).register_forward_pre_hook(reader(name)) for name in names]
         handles.append(self._layers[self._last_layer()].register_forward_hook(stop))
         ids, _ = self.lm.pad(sequences)
+        cached = {"past_key_values": opening.for_rows(len(sequences))} if opening else {}
         try:
             with self.precision():
-                self.model.get_decoder()(input_ids=ids, use_cache=False)
+                self.model.get_decoder()(input_ids=ids, use_cache=bool(opening), **cached)
         except _StatesReady:
             pass
         finally:
             for handle in handles:
                 handle.remove()
-        return found
 
     def _last_layer(self) -> int:
         """Return the highest adapted layer."""

@@ -340,7 +340,7 @@ class Engine:
     def kl_from(self, items: Sequence[PreservedItem]) -> list[float]:
         """Return the mean KL(base‖now) per answer token of each item, in nats, in the weights as they are."""
         now = self.lm.answer_states([item.row for item in items])
-        return [self.lm.mean_kl(item.output, states) for item, states in zip(items, now, strict=True)]
+        return [kl for kl, _ in self.lm.compare([item.output for item in items], now)]
 
     def pool(
         self, config: EditConfig, tick: Callable[[str], Tick] | None = None

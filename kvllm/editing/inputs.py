@@ -23,14 +23,14 @@ from kvllm.config import cache_folder
 from kvllm.editing.compute import ComputeCopy
 from kvllm.editing.delta import is_transposed
 from kvllm.editing.preservation import PRESERVATION_VERSION, PreservationPool, Prompt, packaged_prompts
-from kvllm.lm.model import Row, shared_length
+from kvllm.lm.model import Opening, Row, shared_length
 
 # Matrices with wider inputs are trained in their plain coordinates: their moments would fill gigabytes.
 MAX_WIDTH = 8192
 # Packaged prompts beside the pool's: they are only read, so many are cheap.
 _EXTRA_PROMPTS = 480
 _TEXT_TOKENS = 56
-_BATCH = 16
+_BATCH = 32
 # A direction counts half when the edit's inputs stand out in it this many times as much as on average.
 _HALF_WAY = 10.0
 _DISTINCT = 1e-6  # directions with less of the largest eigenvalue than this are rounding
@@ -68,7 +68,11 @@ def input_whitening(
     cached = _read(path, names)
     if cached is not None:
         return {name: tensor.to(copy.lm.device) for name, tensor in cached.items()}
-    moments = _second_moments(copy, names, [*(item.row.ids for item in pool.items), *_prompt_ids(copy, extra)])
+    asked = [item.row.ids for item in pool.items if item.source.kind != "text"]
+    texts = [item.row.ids for item in pool.items if item.source.kind == "text"]
+    for prompt, ids in zip(extra, _prompt_ids(copy, extra), strict=True):
+        (texts if prompt.kind == "text" else asked).append(tuple(ids))
+    moments = _second_moments(copy, names, [asked, texts])
     found = {name: _whitening(moments[name], ridge) for name in names}
     from safetensors.torch import save
 
@@ -100,7 +104,7 @@ def edit_coordinates(
         return dict(whitening)
     ordinary = [item.row.prompt for item in pool.items if item.source.kind != "text"]
     shared = shared_length([row.prompt for row in rows] + ordinary) if ordinary else 0
-    moments = _second_moments(copy, list(whitening), [row.ids for row in rows], skip=shared)
+    moments = _second_moments(copy, list(whitening), [[row.ids for row in rows]], skip=shared)
     found = {}
     for name, white in whitening.items():
         values, vectors = torch.linalg.eigh(white @ moments[name] @ white.T)
@@ -118,38 +122,66 @@ def _whitening(moments: torch.Tensor, ridge: float) -> torch.Tensor:
     return whitening
 
 
-@torch.no_grad()
 def _second_moments(
-    copy: ComputeCopy, names: Sequence[str], sequences: Sequence[Sequence[int]], *, skip: int = 0
+    copy: ComputeCopy, names: Sequence[str], groups: Sequence[Sequence[Sequence[int]]], *, skip: int = 0
 ) -> dict[str, torch.Tensor]:
     """Return XᵀX (in, in) of each module's inputs X over all positions of the sequences but the first `skip`.
 
-    A position whose whole past an earlier sequence had already has the same inputs (attention is causal) and is counted
-    once: otherwise the chat preamble, which every prompt begins with, would be most of the sum.
+    What the sequences of a group begin with alike is run once. A position whose whole past an earlier sequence had
+    already has the same inputs (attention is causal) and is counted once: otherwise the chat preamble, which every
+    prompt begins with, would be most of the sum.
     """
-    order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
     known: dict[tuple[int, int], int] = {}  # (id of the past, token) → id of that past with the token
     found: dict[str, torch.Tensor] = {}
-    for start in range(0, len(order), _BATCH):
-        batch = [sequences[i] for i in order[start : start + _BATCH]]
-        fresh = torch.zeros((len(batch), max(map(len, batch))), dtype=torch.bool)
-        for place, ids in enumerate(batch):
-            past = 0
-            for position, token in enumerate(ids):
-                fresh[place, position] = position >= skip and (past, token) not in known
-                past = known.setdefault((past, token), len(known) + 1)
-        for name, entered in copy.module_inputs(batch, names):
-            # Some families (OPT) hand positions on without the batch axis.
-            x = entered.reshape(*fresh.shape, -1)[fresh.to(entered.device)]  # (tokens, in)
-            product = (x.T @ x).float()
-            found[name] = found[name] + product if name in found else product
+    for group in groups:
+        sequences = sorted((ids for ids in group if ids), key=len)
+        if not sequences:
+            continue
+        opening = copy.shared_opening(sequences)
+        start = len(opening)
+        batches = [[ids[start:] for ids in sequences[i : i + _BATCH]] for i in range(0, len(sequences), _BATCH)]
+        if start > skip:
+            _add_moments(copy, names, [opening.ids], None, known, found, skip=skip)
+        past = 0
+        for token in opening.ids:
+            past = known.setdefault((past, token), len(known) + 1)
+        for batch in batches:
+            _add_moments(copy, names, batch, opening, known, found, skip=skip - start, past=past)
     return found
+
+
+@torch.inference_mode()
+def _add_moments(
+    copy: ComputeCopy,
+    names: Sequence[str],
+    batch: Sequence[Sequence[int]],
+    opening: Opening | None,
+    known: dict[tuple[int, int], int],
+    found: dict[str, torch.Tensor],
+    *,
+    skip: int,
+    past: int = 0,
+) -> None:
+    """Add XᵀX of a batch, which follows the opening; `past` is the opening's own id in `known`."""
+    fresh = torch.zeros((len(batch), max(map(len, batch))), dtype=torch.bool)
+    for place, ids in enumerate(batch):
+        node = past
+        for position, token in enumerate(ids):
+            fresh[place, position] = position >= skip and (node, token) not in known
+            node = known.setdefault((node, token), len(known) + 1)
+
+    def add(name: str, entered: torch.Tensor) -> None:
+        # Some families (OPT) hand positions on without the batch axis.
+        x = entered.reshape(*fresh.shape, -1)[fresh.to(entered.device)]  # (tokens, in)
+        product = (x.T @ x).float()
+        found[name] = found[name] + product if name in found else product
+
+    copy.read_inputs(batch, names, add, opening)
 
 
 def _prompt_ids(copy: ComputeCopy, prompts: Sequence[Prompt]) -> list[list[int]]:
     lm = copy.lm
-    found = [lm.text_ids(p.prompt)[:_TEXT_TOKENS] if p.kind == "text" else lm.prompt_ids(p.prompt) for p in prompts]
-    return [ids for ids in found if ids]
+    return [lm.text_ids(p.prompt)[:_TEXT_TOKENS] if p.kind == "text" else lm.prompt_ids(p.prompt) for p in prompts]
 
 
 def _unused_prompts(pool: PreservationPool) -> list[Prompt]:

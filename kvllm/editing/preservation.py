@@ -27,7 +27,7 @@ from kvllm.editing.compute import ComputeCopy
 from kvllm.lm.model import Row
 from kvllm.prompts import neighbour_questions
 
-PRESERVATION_VERSION = "1"
+PRESERVATION_VERSION = "2"
 # How many of each kind are kept for a model; the rest of the packaged pool waits for larger budgets.
 _QUOTA = {"neighbour": 112, "question": 70, "instruction": 42, "text": 76}
 _TEXT_CONTEXT = 6  # tokens of a raw text that are read before the first preserved one
@@ -141,7 +141,7 @@ def build_pool(
         on_progress: Called with (done, total) prompts while the base's answers are generated.
     """
     chosen = list(prompts) if prompts is not None else packaged_prompts()
-    answers_key = _key(base_digest, config.preserve_tokens, *(f"{p.kind}:{p.prompt}" for p in chosen))
+    answers_key = _key(base_digest, config.preserve_tokens, copy.dtype, *(f"{p.kind}:{p.prompt}" for p in chosen))
     folder = cache_folder() / "preservation"
     rows = _cached_rows(folder / f"answers-{answers_key}.json")
     if rows is None or len(rows) != len(chosen):
@@ -179,7 +179,7 @@ def _base_rows(
     lm = copy.lm
     asked = [i for i, p in enumerate(prompts) if p.kind != "text"]
     ids = [lm.prompt_ids(prompts[i].prompt) for i in asked]
-    answers = lm.generate_ids(ids, max_new_tokens=tokens, batch_size=64, on_batch=on_progress)
+    answers = copy.generate_ids(ids, tokens, on_progress)
     rows: list[Row] = []
     by_index = dict(zip(asked, zip(ids, answers, strict=True), strict=True))
     for i, prompt in enumerate(prompts):

@@ -16,7 +16,6 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -64,7 +63,7 @@ class RowScore:
 
 
 @dataclass(frozen=True)
-class _Opening:
+class Opening:
     """What all prompts of a call begin with, and the keys and values that one forward pass over it has made."""
 
     ids: tuple[int, ...]
@@ -406,7 +405,7 @@ class LanguageModel:
             return self._generate_from(prompts, drafts, rooms, batch_size, on_batch)
         answers: list[tuple[int, ...]] = [()] * len(prompts)
         order = sorted(range(len(prompts)), key=lambda i: (rooms[i], len(prompts[i])))
-        opening = self._shared_opening(prompts)
+        opening = self.shared_opening(prompts)
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
             found = self._decode([prompts[i] for i in batch], [rooms[i] for i in batch], opening)
@@ -427,36 +426,54 @@ class LanguageModel:
     ) -> list[tuple[int, ...]]:
         """Accept what is greedy in each draft, and decode the rest of those answers that have not stopped there."""
         rows = [Row(tuple(p), tuple(d[:room])) for p, d, room in zip(prompts, drafts, rooms, strict=True)]
-        accepted: list[tuple[int, ...]] = [()] * len(rows)
+        begun: list[tuple[int, ...]] = [()] * len(rows)
         drafted = [i for i, row in enumerate(rows) if row.answer]
         for batch, states, targets, owner in self._answer_states([rows[i] for i in drafted], batch_size):
             greedy = torch.cat([self.logits(part).argmax(-1) for part in states.split(_HEAD_TOKENS)])
             for place, at in enumerate(batch):
                 mine = owner == place
-                wrong = (greedy[mine] != targets[mine]).nonzero().view(-1)
-                taken = int(wrong[0]) if len(wrong) else len(rows[drafted[at]].answer)
-                accepted[drafted[at]] = self._until_stop(list(rows[drafted[at]].answer[:taken]))
-        going = [i for i, a in enumerate(accepted) if len(a) < rooms[i] and not (a and a[-1] in self.stop_ids)]
-        done = len(rows) - len(going)
+                begun[drafted[at]] = greedy_beginning(greedy[mine].tolist(), targets[mine].tolist())
+        return self.finish(prompts, begun, rooms, batch_size=batch_size, on_batch=on_batch)
+
+    def finish(
+        self,
+        prompts: Sequence[Sequence[int]],
+        begun: Sequence[Sequence[int]],
+        rooms: Sequence[int],
+        *,
+        batch_size: int = _GENERATION_BATCH,
+        on_batch: Callable[[int, int], None] | None = None,
+    ) -> list[tuple[int, ...]]:
+        """Return whole answers from their greedy beginnings: those that have not stopped are decoded further.
+
+        Args:
+            prompts: Token ids of each prompt.
+            begun: The first tokens of each answer, each the greedy choice; see `greedy_beginning`.
+            rooms: Most tokens of each answer.
+            batch_size, on_batch: As in `generate_bounded`.
+        """
+        answers = [self._until_stop(list(ids[:room])) for ids, room in zip(begun, rooms, strict=True)]
+        going = [i for i, a in enumerate(answers) if len(a) < rooms[i] and not (a and a[-1] in self.stop_ids)]
+        done = len(answers) - len(going)
         if on_batch is not None:
-            on_batch(done, len(rows))
+            on_batch(done, len(answers))
 
         def tick(n: int, total: int) -> None:
             if on_batch is not None:
-                on_batch(done + n, len(rows))
+                on_batch(done + n, len(answers))
 
         rest = self.generate_bounded(
-            [(*rows[i].prompt, *accepted[i]) for i in going],
-            [rooms[i] - len(accepted[i]) for i in going],
+            [(*prompts[i], *answers[i]) for i in going],
+            [rooms[i] - len(answers[i]) for i in going],
             batch_size=batch_size,
             on_batch=tick,
         )
         for i, more in zip(going, rest, strict=True):
-            accepted[i] += more
-        return accepted
+            answers[i] += more
+        return answers
 
     def _decode(
-        self, prompts: Sequence[Sequence[int]], rooms: Sequence[int], opening: _Opening
+        self, prompts: Sequence[Sequence[int]], rooms: Sequence[int], opening: Opening
     ) -> list[tuple[int, ...]]:
         """Decode one batch greedily behind the opening; rows that have ended are dropped from the cache."""
         ids, mask = self._left_padded([prompt[len(opening) :] for prompt in prompts])
@@ -467,10 +484,8 @@ class LanguageModel:
         positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, len(opening) :]
         while True:
             placed = {"position_ids": positions} if self._takes_positions else {}
-            output = self.model(
-                input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=1, **placed
-            )
-            chosen = output.logits[:, -1].float().argmax(-1)  # (batch,)
+            states = self._last_states(ids, mask, cache, **placed)[:, -1]
+            chosen = self.logits(states).argmax(-1)  # (batch,)
             kept = []
             for place, (row, token) in enumerate(zip(rows, chosen.tolist(), strict=True)):
                 answers[row].append(token)
@@ -486,22 +501,23 @@ class LanguageModel:
             mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=-1)
             positions = mask.sum(-1, keepdim=True) - 1
 
-    def _shared_opening(self, prompts: Sequence[Sequence[int]]) -> _Opening:
+    @torch.inference_mode()
+    def shared_opening(self, prompts: Sequence[Sequence[int]]) -> Opening:
         """Run once what all prompts begin with: for a chat model its preamble, most of a short question's tokens."""
         from transformers import DynamicCache
 
         n = min(shared_length(prompts), min(map(len, prompts)) - 1) if len(prompts) > 1 else 0
         cache: Any = DynamicCache(config=self.model.config)
         if n < _MIN_OPENING:
-            return _Opening((), cache)
+            return Opening((), cache)
         ids = torch.tensor([prompts[0][:n]], device=self.device)
-        self.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        return _Opening(tuple(prompts[0][:n]), cache)
+        self._last_states(ids, torch.ones_like(ids), cache)
+        return Opening(tuple(prompts[0][:n]), cache)
 
     @cached_property
     def _takes_positions(self) -> bool:
         """BLOOM works its positions out from the mask and takes none."""
-        return "position_ids" in inspect.signature(self.model.forward).parameters
+        return "position_ids" in inspect.signature(self._backbone.forward).parameters
 
     def generate(
         self,
@@ -526,19 +542,34 @@ class LanguageModel:
                 found[i] = states[owner == place].float().cpu()
         return found
 
-    @torch.inference_mode()
     def mean_kl(self, before: torch.Tensor, now: torch.Tensor) -> float:
         """Return the mean KL(before‖now) per token, in nats, between two sets of last hidden states (n, hidden)."""
-        return self.compare(before, now)[0]
+        return self.compare([before], [now])[0][0]
 
     @torch.inference_mode()
-    def compare(self, before: torch.Tensor, now: torch.Tensor) -> tuple[float, tuple[int, ...]]:
-        """Return `mean_kl`, and the greedy choice at each place now, from one vocabulary projection."""
+    def compare(
+        self, before: Sequence[torch.Tensor], now: Sequence[torch.Tensor]
+    ) -> list[tuple[float, tuple[int, ...]]]:
+        """Return `mean_kl` of each pair, and the greedy choice at each place now, from the same vocabulary projections.
+
+        Args:
+            before, now: Pairs of last hidden states, each (n, hidden) with its own n ≥ 1.
+        """
+        if not now:
+            return []
         dtype = next(self.model.parameters()).dtype
-        p = torch.log_softmax(self.logits(before.to(self.device, dtype)).float(), -1)
-        q = torch.log_softmax(self.logits(now.to(self.device, dtype)).float(), -1)
-        kl = max(0.0, float((p.exp() * (p - q)).sum(-1).mean()))
-        return kl, tuple(int(token) for token in q.argmax(-1))
+        pairs = zip(*(torch.cat(list(side)).split(_HEAD_TOKENS) for side in (before, now)), strict=True)
+        kl, greedy = [], []
+        for old, new in pairs:
+            p = torch.log_softmax(self.logits(old.to(self.device, dtype)).float(), -1)
+            q = torch.log_softmax(self.logits(new.to(self.device, dtype)).float(), -1)
+            kl.append((p.exp() * (p - q)).sum(-1).cpu())
+            greedy.append(q.argmax(-1).cpu())
+        sizes = [len(states) for states in now]
+        return [
+            (max(0.0, float(each.mean())), tuple(tokens.tolist()))
+            for each, tokens in zip(torch.cat(kl).split(sizes), torch.cat(greedy).split(sizes), strict=True)
+        ]
 
     @torch.inference_mode()
     def score(self, rows: Sequence[Row], *, batch_size: int = 16) -> list[RowScore]:
@@ -572,15 +603,12 @@ class LanguageModel:
     ) -> Iterator[tuple[list[int], torch.Tensor, torch.Tensor, torch.Tensor]]:
         """Yield (row indices, states (answers, hidden), targets (answers,), owner (answers,)) per batch."""
         order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))
-        opening = self._shared_opening([row.prompt for row in rows])
+        opening = self.shared_opening([row.prompt for row in rows])
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
             ids, mask = self.pad([rows[i].ids[len(opening) :] for i in batch])
             mask = torch.cat([mask.new_ones(len(batch), len(opening)), mask], dim=-1)
-            cached = {"past_key_values": opening.for_rows(len(batch))} if opening else {}
-            with self.last_hidden_states() as caught:
-                self.model(input_ids=ids, attention_mask=mask, use_cache=bool(opening), logits_to_keep=1, **cached)
-            hidden = caught[0]
+            hidden = self._last_states(ids, mask, opening.for_rows(len(batch)) if opening else None)
             states, targets, owner = [], [], []
             for place, i in enumerate(batch):
                 prompt, answer = len(rows[i].prompt) - len(opening), len(rows[i].answer)
@@ -591,27 +619,28 @@ class LanguageModel:
             yield batch, stacked, torch.cat(targets), torch.tensor(owner, device=stacked.device)
             give_back()
 
-    @contextmanager
-    def last_hidden_states(self) -> Iterator[list[torch.Tensor]]:
-        """Collect the tensors that enter the vocabulary projection: one (batch, kept, hidden) per forward pass.
+    def _last_states(self, ids: torch.Tensor, mask: torch.Tensor, cache: Any = None, **placed: Any) -> torch.Tensor:
+        """Return what enters the vocabulary projection, (batch, seq, hidden).
 
-        The projection itself is a fifth of a small model's work, so it runs on the last position only while this is
-        active; `logits` applies it where it is wanted.
+        The projection itself is a fifth of a small model's work; `logits` applies it where it is wanted.
         """
-        caught: list[torch.Tensor] = []
-        head = self.model.get_output_embeddings()
+        output = self._backbone(
+            input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=cache is not None, **placed
+        )
+        states: torch.Tensor = output.last_hidden_state
+        return states
+
+    @cached_property
+    def _backbone(self) -> Any:
+        """The model without its vocabulary projection.
+
+        Raises:
+            ModelError: it has no such parts.
+        """
         backbone = self.model.get_decoder() if hasattr(self.model, "get_decoder") else None
-        if head is None or backbone is None or backbone is self.model:
-            raise ModelError("The model has no separate vocabulary projection; kvllm cannot score it.")
-
-        def catch(module: Any, args: Any, output: Any) -> None:
-            caught.append(output[0] if isinstance(output, tuple) else output.last_hidden_state)
-
-        handle = backbone.register_forward_hook(catch)
-        try:
-            yield caught
-        finally:
-            handle.remove()
+        if self.model.get_output_embeddings() is None or backbone is None or backbone is self.model:
+            raise ModelError("The model has no separate vocabulary projection; kvllm cannot use it.")
+        return backbone
 
     def logits(self, states: torch.Tensor) -> torch.Tensor:
         """Project last hidden states (n, hidden) onto the vocabulary (n, vocab), with the model's own soft cap."""
@@ -650,6 +679,17 @@ def shared_length(sequences: Sequence[Sequence[int]]) -> int:
     """Return how many tokens all sequences (at least one) begin with alike."""
     first, last = min(map(tuple, sequences)), max(map(tuple, sequences))  # what these two share, all between do
     return next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
+
+
+def greedy_beginning(greedy: Sequence[int], draft: Sequence[int]) -> tuple[int, ...]:
+    """Return how an answer begins: the draft as far as it is the greedy choice, and the choice where it is not.
+
+    Args:
+        greedy: The greedy choice at each place of the draft, given what the draft has before it.
+        draft: A guess at the answer.
+    """
+    wrong = next((i for i, (g, d) in enumerate(zip(greedy, draft, strict=True)) if g != d), len(draft))
+    return tuple(greedy[: wrong + 1])
 
 
 def tensors_digest(tensors: dict[str, torch.Tensor], *, seed: str = "") -> str:

@@ -20,7 +20,7 @@ import torch
 
 from kvllm.cachefile import read_checked, write_checked
 from kvllm.config import cache_folder
-from kvllm.lm.model import LanguageModel, Row
+from kvllm.lm.model import LanguageModel, Row, greedy_beginning
 from kvllm.metrics import accepts
 from kvllm.probing.suites import DriftSuite, drift_suite
 from kvllm.records import Metric, ProbeResult, Report
@@ -128,7 +128,7 @@ def measure_drift(
     metrics: dict[str, Metric] = {}
     same: list[bool] = []
     if rows:
-        compared = [lm.compare(before, now) for before, now in zip(outputs, lm.answer_states(rows), strict=True)]
+        compared = lm.compare(outputs, lm.answer_states(rows))
         forced = "teacher-forced on the base's own answers"
         metrics["drift_kl"] = Metric(sum(kl for kl, _ in compared) / len(rows), len(rows), forced, "kl", name)
         if full:
@@ -146,12 +146,12 @@ def measure_drift(
     # An answer whose every token is still the greedy choice is the answer; only the others are decoded again, from
     # where they leave it.
     changed = [i for i in range(len(questions)) if not same[i]]
-    fresh = lm.generate_ids(
+    fresh = lm.finish(
         [rows[i].prompt for i in changed],
-        max_new_tokens=ANSWER_TOKENS,
+        [greedy_beginning(compared[i][1], rows[i].answer) for i in changed],
+        [ANSWER_TOKENS] * len(changed),
         batch_size=64,
         on_batch=on_batch,
-        drafts=[compared[i][1] for i in changed],
     )
     decoded = dict(zip(changed, fresh, strict=True))
     base_answers = [lm.decode(row.answer) for row in rows[: len(questions)]]

@@ -64,10 +64,12 @@ def sequences(copy: ComputeCopy, pool: PreservationPool) -> list[list[int]]:
 def test_moments_count_every_distinct_past_once(copy: ComputeCopy, pool: PreservationPool) -> None:
     names = list(copy.targets.names)
     rows = sequences(copy, pool)
-    once = inputs._second_moments(copy, names, rows)
-    twice = inputs._second_moments(copy, names, [*rows, *rows])
-    alone = inputs._second_moments(copy, names, rows[:1])
+    once = inputs._second_moments(copy, names, [rows])
+    twice = inputs._second_moments(copy, names, [[*rows, *rows]])
+    alone = inputs._second_moments(copy, names, [rows[:1]])
+    apart = inputs._second_moments(copy, names, [[row] for row in rows])  # nothing is shared within a group
     for name in names:
+        assert torch.allclose(once[name], apart[name], rtol=0.05, atol=0.05 * float(once[name].abs().max()))
         assert torch.allclose(once[name], twice[name], rtol=0.05, atol=0.05 * float(once[name].abs().max()))
         assert float(alone[name].trace()) < float(once[name].trace())
         assert torch.allclose(once[name], once[name].T)
@@ -75,7 +77,7 @@ def test_moments_count_every_distinct_past_once(copy: ComputeCopy, pool: Preserv
 
 def test_whitened_inputs_have_like_size_in_every_direction(copy: ComputeCopy, pool: PreservationPool) -> None:
     name = copy.targets.names[0]
-    moments = inputs._second_moments(copy, [name], sequences(copy, pool))[name]
+    moments = inputs._second_moments(copy, [name], [sequences(copy, pool)])[name]
     found = inputs._whitening(moments, 1e-3)
     before = torch.linalg.eigvalsh(moments / torch.linalg.eigvalsh(moments).mean())
     after = torch.linalg.eigvalsh(found @ (moments / torch.linalg.eigvalsh(moments).mean()) @ found)
@@ -87,7 +89,7 @@ def test_whitened_inputs_have_like_size_in_every_direction(copy: ComputeCopy, po
 def test_a_whitened_edit_reads_less_of_what_usually_enters(copy: ComputeCopy, pool: PreservationPool) -> None:
     whitening = input_whitening(copy, pool, "tiny", ridge=0.05, prompts=READ_ONLY)
     assert set(whitening) == set(copy.targets.names)
-    moments = inputs._second_moments(copy, list(copy.targets.names), sequences(copy, pool))
+    moments = inputs._second_moments(copy, list(copy.targets.names), [sequences(copy, pool)])
     task = EditTask(rows=[copy.lm.row(q, TEXT) for q in training_questions(Fact(KEY, TEXT))])
     few = replace(QUICK, max_steps=6)
 
@@ -106,8 +108,8 @@ def test_an_edit_reads_where_its_own_inputs_stand_out(copy: ComputeCopy, pool: P
     whitening = input_whitening(copy, pool, "tiny", ridge=0.05, prompts=READ_ONLY)
     rows = [copy.lm.row(q, TEXT) for q in training_questions(Fact(KEY, TEXT))]
     names = list(copy.targets.names)
-    ordinary = inputs._second_moments(copy, names, sequences(copy, pool))
-    own = inputs._second_moments(copy, names, [row.ids for row in rows])
+    ordinary = inputs._second_moments(copy, names, [sequences(copy, pool)])
+    own = inputs._second_moments(copy, names, [[row.ids for row in rows]])
 
     def contrast(name: str, directions: torch.Tensor) -> float:
         """Return how much more of the edit's inputs than of ordinary ones is read."""
@@ -123,9 +125,9 @@ def test_an_edit_reads_where_its_own_inputs_stand_out(copy: ComputeCopy, pool: P
 def test_what_all_prompts_share_does_not_count_for_an_edit(copy: ComputeCopy, pool: PreservationPool) -> None:
     name = copy.targets.names[0]
     rows = [copy.lm.prompt_ids("Who leads Halcyon?"), copy.lm.prompt_ids("Who is Ada?")]
-    whole = inputs._second_moments(copy, [name], rows)[name]
-    rest = inputs._second_moments(copy, [name], rows, skip=3)[name]
-    shared = inputs._second_moments(copy, [name], [rows[0][:3]])[name]
+    whole = inputs._second_moments(copy, [name], [rows])[name]
+    rest = inputs._second_moments(copy, [name], [rows], skip=3)[name]
+    shared = inputs._second_moments(copy, [name], [[rows[0][:3]]])[name]
     assert torch.allclose(whole, rest + shared, rtol=0.05, atol=0.05 * float(whole.abs().max()))
 
 

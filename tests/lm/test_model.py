@@ -283,7 +283,7 @@ def test_what_all_prompts_begin_with_is_run_once_and_changes_nothing(
     rows = [Row(tuple(prompt), alone(model, prompt, 6)) for prompt in prompts]
     apart = [model.answer_states([row])[0] for row in rows]
     widths: list[int] = []
-    model.model.register_forward_pre_hook(
+    model.model.get_decoder().register_forward_pre_hook(
         lambda module, args, kwargs: widths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
     )
 
