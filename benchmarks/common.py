@@ -23,18 +23,17 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kvllm.process import prepare_libraries
+
 if TYPE_CHECKING:
     from kvllm import KnowledgeBase, Progress
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 
-# Two torch processes whose idle threads spin slow each other by more than ten times on two cores (see LOG.md).
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # as the command line does
-os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
 if str(ROOT) not in sys.path:  # for `tests.store.bench`
     sys.path.append(str(ROOT))
+prepare_libraries()  # as the command line does
 
 
 def parser(name: str, doc: str | None, *, seed: bool = True) -> argparse.ArgumentParser:

@@ -1,11 +1,12 @@
 """Probes in batches against one question at a time, side by side in one run; and drift with and without its cache.
 
-A fact is taught to a fresh knowledge base of the default model, and its ladder is asked twice: as kvllm does, and with
-one question per forward pass. The answers must be the same. Then a suite of `--probes` questions in batches is timed,
-and `drift` from an empty cache against `drift` by a second process's engine.
+A fact is taught to a fresh knowledge base of the default model. A suite of `--probes` questions, the ladders of that
+fact and of made-up ones, is timed in batches; an even share of it, `--single`, is asked twice: as kvllm does, and with
+one question per forward pass. The answers must be the same. Then `drift` from an empty cache is timed against `drift`
+by a second process's engine.
 
-    python benchmarks/probe_speed.py                          # about ten minutes on two cores
-    python benchmarks/probe_speed.py --single 20 --probes 0   # the comparison alone, on twenty questions
+    python benchmarks/probe_speed.py                                 # about ten minutes on two cores
+    python benchmarks/probe_speed.py --single 20 --probes 20 --drift no   # the comparison alone, on twenty questions
 """
 
 from __future__ import annotations
@@ -24,9 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from kvllm.cli.demo import FACTS
 
     options = parser("probe_speed", __doc__, seed=False)
-    options.add_argument(
-        "--single", type=int, default=60, help="ladder questions asked both ways (default: %(default)s)"
-    )
+    options.add_argument("--single", type=int, default=150, help="questions asked both ways (default: %(default)s)")
     options.add_argument("--probes", type=int, default=500, help="questions of the timed suite; 0 leaves it out")
     options.add_argument("--drift", choices=("whole", "basic", "no"), default="whole", help="which suite to time twice")
     options.add_argument("--batch", type=int, default=0, help="questions per forward pass (default: kvllm's)")
@@ -43,10 +42,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             else:
                 kb.insert(fact.key, fact.text, aliases=fact.aliases, language=fact.language)
             bar.step("taught")
-            results: dict[str, Any] = {"single_against_batched": side_by_side(kb, fact, given.single, given.batch)}
+            probes = ladders(fact, max(given.probes, given.single))
+            results: dict[str, Any] = {"single_against_batched": side_by_side(kb, probes, given.single, given.batch)}
             bar.step("side by side")
             if given.probes:
-                results["suite"] = suite(kb, fact, given.probes, given.batch)
+                results["suite"] = suite(kb, probes[: given.probes], given.batch)
             bar.step("suite")
             identity = model_facts(kb)
         if given.drift != "no":
@@ -56,13 +56,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def side_by_side(kb: Any, fact: Any, n: int, batch: int) -> dict[str, Any]:
-    """Ask the ladder's first n questions (every rung evenly) both ways, single first."""
+def ladders(fact: Any, n: int) -> list[Any]:
+    """Return n different probes: the ladders of a fact and of as many made-up ones as it takes."""
+    from dataclasses import replace
+
     from kvllm.probing.ladder import ladder
+
+    probes, made = ladder(fact), 0
+    while len(probes) < n:
+        made += 1
+        name = f"{fact.key}{made}"
+        probes += ladder(replace(fact, key=name, text=fact.text.replace("Torchkeras", name.capitalize()), aliases=()))
+    return probes[:n]
+
+
+def side_by_side(kb: Any, suite: Sequence[Any], n: int, batch: int) -> dict[str, Any]:
+    """Ask an even share of the suite, n questions, both ways, single first."""
     from kvllm.probing.runner import BATCH, run_probes
 
-    whole = ladder(fact, neighbours=6)
-    probes = [whole[(i * len(whole)) // n] for i in range(n)] if n < len(whole) else whole
+    probes = [suite[(i * len(suite)) // n] for i in range(n)]
     lm = kb._engine.lm
     run_probes(lm, probes[:2])  # the first forward pass is slower
     seconds, cpu, answers = {}, {}, {}
@@ -88,25 +100,16 @@ def side_by_side(kb: Any, fact: Any, n: int, batch: int) -> dict[str, Any]:
     }
 
 
-def suite(kb: Any, fact: Any, n: int, batch: int) -> dict[str, Any]:
-    """Time n different probes: the ladders of as many made-up facts as it takes."""
-    from dataclasses import replace
-
-    from kvllm.probing.ladder import ladder
+def suite(kb: Any, probes: Sequence[Any], batch: int) -> dict[str, Any]:
+    """Time all probes, in batches."""
     from kvllm.probing.runner import BATCH, run_probes
 
-    probes, made = ladder(fact), 0
-    while len(probes) < n:
-        made += 1
-        name = f"{fact.key}{made}"
-        probes += ladder(replace(fact, key=name, text=fact.text.replace("Torchkeras", name.capitalize()), aliases=()))
-    probes = probes[:n]
     started, used = time.perf_counter(), time.process_time()
     report = run_probes(kb._engine.lm, probes, batch_size=batch or BATCH)
     seconds, cpu = time.perf_counter() - started, time.process_time() - used
     return {
         "probes": len(report.probes),
-        "facts": made + 1,
+        "facts": len({probe.key for probe in probes}),
         "seconds": round(seconds, 1),
         "cpu_seconds": round(cpu, 1),
     }

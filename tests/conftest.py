@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from kvllm.cli.run import _prepare_libraries
+from kvllm.process import prepare_libraries
 
 # Also where the controller of several test processes loads no conftest below this one.
 from tests.robustness.campaigns import pytest_runtest_logreport, pytest_terminal_summary  # noqa: F401
@@ -33,7 +33,7 @@ LONG_FILES = ("model/test_end_to_end.py", "examples/test_examples.py")
 PROCESSORS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 # Both before anything imports torch. Threads beyond a process's share of the processors would wait for one another.
-_prepare_libraries()
+prepare_libraries()
 if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
     share = PROCESSORS // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
     os.environ.setdefault("OMP_NUM_THREADS", str(max(share, 1)))

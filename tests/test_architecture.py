@@ -10,7 +10,18 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "kvllm"
-VOCABULARY = ("cachefile", "errors", "records", "config", "memory", "prompts", "metrics", "notebook", "paired")
+VOCABULARY = (
+    "cachefile",
+    "errors",
+    "records",
+    "config",
+    "memory",
+    "prompts",
+    "metrics",
+    "notebook",
+    "paired",
+    "process",
+)
 # From the bottom to the top; a module may import its own layer and those before it. reports stands beside the engine:
 # it knows records only (checked below).
 LAYERS = (

@@ -14,8 +14,8 @@ from collections.abc import Iterator, Sequence
 from types import FrameType
 from typing import Any, NoReturn
 
-from kvllm import memory
 from kvllm.cli.output import print_json
+from kvllm.process import prepare_libraries
 
 # What a shell reports for a program that wrote to a closed pipe, as in `kvllm ls my.kb | head -1`.
 _BROKEN_PIPE = 128 + 13
@@ -25,7 +25,7 @@ def run(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code; every error becomes a sentence."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     _prepare_streams()
-    _prepare_libraries()
+    prepare_libraries()
     with _terminate_as_interrupt():
         try:
             code = _invoke(arguments)
@@ -52,19 +52,6 @@ def _prepare_streams() -> None:
         stream = getattr(sys, name)
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
-
-
-def _prepare_libraries() -> None:
-    """Set what OpenMP and the C library read before torch is loaded; a user's own settings stay."""
-    # Idle OpenMP threads spin by default. With one other busy process on the machine, every small operation then waits
-    # for the scheduler: a training of 15 s was measured to take 125 s. Threads that sleep at once cost a fifth of the
-    # speed on a free machine; some microseconds of spinning (libgomp's count) bridge the gaps between operations.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    os.environ.setdefault("GOMP_SPINCOUNT", "2000")
-    # Every shape of a matrix product is a compiled kernel, and each step of a training has shapes of its own: the usual
-    # 1,024 of them are 0.4 GiB that nobody asks for again.
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
-    memory.keep_large_tensors_out_of_the_heap()
 
 
 def _invoke(arguments: list[str]) -> int:

@@ -34,7 +34,7 @@ _SENTINEL = "\u27e6kvllm-slot-{index}\u27e7"
 _MARKUP = re.compile(r"<.+>|\[.+\]|\{.+\}|⟨.+⟩|\uff1c.+\uff1e", re.DOTALL)
 _GENERATION_BATCH = 32
 _MIN_OPENING = 8  # tokens that prompts must share for a pass of their own
-_HEAD_TOKENS = 256  # positions per vocabulary projection when scoring
+_HEAD_TOKENS = 128  # positions per vocabulary projection when scoring
 
 
 @dataclass(frozen=True)
@@ -405,10 +405,10 @@ class LanguageModel:
             return self._generate_from(prompts, drafts, rooms, batch_size, on_batch)
         answers: list[tuple[int, ...]] = [()] * len(prompts)
         order = sorted(range(len(prompts)), key=lambda i: (rooms[i], len(prompts[i])))
-        opening = self.shared_opening(prompts)
+        openings = self._openings(prompts)
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
-            found = self._decode([prompts[i] for i in batch], [rooms[i] for i in batch], opening)
+            found = self._decode([prompts[i] for i in batch], [rooms[i] for i in batch], [openings[i] for i in batch])
             for i, answer in zip(batch, found, strict=True):
                 answers[i] = answer
             if on_batch is not None:
@@ -473,18 +473,12 @@ class LanguageModel:
         return answers
 
     def _decode(
-        self, prompts: Sequence[Sequence[int]], rooms: Sequence[int], opening: Opening
+        self, prompts: Sequence[Sequence[int]], rooms: Sequence[int], openings: Sequence[Opening]
     ) -> list[tuple[int, ...]]:
-        """Decode one batch greedily behind the opening; rows that have ended are dropped from the cache."""
-        ids, mask = self._left_padded([prompt[len(opening) :] for prompt in prompts])
-        cache = opening.for_rows(len(prompts))
-        mask = torch.cat([mask.new_ones(len(prompts), len(opening)), mask], dim=-1)
+        """Decode one batch greedily, each prompt behind its opening; rows that have ended leave the cache."""
+        rows, states, mask, cache = self._read(prompts, openings)
         answers: list[list[int]] = [[] for _ in prompts]
-        rows = list(range(len(prompts)))  # which prompt each row of the batch is
-        positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, len(opening) :]
         while True:
-            placed = {"position_ids": positions} if self._takes_positions else {}
-            states = self._last_states(ids, mask, cache, **placed)[:, -1]
             chosen = self.logits(states).argmax(-1)  # (batch,)
             kept = []
             for place, (row, token) in enumerate(zip(rows, chosen.tolist(), strict=True)):
@@ -497,9 +491,39 @@ class LanguageModel:
                 where = torch.tensor(kept, device=self.device)
                 cache.batch_select_indices(where)
                 chosen, mask, rows = chosen[where], mask[where], [rows[place] for place in kept]
-            ids = chosen[:, None]
             mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=-1)
-            positions = mask.sum(-1, keepdim=True) - 1
+            states = self._last_states(chosen[:, None], mask, cache, positions=mask.sum(-1, keepdim=True) - 1)[:, -1]
+
+    def _read(
+        self, prompts: Sequence[Sequence[int]], openings: Sequence[Opening]
+    ) -> tuple[list[int], torch.Tensor, torch.Tensor, Any]:
+        """Run the prompts, those of like length together, so that little is padded.
+
+        Returns:
+            Which prompt each row is; what enters the vocabulary projection at its end, (batch, hidden); the mask
+            (batch, seq) of what the cache holds of it, padded on the left; and the cache.
+        """
+        rests = [len(prompt) - len(opening) for prompt, opening in zip(prompts, openings, strict=True)]
+        groups: list[list[int]] = []
+        for i in sorted(range(len(prompts)), key=lambda i: (id(openings[i]), rests[i])):
+            first = groups[-1][0] if groups else -1
+            alike = first >= 0 and openings[i] is openings[first]
+            if alike and (not self._caches_join or rests[i] <= max(2 * rests[first], rests[first] + _MIN_OPENING)):
+                groups[-1].append(i)
+            else:
+                groups.append([i])
+        states, masks, caches = [], [], []
+        for group in groups:
+            opening = openings[group[0]]
+            ids, mask = self._left_padded([prompts[i][len(opening) :] for i in group])
+            mask = torch.cat([mask.new_ones(len(group), len(opening)), mask], dim=-1)
+            positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, len(opening) :]
+            caches.append(opening.for_rows(len(group)))
+            states.append(self._last_states(ids, mask, caches[-1], positions=positions)[:, -1])
+            masks.append(mask)
+        width = max(mask.shape[1] for mask in masks)
+        padded = [torch.nn.functional.pad(mask, (width - mask.shape[1], 0)) for mask in masks]
+        return [i for group in groups for i in group], torch.cat(states), torch.cat(padded), _joined(caches)
 
     @torch.inference_mode()
     def shared_opening(self, prompts: Sequence[Sequence[int]]) -> Opening:
@@ -513,6 +537,27 @@ class LanguageModel:
         ids = torch.tensor([prompts[0][:n]], device=self.device)
         self._last_states(ids, torch.ones_like(ids), cache)
         return Opening(tuple(prompts[0][:n]), cache)
+
+    def _openings(self, prompts: Sequence[Sequence[int]]) -> list[Opening]:
+        """Return for each prompt what it and others begin with; completions stand beside chats."""
+        families: dict[tuple[int, ...], list[int]] = {}
+        for i, prompt in enumerate(prompts):
+            families.setdefault(tuple(prompt[:_MIN_OPENING]) if self._caches_join else (), []).append(i)
+        alone = self.shared_opening([])
+        found = [alone] * len(prompts)
+        for family in families.values():
+            shared = self.shared_opening([prompts[i] for i in family])
+            for i in family if shared else ():
+                found[i] = shared
+        return found
+
+    @cached_property
+    def _caches_join(self) -> bool:
+        """Rows of other lengths can be put into one cache where every layer keeps all that it has read."""
+        from transformers import DynamicCache
+        from transformers.cache_utils import DynamicLayer
+
+        return all(type(layer) is DynamicLayer for layer in DynamicCache(config=self.model.config).layers)
 
     @cached_property
     def _takes_positions(self) -> bool:
@@ -619,11 +664,14 @@ class LanguageModel:
             yield batch, stacked, torch.cat(targets), torch.tensor(owner, device=stacked.device)
             give_back()
 
-    def _last_states(self, ids: torch.Tensor, mask: torch.Tensor, cache: Any = None, **placed: Any) -> torch.Tensor:
+    def _last_states(
+        self, ids: torch.Tensor, mask: torch.Tensor, cache: Any = None, *, positions: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Return what enters the vocabulary projection, (batch, seq, hidden).
 
         The projection itself is a fifth of a small model's work; `logits` applies it where it is wanted.
         """
+        placed = {"position_ids": positions} if positions is not None and self._takes_positions else {}
         output = self._backbone(
             input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=cache is not None, **placed
         )
@@ -673,6 +721,19 @@ class LanguageModel:
     def digest(self) -> str:
         """Return the sha256 over every parameter: name, dtype, shape, bytes, in name order."""
         return tensors_digest(dict(self.model.named_parameters()))
+
+
+def _joined(caches: Sequence[Any]) -> Any:
+    """Return one cache with the rows of all, padded on the left to the longest."""
+    first, *others = caches
+    if others:
+        width = max(cache.get_seq_length() for cache in caches)
+        for place, layer in enumerate(first.layers):
+            for name in ("keys", "values"):  # each (batch, heads, seq, size)
+                parts = [getattr(cache.layers[place], name) for cache in caches]
+                padded = [torch.nn.functional.pad(part, (0, 0, width - part.shape[2], 0)) for part in parts]
+                setattr(layer, name, torch.cat(padded))
+    return first
 
 
 def shared_length(sequences: Sequence[Sequence[int]]) -> int:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from kvllm.config import ModelConfig
 from kvllm.errors import ConfigError, ModelError
-from kvllm.lm.model import PLAIN_FRAME, LanguageModel, Row, resolve_device
+from kvllm.lm.model import PLAIN_FRAME, LanguageModel, Row, greedy_beginning, resolve_device
 from tests.tiny import CHAT_TEMPLATE, SPECIAL, tiny_model
 
 QUESTIONS = [
@@ -217,6 +217,29 @@ def test_kl_of_the_same_states_is_zero_and_of_others_positive(lm: LanguageModel)
     one, two = lm.answer_states([lm.row("Who?", "Ada leads"), lm.row("What is numpy?", "Ada leads")])
     assert lm.mean_kl(one, one) == pytest.approx(0, abs=1e-6)
     assert lm.mean_kl(one, two) > 1e-3
+
+
+def test_pairs_are_compared_as_they_are_alone(lm: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [lm.row(question, "Ada leads Halcyon, and nobody else does.") for question in QUESTIONS]
+    before = lm.answer_states(rows)
+    now = [states.roll(1, 0) for states in before]
+    alone = [lm.compare([old], [new])[0] for old, new in zip(before, now, strict=True)]
+    monkeypatch.setattr("kvllm.lm.model._HEAD_TOKENS", 3)  # pairs straddle the projections
+    together = lm.compare(before, now)
+    assert [kl for kl, _ in together] == pytest.approx([kl for kl, _ in alone], rel=1e-4)
+    assert [greedy for _, greedy in together] == [greedy for _, greedy in alone]
+    assert lm.compare([], []) == []
+
+
+def test_answers_that_have_begun_are_finished(lm: LanguageModel) -> None:
+    ids = [lm.prompt_ids(question) for question in QUESTIONS]
+    wanted = lm.generate_ids(ids, max_new_tokens=9)
+    drafts = [wanted[0], wanted[1][:4], (), (*wanted[3][:2], 5, 5), (7,)]
+    begun = [greedy_beginning(whole[: len(draft)], draft) for whole, draft in zip(wanted, drafts, strict=True)]
+    assert [len(start) for start in begun[:3]] == [len(wanted[0]), 4, 0]
+    assert len(begun[3]) == 3  # two right ones, and the choice where the draft is wrong
+    assert lm.finish(ids, begun, [9] * len(ids)) == wanted
+    assert [len(answer) for answer in lm.finish(ids, begun, [2] * len(ids))] == [2] * len(ids)
 
 
 # ---------------------------------------------------------------- loading
