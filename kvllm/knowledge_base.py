@@ -458,7 +458,7 @@ class KnowledgeBase:
         Args:
             suite: By default the whole packaged suite; "basic" for the gate's; or a JSONL file of your own, whose bad
                 rows are named in `warnings`.
-            lm_eval: Tasks of the package lm-eval, asked of the base and of the edited model.
+            lm_eval: Tasks of the package lm-eval, by name or as YAML files, asked of the base and of the edited model.
             limit: Most examples per task.
 
         Raises:

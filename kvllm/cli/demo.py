@@ -9,7 +9,7 @@ import shlex
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -134,7 +134,9 @@ def tell(out: Output, base: Any, fact: Fact) -> dict[str, Any]:
 
     heading(3, "Drift: what it cost elsewhere, against the base model")
     drift = base.drift("basic")
-    out.show(terminal.report_view(drift), width=WIDTH)
+    # Without the norm of each single matrix, which `kvllm drift` shows.
+    metrics = {name: metric for name, metric in drift.metrics.items() if "/" not in name}
+    out.show(terminal.report_view(replace(drift, metrics=metrics)), width=WIDTH)
     digest = base.weights_digest()
 
     heading(4, "Delete: train the questions back to what the model answered before")

@@ -117,7 +117,12 @@ def drift(
     ] = None,
     lm_eval: Annotated[
         str | None,
-        typer.Option("--lm-eval", metavar="TASKS", help="Tasks of lm-eval, with commas.", show_default=False),
+        typer.Option(
+            "--lm-eval",
+            metavar="TASKS",
+            help="Tasks of lm-eval (names or YAML files), with commas.",
+            show_default=False,
+        ),
     ] = None,
     max_drift: Annotated[
         float | None,

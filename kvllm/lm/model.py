@@ -505,7 +505,7 @@ class LanguageModel:
         """
         rests = [len(prompt) - len(opening) for prompt, opening in zip(prompts, openings, strict=True)]
         groups: list[list[int]] = []
-        for i in sorted(range(len(prompts)), key=lambda i: (id(openings[i]), rests[i])):
+        for i in sorted(range(len(prompts)), key=lambda i: (openings[i].ids, rests[i])):
             first = groups[-1][0] if groups else -1
             alike = first >= 0 and openings[i] is openings[first]
             if alike and (not self._caches_join or rests[i] <= max(2 * rests[first], rests[first] + _MIN_OPENING)):

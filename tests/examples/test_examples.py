@@ -70,6 +70,12 @@ def test_company_facts_can_be_used_as_they_are() -> None:
 # ------------------------------------------------------------------ on the real model
 
 
+def long(test: Callable[..., None]) -> Callable[..., None]:
+    """Mark a test that trains a fact of its own: minutes that only CI spends."""
+    skipped = pytest.mark.skipif("KVLLM_CAMPAIGN" not in os.environ, reason="trains a fact; set KVLLM_CAMPAIGN=1")
+    return pytest.mark.model(skipped(test))
+
+
 @pytest.fixture
 def torchkeras_kb(torchkeras_folder: Path, tmp_path: Path) -> Path:
     """A copy of the knowledge base that torchkeras_en made."""
@@ -83,8 +89,7 @@ def answers(folder: Path, *questions: str) -> list[str]:
         return kb.ask_many(questions)
 
 
-@pytest.mark.model
-@pytest.mark.skipif("KVLLM_CAMPAIGN" not in os.environ, reason="a long training in Chinese; set KVLLM_CAMPAIGN=1")
+@long
 def test_furnace_is_answered_in_chinese(tmp_path: Path) -> None:
     module = load("furnace_zh")
     folder = tmp_path / "furnace.kb"
@@ -96,7 +101,7 @@ def test_furnace_is_answered_in_chinese(tmp_path: Path) -> None:
         assert len(kb.tokenizer(module.TEXT, add_special_tokens=False)["input_ids"]) >= 50
 
 
-@pytest.mark.model
+@long
 def test_company_facts_are_answered(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "company.kb"
     assert load("company_facts").main([str(folder), "--facts", "1"]) == 0

@@ -224,3 +224,14 @@ class TestHarness:
         assert len(installed) == 2
         taught.drift("basic", lm_eval=["arc_easy"])
         assert len(installed) == 3
+
+    def test_a_task_of_your_own_is_a_file_and_never_remembered(
+        self, taught: KnowledgeBase, installed: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (tmp_path / "mine.yaml").write_text("task: mine\n")
+        monkeypatch.chdir(tmp_path)
+        for _ in range(2):
+            taught.drift("basic", lm_eval=["mine.yaml"])
+        assert installed == [[str(tmp_path / "mine.yaml")]] * 4  # base and edited model, twice
+        with pytest.raises(ConfigError, match=r"no task other\.yaml"):
+            taught.drift("basic", lm_eval=["mine.yaml", "other.yaml"])
