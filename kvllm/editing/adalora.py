@@ -56,7 +56,7 @@ _RESTORE_WEIGHT = 8.0
 # So many of these turning points per row, how much more they weigh, and how much more margin they need.
 _TURNS = 3
 _TURN_WEIGHT = 4.0
-_TURN_MARGIN = 4.0
+_TURN_MARGIN = 6.0
 
 Item = tuple[torch.Tensor, Row]
 
