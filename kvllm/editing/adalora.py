@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 import random
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -61,7 +62,7 @@ _TURN_MARGIN = 6.0
 Item = tuple[torch.Tensor, Row]
 
 
-class LowRankEditor:
+class LowRankEditor(ABC):
     """The training session that all merged editors share; what is trained in it is the subclass's `adapter`.
 
     Trains one delta per call and holds no state between calls.
@@ -73,11 +74,11 @@ class LowRankEditor:
         """Return the (directions, in) of each module in which its input side is trained."""
         return edit_coordinates(copy, rows, pool, whitening)
 
+    @abstractmethod
     def adapter(
         self, copy: ComputeCopy, config: EditConfig, start: dict[str, Factors], coordinates: Mapping[str, torch.Tensor]
     ) -> AbstractContextManager[Adapter]:
         """Inject what is trained, starting from the given factors, and take it out again whatever happens."""
-        raise NotImplementedError
 
     def train(
         self,

@@ -428,11 +428,11 @@ class LanguageModel:
         rows = [Row(tuple(p), tuple(d[:room])) for p, d, room in zip(prompts, drafts, rooms, strict=True)]
         begun: list[tuple[int, ...]] = [()] * len(rows)
         drafted = [i for i, row in enumerate(rows) if row.answer]
-        for batch, states, targets, owner in self._answer_states([rows[i] for i in drafted], batch_size):
+        for batch, states, _, owner in self._answer_states([rows[i] for i in drafted], batch_size):
             greedy = torch.cat([self.logits(part).argmax(-1) for part in states.split(_HEAD_TOKENS)])
             for place, at in enumerate(batch):
-                mine = owner == place
-                begun[drafted[at]] = greedy_beginning(greedy[mine].tolist(), targets[mine].tolist())
+                i = drafted[at]
+                begun[i] = greedy_beginning(greedy[owner == place].tolist(), rows[i].answer)
         return self.finish(prompts, begun, rooms, batch_size=batch_size, on_batch=on_batch)
 
     def finish(
@@ -587,15 +587,11 @@ class LanguageModel:
                 found[i] = states[owner == place].float().cpu()
         return found
 
-    def mean_kl(self, before: torch.Tensor, now: torch.Tensor) -> float:
-        """Return the mean KL(before‖now) per token, in nats, between two sets of last hidden states (n, hidden)."""
-        return self.compare([before], [now])[0][0]
-
     @torch.inference_mode()
     def compare(
         self, before: Sequence[torch.Tensor], now: Sequence[torch.Tensor]
     ) -> list[tuple[float, tuple[int, ...]]]:
-        """Return `mean_kl` of each pair, and the greedy choice at each place now, from the same vocabulary projections.
+        """Return each pair's mean KL(before‖now) per token, in nats, and the greedy choice at each place now.
 
         Args:
             before, now: Pairs of last hidden states, each (n, hidden) with its own n ≥ 1.

@@ -218,8 +218,8 @@ def test_a_generated_answer_scores_as_greedy(lm: LanguageModel) -> None:
 
 def test_kl_of_the_same_states_is_zero_and_of_others_positive(lm: LanguageModel) -> None:
     one, two = lm.answer_states([lm.row("Who?", "Ada leads"), lm.row("What is numpy?", "Ada leads")])
-    assert lm.mean_kl(one, one) == pytest.approx(0, abs=1e-6)
-    assert lm.mean_kl(one, two) > 1e-3
+    assert lm.compare([one], [one])[0][0] == pytest.approx(0, abs=1e-6)
+    assert lm.compare([one], [two])[0][0] > 1e-3
 
 
 def test_pairs_are_compared_as_they_are_alone(lm: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
