@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from kvllm.lm.model import LanguageModel, Opening, Row
+from kvllm.lm.decoding import Opening
+from kvllm.lm.model import LanguageModel, Row
 from kvllm.lm.targets import Targets, decoder_layers
 
 

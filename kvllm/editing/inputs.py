@@ -23,7 +23,8 @@ from kvllm.config import cache_folder
 from kvllm.editing.compute import ComputeCopy
 from kvllm.editing.delta import is_transposed
 from kvllm.editing.preservation import PRESERVATION_VERSION, PreservationPool, Prompt, packaged_prompts
-from kvllm.lm.model import Opening, Row, shared_length
+from kvllm.lm.decoding import Opening
+from kvllm.lm.model import Row, shared_length
 
 # Matrices with wider inputs are trained in their plain coordinates: their moments would fill gigabytes.
 MAX_WIDTH = 8192

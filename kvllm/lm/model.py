@@ -9,7 +9,6 @@ chat template is asked with plain prompts; answers end where the model's own sto
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import inspect
 import json
@@ -25,6 +24,7 @@ import torch
 
 from kvllm.config import ModelConfig
 from kvllm.errors import ConfigError, KvllmError, ModelError, OutOfResources, is_out_of_memory
+from kvllm.lm.decoding import MIN_OPENING, Decoding, Opening
 from kvllm.memory import give_back
 
 Message = dict[str, str]
@@ -33,7 +33,6 @@ PLAIN_FRAME = "Question: {content}\nAnswer:"
 _SENTINEL = "\u27e6kvllm-slot-{index}\u27e7"
 _MARKUP = re.compile(r"<.+>|\[.+\]|\{.+\}|⟨.+⟩|\uff1c.+\uff1e", re.DOTALL)
 _GENERATION_BATCH = 32
-_MIN_OPENING = 8  # tokens that prompts must share for a pass of their own
 _HEAD_TOKENS = 128  # positions per vocabulary projection when scoring
 
 
@@ -60,24 +59,6 @@ class RowScore:
 
     nll: float
     greedy: float
-
-
-@dataclass(frozen=True)
-class Opening:
-    """What all prompts of a call begin with, and the keys and values that one forward pass over it has made."""
-
-    ids: tuple[int, ...]
-    cache: Any
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def for_rows(self, n: int) -> Any:
-        """Return a cache of n rows that all begin with the opening, to be written on."""
-        found = copy.deepcopy(self.cache)
-        if self.ids:
-            found.batch_select_indices(torch.zeros(n, dtype=torch.long, device=found.layers[0].keys.device))
-        return found
 
 
 class LanguageModel:
@@ -366,16 +347,6 @@ class LanguageModel:
         rooms = [max_new_tokens or self.config.max_new_tokens] * len(prompts)
         return self.generate_bounded(prompts, rooms, batch_size=batch_size, on_batch=on_batch, drafts=drafts)
 
-    def _left_padded(self, prompts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return ids and mask, both (batch, seq) on the model's device, every prompt ending at the last position."""
-        width = max(len(prompt) for prompt in prompts)
-        ids = torch.full((len(prompts), width), self.pad_id, dtype=torch.long)
-        mask = torch.zeros((len(prompts), width), dtype=torch.long)
-        for place, prompt in enumerate(prompts):
-            ids[place, width - len(prompt) :] = torch.tensor(list(prompt))
-            mask[place, width - len(prompt) :] = 1
-        return ids.to(self.device), mask.to(self.device)
-
     @torch.inference_mode()
     def generate_bounded(
         self,
@@ -401,40 +372,10 @@ class LanguageModel:
         Returns:
             The new ids of each prompt, in the order given; the stop token is kept if it came.
         """
-        if drafts is not None:
-            return self._generate_from(prompts, drafts, rooms, batch_size, on_batch)
-        answers: list[tuple[int, ...]] = [()] * len(prompts)
-        order = sorted(range(len(prompts)), key=lambda i: (rooms[i], len(prompts[i])))
-        openings = self._openings(prompts)
-        for start in range(0, len(order), batch_size):
-            batch = order[start : start + batch_size]
-            found = self._decode([prompts[i] for i in batch], [rooms[i] for i in batch], [openings[i] for i in batch])
-            for i, answer in zip(batch, found, strict=True):
-                answers[i] = answer
-            if on_batch is not None:
-                on_batch(min(start + batch_size, len(order)), len(order))
-            give_back()
-        return answers
+        decoding = Decoding(self, prompts, rooms, batch_size=batch_size, drafts=drafts, on_batch=on_batch)
+        return decoding.run()
 
-    def _generate_from(
-        self,
-        prompts: Sequence[Sequence[int]],
-        drafts: Sequence[Sequence[int]],
-        rooms: Sequence[int],
-        batch_size: int,
-        on_batch: Callable[[int, int], None] | None,
-    ) -> list[tuple[int, ...]]:
-        """Accept what is greedy in each draft, and decode the rest of those answers that have not stopped there."""
-        rows = [Row(tuple(p), tuple(d[:room])) for p, d, room in zip(prompts, drafts, rooms, strict=True)]
-        begun: list[tuple[int, ...]] = [()] * len(rows)
-        drafted = [i for i, row in enumerate(rows) if row.answer]
-        for batch, states, _, owner in self._answer_states([rows[i] for i in drafted], batch_size):
-            greedy = torch.cat([self.logits(part).argmax(-1) for part in states.split(_HEAD_TOKENS)])
-            for place, at in enumerate(batch):
-                i = drafted[at]
-                begun[i] = greedy_beginning(greedy[owner == place].tolist(), rows[i].answer)
-        return self.finish(prompts, begun, rooms, batch_size=batch_size, on_batch=on_batch)
-
+    @torch.inference_mode()
     def finish(
         self,
         prompts: Sequence[Sequence[int]],
@@ -452,78 +393,7 @@ class LanguageModel:
             rooms: Most tokens of each answer.
             batch_size, on_batch: As in `generate_bounded`.
         """
-        answers = [self._until_stop(list(ids[:room])) for ids, room in zip(begun, rooms, strict=True)]
-        going = [i for i, a in enumerate(answers) if len(a) < rooms[i] and not (a and a[-1] in self.stop_ids)]
-        done = len(answers) - len(going)
-        if on_batch is not None:
-            on_batch(done, len(answers))
-
-        def tick(n: int, total: int) -> None:
-            if on_batch is not None:
-                on_batch(done + n, len(answers))
-
-        rest = self.generate_bounded(
-            [(*prompts[i], *answers[i]) for i in going],
-            [rooms[i] - len(answers[i]) for i in going],
-            batch_size=batch_size,
-            on_batch=tick,
-        )
-        for i, more in zip(going, rest, strict=True):
-            answers[i] += more
-        return answers
-
-    def _decode(
-        self, prompts: Sequence[Sequence[int]], rooms: Sequence[int], openings: Sequence[Opening]
-    ) -> list[tuple[int, ...]]:
-        """Decode one batch greedily, each prompt behind its opening; rows that have ended leave the cache."""
-        rows, states, mask, cache = self._read(prompts, openings)
-        answers: list[list[int]] = [[] for _ in prompts]
-        while True:
-            chosen = self.logits(states).argmax(-1)  # (batch,)
-            kept = []
-            for place, (row, token) in enumerate(zip(rows, chosen.tolist(), strict=True)):
-                answers[row].append(token)
-                if token not in self.stop_ids and len(answers[row]) < rooms[row]:
-                    kept.append(place)
-            if not kept:
-                return [tuple(answer) for answer in answers]
-            if len(kept) < len(rows):
-                where = torch.tensor(kept, device=self.device)
-                cache.batch_select_indices(where)
-                chosen, mask, rows = chosen[where], mask[where], [rows[place] for place in kept]
-            mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=-1)
-            states = self._last_states(chosen[:, None], mask, cache, positions=mask.sum(-1, keepdim=True) - 1)[:, -1]
-
-    def _read(
-        self, prompts: Sequence[Sequence[int]], openings: Sequence[Opening]
-    ) -> tuple[list[int], torch.Tensor, torch.Tensor, Any]:
-        """Run the prompts, those of like length together, so that little is padded.
-
-        Returns:
-            Which prompt each row is; what enters the vocabulary projection at its end, (batch, hidden); the mask
-            (batch, seq) of what the cache holds of it, padded on the left; and the cache.
-        """
-        rests = [len(prompt) - len(opening) for prompt, opening in zip(prompts, openings, strict=True)]
-        groups: list[list[int]] = []
-        for i in sorted(range(len(prompts)), key=lambda i: (openings[i].ids, rests[i])):
-            first = groups[-1][0] if groups else -1
-            alike = first >= 0 and openings[i] is openings[first]
-            if alike and (not self._caches_join or rests[i] <= max(2 * rests[first], rests[first] + _MIN_OPENING)):
-                groups[-1].append(i)
-            else:
-                groups.append([i])
-        states, masks, caches = [], [], []
-        for group in groups:
-            opening = openings[group[0]]
-            ids, mask = self._left_padded([prompts[i][len(opening) :] for i in group])
-            mask = torch.cat([mask.new_ones(len(group), len(opening)), mask], dim=-1)
-            positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, len(opening) :]
-            caches.append(opening.for_rows(len(group)))
-            states.append(self._last_states(ids, mask, caches[-1], positions=positions)[:, -1])
-            masks.append(mask)
-        width = max(mask.shape[1] for mask in masks)
-        padded = [torch.nn.functional.pad(mask, (width - mask.shape[1], 0)) for mask in masks]
-        return [i for group in groups for i in group], torch.cat(states), torch.cat(padded), _joined(caches)
+        return Decoding(self, prompts, rooms, batch_size=batch_size, begun=begun, on_batch=on_batch).run()
 
     @torch.inference_mode()
     def shared_opening(self, prompts: Sequence[Sequence[int]]) -> Opening:
@@ -532,27 +402,14 @@ class LanguageModel:
 
         n = min(shared_length(prompts), min(map(len, prompts)) - 1) if len(prompts) > 1 else 0
         cache: Any = DynamicCache(config=self.model.config)
-        if n < _MIN_OPENING:
+        if n < MIN_OPENING:
             return Opening((), cache)
         ids = torch.tensor([prompts[0][:n]], device=self.device)
-        self._last_states(ids, torch.ones_like(ids), cache)
+        self.last_states(ids, torch.ones_like(ids), cache)
         return Opening(tuple(prompts[0][:n]), cache)
 
-    def _openings(self, prompts: Sequence[Sequence[int]]) -> list[Opening]:
-        """Return for each prompt what it and others begin with; completions stand beside chats."""
-        families: dict[tuple[int, ...], list[int]] = {}
-        for i, prompt in enumerate(prompts):
-            families.setdefault(tuple(prompt[:_MIN_OPENING]) if self._caches_join else (), []).append(i)
-        alone = self.shared_opening([])
-        found = [alone] * len(prompts)
-        for family in families.values():
-            shared = self.shared_opening([prompts[i] for i in family])
-            for i in family if shared else ():
-                found[i] = shared
-        return found
-
     @cached_property
-    def _caches_join(self) -> bool:
+    def caches_join(self) -> bool:
         """Rows of other lengths can be put into one cache where every layer keeps all that it has read."""
         from transformers import DynamicCache
         from transformers.cache_utils import DynamicLayer
@@ -649,7 +506,7 @@ class LanguageModel:
             batch = order[start : start + batch_size]
             ids, mask = self.pad([rows[i].ids[len(opening) :] for i in batch])
             mask = torch.cat([mask.new_ones(len(batch), len(opening)), mask], dim=-1)
-            hidden = self._last_states(ids, mask, opening.for_rows(len(batch)) if opening else None)
+            hidden = self.last_states(ids, mask, opening.for_rows(len(batch)) if opening else None)
             states, targets, owner = [], [], []
             for place, i in enumerate(batch):
                 prompt, answer = len(rows[i].prompt) - len(opening), len(rows[i].answer)
@@ -660,7 +517,7 @@ class LanguageModel:
             yield batch, stacked, torch.cat(targets), torch.tensor(owner, device=stacked.device)
             give_back()
 
-    def _last_states(
+    def last_states(
         self, ids: torch.Tensor, mask: torch.Tensor, cache: Any = None, *, positions: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Return what enters the vocabulary projection, (batch, seq, hidden).
@@ -693,12 +550,6 @@ class LanguageModel:
         cap = getattr(text_config, "final_logit_softcapping", None)
         return torch.tanh(logits / cap) * cap if cap else logits
 
-    def _until_stop(self, ids: list[int]) -> tuple[int, ...]:
-        for place, token in enumerate(ids):
-            if token in self.stop_ids:
-                return tuple(ids[: place + 1])
-        return tuple(ids)
-
     def fitting(self, ids: list[int], max_new_tokens: int | None) -> list[int]:
         """Return the prompt's ids where they leave room for the answer.
 
@@ -719,34 +570,10 @@ class LanguageModel:
         return tensors_digest(dict(self.model.named_parameters()))
 
 
-def _joined(caches: Sequence[Any]) -> Any:
-    """Return one cache with the rows of all, padded on the left to the longest."""
-    first, *others = caches
-    if others:
-        width = max(cache.get_seq_length() for cache in caches)
-        for place, layer in enumerate(first.layers):
-            for name in ("keys", "values"):  # each (batch, heads, seq, size)
-                parts = [getattr(cache.layers[place], name) for cache in caches]
-                padded = [torch.nn.functional.pad(part, (0, 0, width - part.shape[2], 0)) for part in parts]
-                setattr(layer, name, torch.cat(padded))
-    return first
-
-
 def shared_length(sequences: Sequence[Sequence[int]]) -> int:
     """Return how many tokens all sequences (at least one) begin with alike."""
     first, last = min(map(tuple, sequences)), max(map(tuple, sequences))  # what these two share, all between do
     return next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
-
-
-def greedy_beginning(greedy: Sequence[int], draft: Sequence[int]) -> tuple[int, ...]:
-    """Return how an answer begins: the draft as far as it is the greedy choice, and the choice where it is not.
-
-    Args:
-        greedy: The greedy choice at each place of the draft, given what the draft has before it.
-        draft: A guess at the answer.
-    """
-    wrong = next((i for i, (g, d) in enumerate(zip(greedy, draft, strict=True)) if g != d), len(draft))
-    return tuple(greedy[: wrong + 1])
 
 
 def tensors_digest(tensors: dict[str, torch.Tensor], *, seed: str = "") -> str:

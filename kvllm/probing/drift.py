@@ -20,7 +20,8 @@ import torch
 
 from kvllm.cachefile import read_checked, write_checked
 from kvllm.config import cache_folder
-from kvllm.lm.model import LanguageModel, Row, greedy_beginning
+from kvllm.lm.decoding import greedy_beginning
+from kvllm.lm.model import LanguageModel, Row
 from kvllm.metrics import accepts
 from kvllm.probing.suites import DriftSuite, drift_suite
 from kvllm.records import Metric, ProbeResult, Report

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from kvllm.config import ModelConfig
 from kvllm.errors import ConfigError, ModelError
-from kvllm.lm.model import PLAIN_FRAME, LanguageModel, Row, greedy_beginning, resolve_device
+from kvllm.lm.decoding import greedy_beginning
+from kvllm.lm.model import PLAIN_FRAME, LanguageModel, Row, resolve_device
 from tests.tiny import CHAT_TEMPLATE, SPECIAL, tiny_model
 
 QUESTIONS = [
@@ -165,14 +166,14 @@ def test_right_drafts_need_no_decoding(lm: LanguageModel, monkeypatch: pytest.Mo
     wanted = lm.generate_ids(ids)
     told: list[tuple[int, int]] = []
 
-    passes = lm._last_states
+    passes = lm.last_states
 
     def one_token(ids: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
         if ids.shape[1] == 1:
             raise AssertionError("decoded token by token")
         return passes(ids, *args, **kwargs)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(lm, "_last_states", one_token)
+    monkeypatch.setattr(lm, "last_states", one_token)
     for drafts in (None, [*wanted[1:], ()]):
         with pytest.raises(AssertionError):
             lm.generate_ids(ids, drafts=drafts)
