@@ -1,9 +1,9 @@
 """Probes in batches against one question at a time, side by side in one run; and drift with and without its cache.
 
 A fact is taught to a fresh knowledge base of the default model. A suite of `--probes` questions, the ladders of that
-fact and of made-up ones, is timed in batches; an even share of it, `--single`, is asked three times: as kvllm does,
-with one question per forward pass, and in one call for each question, as a loop over `ask` would. The answers must be
-the same. Then `drift` from an empty cache is timed against `drift` by a second process's engine.
+fact and of made-up ones, is timed in batches; an even share of it, `--single`, is asked twice: as kvllm does, and with
+one question per forward pass. The answers must be the same. Then `drift` from an empty cache is timed against `drift`
+by a second process's engine.
 
     python benchmarks/probe_speed.py                                 # about ten minutes on two cores
     python benchmarks/probe_speed.py --single 20 --probes 20 --drift no   # the comparison alone, on twenty questions
@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from kvllm.cli.demo import FACTS
 
     options = parser("probe_speed", __doc__, seed=False)
-    options.add_argument("--single", type=int, default=150, help="questions asked in all ways (default: %(default)s)")
+    options.add_argument("--single", type=int, default=150, help="questions asked both ways (default: %(default)s)")
     options.add_argument("--probes", type=int, default=500, help="questions of the timed suite; 0 leaves it out")
     options.add_argument("--drift", choices=("whole", "basic", "no"), default="whole", help="which suite to time twice")
     options.add_argument("--batch", type=int, default=0, help="questions per forward pass (default: kvllm's)")
@@ -71,41 +71,32 @@ def ladders(fact: Any, n: int) -> list[Any]:
 
 
 def side_by_side(kb: Any, suite: Sequence[Any], n: int, batch: int) -> dict[str, Any]:
-    """Ask an even share of the suite, n questions, in all ways, the slowest first."""
+    """Ask an even share of the suite, n questions, both ways, single first."""
     from kvllm.probing.runner import BATCH, run_probes
 
     probes = [suite[(i * len(suite)) // n] for i in range(n)]
     lm = kb._engine.lm
-    ways = {
-        "alone": lambda: [run_probes(lm, [probe], batch_size=1).probes[0] for probe in probes],
-        "single": lambda: run_probes(lm, probes, batch_size=1).probes,
-        "batched": lambda: run_probes(lm, probes, batch_size=batch or BATCH).probes,
-    }
     run_probes(lm, probes[:2])  # the first forward pass is slower
     seconds, cpu, answers = {}, {}, {}
-    for name, ask in ways.items():
+    for name, size in (("single", 1), ("batched", batch or BATCH)):
         started, used = time.perf_counter(), time.process_time()
-        found = ask()
+        report = run_probes(lm, probes, batch_size=size)
         seconds[name] = time.perf_counter() - started
         cpu[name] = time.process_time() - used
-        answers[name] = [(p.question, p.answer, p.passed) for p in found]
-    rows = list(zip(*answers.values(), strict=True))
+        answers[name] = [(p.question, p.answer, p.passed) for p in report.probes]
+    pairs = list(zip(answers["single"], answers["batched"], strict=True))
     return {
         "n": len(probes),
-        **{f"seconds_{name}": round(value, 2) for name, value in seconds.items()},
+        "seconds_single": round(seconds["single"], 2),
+        "seconds_batched": round(seconds["batched"], 2),
         "ratio": round(seconds["single"] / seconds["batched"], 2),
-        "ratio_alone": round(seconds["alone"] / seconds["batched"], 2),
         # On a machine that others use too, processor time says more than the clock.
-        **{f"cpu_seconds_{name}": round(value, 2) for name, value in cpu.items()},
+        "cpu_seconds_single": round(cpu["single"], 2),
+        "cpu_seconds_batched": round(cpu["batched"], 2),
         "cpu_ratio": round(cpu["single"] / cpu["batched"], 2),
-        "cpu_ratio_alone": round(cpu["alone"] / cpu["batched"], 2),
-        "same_answers": sum(len({answer for _, answer, _ in row}) == 1 for row in rows),
-        "same_verdicts": sum(len({passed for _, _, passed in row}) == 1 for row in rows),
-        "different": [
-            {"question": row[0][0], **dict(zip(ways, (answer for _, answer, _ in row), strict=True))}
-            for row in rows
-            if len({answer for _, answer, _ in row}) > 1
-        ],
+        "same_answers": sum(a[1] == b[1] for a, b in pairs),
+        "same_verdicts": sum(a[2] == b[2] for a, b in pairs),
+        "different": [{"question": a[0], "single": a[1], "batched": b[1]} for a, b in pairs if a[1] != b[1]],
     }
 
 
@@ -166,9 +157,8 @@ def drift_twice(path: Any, which: str) -> dict[str, Any]:
 def summarise(results: dict[str, Any]) -> list[str]:
     both = results["single_against_batched"]
     lines = [
-        f"{both['n']} probes: {both['seconds_alone']} s one call each, {both['seconds_single']} s one at a time, "
-        f"{both['seconds_batched']} s in batches: ×{both['ratio_alone']} and ×{both['ratio']} "
-        f"(processor time ×{both['cpu_ratio_alone']} and ×{both['cpu_ratio']}); "
+        f"{both['n']} probes: {both['seconds_single']} s one at a time, {both['seconds_batched']} s in batches: "
+        f"×{both['ratio']} (processor time ×{both['cpu_ratio']}); "
         f"same answers {both['same_answers']}, same verdicts {both['same_verdicts']}"
     ]
     if "suite" in results:

@@ -22,7 +22,12 @@ if TYPE_CHECKING:
 
 MIN_OPENING = 8  # tokens that prompts must share for a pass of their own
 _PASS = 48  # what a pass costs beside its tokens, in tokens
+_CHECKED = 16  # drafts a pass: more positions at once leave the processor's cache
 _ENDED = -1
+
+# Told which prompts, and the states that predict the tokens of each one's draft, (draft, hidden), it returns the greedy
+# choices.
+Judge = Callable[[Sequence[int], Sequence[torch.Tensor]], list[tuple[int, ...]]]
 
 
 @dataclass(frozen=True)
@@ -74,23 +79,21 @@ class Decoding:
         rooms: Sequence[int],
         *,
         batch_size: int,
-        begun: Sequence[Sequence[int]] | None = None,
         drafts: Sequence[Sequence[int]] | None = None,
+        judge: Judge | None = None,
         on_batch: Callable[[int, int], None] | None = None,
     ) -> None:
-        """See `LanguageModel.generate_bounded`, and for `begun` its `finish`."""
+        """See `LanguageModel.generate_bounded`, and for `judge` its `follow`."""
         self._lm = lm
         self._prompts = prompts
         self._rooms = rooms
         self._batch_size = batch_size
         self._on_batch = on_batch
         self._drafts: list[Sequence[int]] = list(drafts) if drafts is not None else [()] * len(prompts)
+        self._judge = judge
         self._answers: list[list[int]] = [[] for _ in prompts]
-        for i, ids in enumerate(begun or ()):
-            self._begin(i, ids)
-        going = [i for i in range(len(prompts)) if not self._has_ended(i)]
         # The longest first: what is left for the end is short, and does not keep a large batch waiting for a few rows.
-        self._waiting = deque(sorted(going, key=lambda i: (rooms[i], len(prompts[i])), reverse=True))
+        self._waiting = deque(sorted(range(len(prompts)), key=lambda i: (rooms[i], len(prompts[i])), reverse=True))
         self._openings = self._shared_openings()
         self._rows: _Rows | None = None
         self._told = -1
@@ -132,12 +135,15 @@ class Decoding:
 
     def _take_in(self, n: int) -> None:
         """Read up to n waiting prompts; those not answered by their first token or their draft join the batch."""
-        read = self._read([self._waiting.popleft() for _ in range(min(n, len(self._waiting)))])
-        self._check_drafts(read)
+        read, states = self._read([self._waiting.popleft() for _ in range(min(n, len(self._waiting)))])
+        parts = self._check_drafts(read, states)
         self._record(read)
-        going = read.going
-        if going:
-            self._rows = self._together(self._without_others(read, going))
+        if read.going:
+            parts.append(self._without_others(read, read.going))
+        if self._rows is not None:
+            parts.append(self._rows)
+        if parts:
+            self._rows = self._together(parts)
         self._tell()
         give_back()
 
@@ -153,7 +159,7 @@ class Decoding:
         states = self._lm.last_states(
             rows.chosen[:, None], rows.mask, rows.cache, positions=rows.mask.sum(-1, keepdim=True) - 1
         )
-        rows.chosen = self._lm.logits(states[:, -1]).argmax(-1)
+        rows.chosen = self._lm.greedy(states[:, -1])
         self._record(rows)
         going = rows.going
         if not going:
@@ -186,11 +192,10 @@ class Decoding:
             kept(rows.cache, where, first),
         )
 
-    def _together(self, read: _Rows) -> _Rows:
-        """Return the batch with the rows just read."""
+    def _together(self, parts: Sequence[_Rows]) -> _Rows:
+        """Return one batch of all; where caches do not join, there is one part only."""
         if not self._lm.caches_join:
-            return read  # the batch was empty
-        parts = [rows for rows in (self._rows, read) if rows is not None]
+            return parts[0]
         return _Rows(
             [i for rows in parts for i in rows.owners],
             torch.cat([rows.chosen for rows in parts]),
@@ -198,38 +203,73 @@ class Decoding:
             joined([rows.cache for rows in parts]),
         )
 
-    def _check_drafts(self, read: _Rows) -> None:
-        """Accept each draft as far as it is the greedy choice, where its first token is.
+    # ------------------------------------------------------------------ drafts
 
-        Where that is the whole answer, its row has ended. Where a part of it is right, the prompt waits again, to be
-        read with that part.
+    def _check_drafts(self, read: _Rows, states: torch.Tensor) -> list[_Rows]:
+        """Accept each draft as far as it is the greedy choice. Without a judge, one that begins wrong is not read.
+
+        Args:
+            read: Prompts; a row whose draft was read belongs to nobody afterwards.
+            states: What predicts each one's first token, (batch, hidden).
+
+        Returns:
+            The rows whose answers begin with a draft and are not whole. Where caches do not join, such a prompt waits
+            again, and has no draft then.
         """
         chosen = read.chosen.tolist()
-        drafts = {place: tuple(self._drafts[i][: self._rooms[i]]) for place, i in enumerate(read.owners)}
-        places = [p for p, draft in drafts.items() if len(draft) > 1 and draft[0] == chosen[p]]
-        if not places:
-            return
+        for i in read.owners if self._judge is None else ():
+            self._drafts[i] = self._drafts[i][: self._rooms[i]]
+        drafts = {place: self._drafts[i] for place, i in enumerate(read.owners) if self._drafts[i]}
+        if self._judge is None:
+            drafts = {place: draft for place, draft in drafts.items() if len(draft) > 1 and draft[0] == chosen[place]}
+        places = sorted(drafts, key=lambda place: len(drafts[place]))
+        parts = []
+        for start in range(0, len(places), _CHECKED):
+            rows = self._check(read, states, places[start : start + _CHECKED])
+            if rows.going and self._lm.caches_join:
+                parts.append(self._without_others(rows, rows.going))
+            elif rows.going:
+                for place in rows.going:
+                    i = rows.owners[place]
+                    self._drafts[i], self._answers[i] = (), []
+                    self._waiting.appendleft(i)
+        return parts
+
+    def _check(self, read: _Rows, states: torch.Tensor, places: Sequence[int]) -> _Rows:
+        """Read the drafts of some prompts; return them as rows that go on where the draft is not the greedy choice."""
+        owners = [read.owners[place] for place in places]
+        drafts = [self._drafts[i] for i in owners]
         where = torch.tensor(places, device=read.mask.device)
-        ids, own = self._lm.pad([drafts[place][:-1] for place in places])
-        mask = read.mask[where]
-        positions = mask.sum(-1, keepdim=True) + torch.arange(ids.shape[1], device=mask.device)
-        positions = positions.clamp(max=self._lm.max_positions - 1)  # behind a short draft
-        states = self._lm.last_states(ids, torch.cat([mask, own], dim=-1), kept(read.cache, where), positions=positions)
-        for place, row in zip(places, states, strict=True):
-            i, draft = read.owners[place], drafts[place]
-            greedy = [chosen[place], *self._lm.logits(row[: len(draft) - 1]).argmax(-1).tolist()]
-            self._begin(i, greedy_beginning(greedy, draft))
-            read.owners[place] = _ENDED
-            if not self._has_ended(i):
-                self._drafts[i] = ()
-                self._waiting.appendleft(i)
+        mask, cache = read.mask[where], kept(read.cache, where)
+        own = mask[:, :0]
+        after = states[where, None][:, :0]
+        if len(drafts[-1]) > 1:  # the longest
+            ids, own = self._lm.pad([draft[:-1] for draft in drafts])
+            positions = mask.sum(-1, keepdim=True) + torch.arange(ids.shape[1], device=mask.device)
+            positions = positions.clamp(max=self._lm.max_positions - 1)  # behind a short draft
+            after = self._lm.last_states(ids, torch.cat([mask, own], dim=-1), cache, positions=positions)
+        found = [
+            torch.cat([states[place, None], row[: len(draft) - 1]])
+            for place, row, draft in zip(places, after, drafts, strict=True)
+        ]
+        for place, (i, greedy) in enumerate(zip(owners, (self._judge or self._greedy)(owners, found), strict=True)):
+            self._begin(i, greedy_beginning(greedy, drafts[place]))
+            own[place, len(self._answers[i]) - 1 :] = 0  # the last token is still to be read, the others were rejected
+            read.owners[places[place]] = _ENDED
+        chosen = torch.tensor([self._answers[i][-1] for i in owners], device=mask.device)
+        going = [_ENDED if self._has_ended(i) else i for i in owners]
+        return _Rows(going, chosen, torch.cat([mask, own], dim=-1), cache)
+
+    def _greedy(self, _: Sequence[int], states: Sequence[torch.Tensor]) -> list[tuple[int, ...]]:
+        greedy = self._lm.greedy(torch.cat(list(states)))
+        return [tuple(part.tolist()) for part in greedy.split([len(each) for each in states])]
 
     # ------------------------------------------------------------------ prompts
 
-    def _read(self, batch: Sequence[int]) -> _Rows:
-        """Run prompts, and what there is of their answers; those of like length together, so that little is padded."""
+    def _read(self, batch: Sequence[int]) -> tuple[_Rows, torch.Tensor]:
+        """Run prompts, those of like length together, so that little is padded; return also their last states."""
         openings, joins = self._openings, self._lm.caches_join
-        rests = {i: [*self._prompts[i], *self._answers[i]][len(openings[i]) :] for i in batch}
+        rests = {i: self._prompts[i][len(openings[i]) :] for i in batch}
         families: dict[tuple[int, ...], list[int]] = {}
         for i in sorted(batch, key=lambda i: len(rests[i])):
             families.setdefault(openings[i].ids, []).append(i)
@@ -249,8 +289,9 @@ class Decoding:
             masks.append(mask)
         if len(caches) > 1:
             caches = [joined(caches)]
-        chosen = self._lm.logits(torch.cat(states)).argmax(-1)
-        return _Rows([i for group in groups for i in group], chosen, _left_aligned(masks), caches[0])
+        last = torch.cat(states)
+        owners = [i for group in groups for i in group]
+        return _Rows(owners, self._lm.greedy(last), _left_aligned(masks), caches[0]), last
 
     def _left_padded(self, sequences: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
         """Return ids and mask, both (batch, seq) on the model's device, every sequence ending at the last position."""

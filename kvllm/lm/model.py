@@ -24,7 +24,7 @@ import torch
 
 from kvllm.config import ModelConfig
 from kvllm.errors import ConfigError, KvllmError, ModelError, OutOfResources, is_out_of_memory
-from kvllm.lm.decoding import MIN_OPENING, Decoding, Opening
+from kvllm.lm.decoding import MIN_OPENING, Decoding, Judge, Opening
 from kvllm.memory import give_back
 
 Message = dict[str, str]
@@ -376,24 +376,30 @@ class LanguageModel:
         return decoding.run()
 
     @torch.inference_mode()
-    def finish(
+    def follow(
         self,
-        prompts: Sequence[Sequence[int]],
-        begun: Sequence[Sequence[int]],
+        rows: Sequence[Row],
         rooms: Sequence[int],
+        judge: Judge,
         *,
-        batch_size: int = _GENERATION_BATCH,
+        batch_size: int = 64,
         on_batch: Callable[[int, int], None] | None = None,
     ) -> list[tuple[int, ...]]:
-        """Return whole answers from their greedy beginnings: those that have not stopped are decoded further.
+        """Read every row's answer as it stands, and answer anew from where it is not the greedy choice.
 
         Args:
-            prompts: Token ids of each prompt.
-            begun: The first tokens of each answer, each the greedy choice; see `greedy_beginning`.
-            rooms: Most tokens of each answer.
+            rows: Prompts with answers of at least one token.
+            rooms: Most tokens of each new answer; 1 where only the judge wants to see the old one.
+            judge: Called with places in `rows` and, for each, the states that predict its answer's tokens,
+                (answer, hidden); returns the greedy choice at each place, as `compare` does.
             batch_size, on_batch: As in `generate_bounded`.
+
+        Returns:
+            The new ids of each row, as of `generate_bounded`.
         """
-        return Decoding(self, prompts, rooms, batch_size=batch_size, begun=begun, on_batch=on_batch).run()
+        prompts, drafts = [row.prompt for row in rows], [row.answer for row in rows]
+        decoding = Decoding(self, prompts, rooms, batch_size=batch_size, drafts=drafts, judge=judge, on_batch=on_batch)
+        return decoding.run()
 
     @torch.inference_mode()
     def shared_opening(self, prompts: Sequence[Sequence[int]]) -> Opening:
@@ -475,7 +481,6 @@ class LanguageModel:
         scores: list[RowScore | None] = [None] * len(rows)
         for batch, states, targets, owner in self._answer_states(rows, batch_size):
             nll, correct = [], []
-            # The vocabulary is wide: a few hundred positions at a time keep the memory flat.
             for part, ids in zip(states.split(_HEAD_TOKENS), targets.split(_HEAD_TOKENS), strict=True):
                 logits = self.logits(part).float()
                 nll.append(torch.nn.functional.cross_entropy(logits, ids, reduction="none"))
@@ -549,6 +554,11 @@ class LanguageModel:
         text_config = self.model.config.get_text_config()
         cap = getattr(text_config, "final_logit_softcapping", None)
         return torch.tanh(logits / cap) * cap if cap else logits
+
+    def greedy(self, states: torch.Tensor) -> torch.Tensor:
+        """Return the likeliest token (n,) after each of the last hidden states (n, hidden)."""
+        # The vocabulary is wide: a few hundred positions at a time keep the memory flat.
+        return torch.cat([self.logits(part).argmax(-1) for part in states.split(_HEAD_TOKENS)])
 
     def fitting(self, ids: list[int], max_new_tokens: int | None) -> list[int]:
         """Return the prompt's ids where they leave room for the answer.

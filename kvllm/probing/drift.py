@@ -20,7 +20,6 @@ import torch
 
 from kvllm.cachefile import read_checked, write_checked
 from kvllm.config import cache_folder
-from kvllm.lm.decoding import greedy_beginning
 from kvllm.lm.model import LanguageModel, Row
 from kvllm.metrics import accepts
 from kvllm.probing.suites import DriftSuite, drift_suite
@@ -127,9 +126,11 @@ def measure_drift(
         texts, text_nll = tuple(texts[i] for i in kept), tuple(text_nll[i] for i in kept)
     name = reference.suite.name
     metrics: dict[str, Metric] = {}
-    same: list[bool] = []
+    questions = reference.suite.questions if full else ()
+    now, compared = _follow(
+        lm, rows, outputs, [ANSWER_TOKENS if i < len(questions) else 1 for i in range(len(rows))], on_batch
+    )
     if rows:
-        compared = lm.compare(outputs, lm.answer_states(rows))
         forced = "teacher-forced on the base's own answers"
         metrics["drift_kl"] = Metric(sum(kl for kl, _ in compared) / len(rows), len(rows), forced, "kl", name)
         if full:
@@ -141,22 +142,10 @@ def measure_drift(
         rise = (sum(_text_nll(lm, texts)) - sum(text_nll)) / n_tokens
         ratio = math.exp(rise) if rise < 700 else None
         metrics["ppl_ratio"] = Metric(ratio, len(texts), "raw text, tokens after the first four", None, name)
-    questions = reference.suite.questions
-    if not full or not questions:
+    if not questions:
         return Report(metrics)
-    # An answer whose every token is still the greedy choice is the answer; only the others are decoded again, from
-    # where they leave it.
-    changed = [i for i in range(len(questions)) if not same[i]]
-    fresh = lm.finish(
-        [rows[i].prompt for i in changed],
-        [greedy_beginning(compared[i][1], rows[i].answer) for i in changed],
-        [ANSWER_TOKENS] * len(changed),
-        batch_size=64,
-        on_batch=on_batch,
-    )
-    decoded = dict(zip(changed, fresh, strict=True))
     base_answers = [lm.decode(row.answer) for row in rows[: len(questions)]]
-    now_answers = [lm.decode(decoded[i]) if i in decoded else base_answers[i] for i in range(len(questions))]
+    now_answers = [lm.decode(answer) for answer in now[: len(questions)]]
     right_before = [accepts(a, q.accept) for a, q in zip(base_answers, questions, strict=True)]
     right_now = [accepts(a, q.accept) for a, q in zip(now_answers, questions, strict=True)]
     probes = tuple(
@@ -175,6 +164,25 @@ def measure_drift(
         name,
     )
     return Report(metrics, probes)
+
+
+def _follow(
+    lm: LanguageModel,
+    rows: Sequence[Row],
+    outputs: Sequence[torch.Tensor],
+    rooms: Sequence[int],
+    on_batch: Callable[[int, int], None] | None,
+) -> tuple[list[tuple[int, ...]], list[tuple[float, tuple[int, ...]]]]:
+    """Return the answers as they are now, each as far as its room, and what `compare` says of the base's answers."""
+    compared: dict[int, tuple[float, tuple[int, ...]]] = {}
+
+    def judge(places: Sequence[int], states: Sequence[torch.Tensor]) -> list[tuple[int, ...]]:
+        found = lm.compare([outputs[i] for i in places], states)
+        compared.update(zip(places, found, strict=True))
+        return [greedy for _, greedy in found]
+
+    now = lm.follow(rows, rooms, judge, on_batch=on_batch)
+    return now, [compared[i] for i in range(len(rows))]
 
 
 def _text_nll(lm: LanguageModel, texts: Sequence[Row]) -> list[float]:

@@ -119,4 +119,4 @@ def test_a_draft_right_in_part_saves_its_steps(lm: LanguageModel, monkeypatch: p
     monkeypatch.setattr(lm, "last_states", counted)
     other = next(token for token in (5, 6) if token != answer[8])
     assert lm.generate_bounded([prompt], [12], drafts=[(*answer[:8], other, 7)]) == [answer]
-    assert sum(steps) == len(answer) - 10  # nine of the draft's pass, one of the prompt's second reading
+    assert sum(steps) == len(answer) - 9  # the first of the prompt's pass, eight of the draft's

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,6 @@ from hypothesis import strategies as st
 
 from kvllm.config import ModelConfig
 from kvllm.errors import ConfigError, ModelError
-from kvllm.lm.decoding import greedy_beginning
 from kvllm.lm.model import PLAIN_FRAME, LanguageModel, Row, resolve_device
 from tests.tiny import CHAT_TEMPLATE, SPECIAL, tiny_model
 
@@ -235,15 +235,29 @@ def test_pairs_are_compared_as_they_are_alone(lm: LanguageModel, monkeypatch: py
     assert lm.compare([], []) == []
 
 
-def test_answers_that_have_begun_are_finished(lm: LanguageModel) -> None:
-    ids = [lm.prompt_ids(question) for question in QUESTIONS]
-    wanted = lm.generate_ids(ids, max_new_tokens=9)
-    drafts = [wanted[0], wanted[1][:4], (), (*wanted[3][:2], 5, 5), (7,)]
-    begun = [greedy_beginning(whole[: len(draft)], draft) for whole, draft in zip(wanted, drafts, strict=True)]
-    assert [len(start) for start in begun[:3]] == [len(wanted[0]), 4, 0]
-    assert len(begun[3]) == 3  # two right ones, and the choice where the draft is wrong
-    assert lm.finish(ids, begun, [9] * len(ids)) == wanted
-    assert [len(answer) for answer in lm.finish(ids, begun, [2] * len(ids))] == [2] * len(ids)
+def test_answers_are_followed_and_go_on_from_where_they_are_left(lm: LanguageModel, plain: LanguageModel) -> None:
+    for model in (lm, plain):
+        ids = [tuple(model.prompt_ids(question)) for question in QUESTIONS]
+        wanted = model.generate_ids(ids, max_new_tokens=9)
+        old = [wanted[0], wanted[1][:4], (7,), (*wanted[3][:2], 5, 5), (7, 8, *wanted[4])]
+        rows = [Row(prompt, answer) for prompt, answer in zip(ids, old, strict=True)]
+        alone = model.answer_states(rows)
+        seen: dict[int, torch.Tensor] = {}
+
+        def judge(
+            places: Sequence[int],
+            states: Sequence[torch.Tensor],
+            model: LanguageModel = model,
+            seen: dict[int, torch.Tensor] = seen,
+        ) -> list[tuple[int, ...]]:
+            seen.update(zip(places, states, strict=True))
+            return [greedy for _, greedy in model.compare(states, states)]
+
+        assert model.follow(rows, [9] * len(rows), judge) == wanted
+        assert sorted(seen) == list(range(len(rows)))
+        assert all(torch.allclose(seen[i], states, atol=1e-5) for i, states in enumerate(alone))
+        assert model.follow(rows, [1] * len(rows), judge) == [answer[:1] for answer in wanted]
+        assert model.follow([], [], judge) == []
 
 
 # ---------------------------------------------------------------- loading
@@ -342,6 +356,12 @@ def test_bounded_answers_are_those_of_plain_generation_in_any_company(family: st
     assert ticks[-1] == (8, 8)
     drafts = [answer if i % 2 else (*answer[: i % 5], 5, 5) for i, answer in enumerate(found)]
     assert model.generate_bounded(prompts, rooms, batch_size=8, drafts=drafts) == found
+
+    def judge(_: Sequence[int], states: Sequence[torch.Tensor]) -> list[tuple[int, ...]]:
+        return [greedy for _, greedy in model.compare(states, states)]
+
+    rows = [Row(tuple(prompt), (*draft, 7)) for prompt, draft in zip(prompts, drafts, strict=True)]
+    assert model.follow(rows, rooms, judge, batch_size=4) == found
     # A stop token ends an answer, and is kept: the third token of an answer is made one.
     model.__dict__["stop_ids"] = (*model.stop_ids, expected[3][2])
     again = model.generate_bounded(prompts, rooms, batch_size=8)
