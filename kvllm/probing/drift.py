@@ -92,7 +92,7 @@ def base_reference(
         tokens = tuple(lm.text_ids(text))
         if len(tokens) > _TEXT_CONTEXT:
             texts.append(Row(tokens[:_TEXT_CONTEXT], tokens[_TEXT_CONTEXT:]))
-    reference = DriftReference(suite, rows, tuple(lm.answer_states(rows)), tuple(texts), tuple(_text_nll(lm, texts)))
+    reference = DriftReference(suite, rows, _outputs(lm, rows, suite), tuple(texts), tuple(_text_nll(lm, texts)))
     _write(path, reference)
     return reference
 
@@ -164,6 +164,23 @@ def measure_drift(
         name,
     )
     return Report(metrics, probes)
+
+
+def _rooms(rows: Sequence[Row], questions: int) -> list[int]:
+    """Return how far answers are decoded: the general questions, which come first, are scored by what is said."""
+    return [ANSWER_TOKENS if i < questions else 1 for i in range(len(rows))]
+
+
+def _outputs(lm: LanguageModel, rows: Sequence[Row], suite: DriftSuite) -> tuple[torch.Tensor, ...]:
+    """Return the base's last hidden states at its own answers, read as by `_follow`: so its KL to itself is 0."""
+    found: dict[int, torch.Tensor] = {}
+
+    def keep(places: Sequence[int], states: Sequence[torch.Tensor]) -> list[tuple[int, ...]]:
+        found.update((i, each.float().cpu()) for i, each in zip(places, states, strict=True))
+        return [rows[i].answer for i in places]
+
+    lm.follow(rows, _rooms(rows, len(suite.questions)), keep)
+    return tuple(found[i] for i in range(len(rows)))
 
 
 def _follow(

@@ -191,7 +191,7 @@ AFTERWARDS = (
     ("kvllm.editing.delta.AdaptedWeights.apply", "apply"),
     ("kvllm.editing.delta.AdaptedWeights.digest", "digest"),
     ("kvllm.lm.model.LanguageModel.generate_bounded", "generate"),
-    ("kvllm.lm.model.LanguageModel.answer_states", "drift"),
+    ("kvllm.lm.model.LanguageModel.follow", "drift"),
     ("kvllm.editing.delta.to_files", "serialise"),
     ("kvllm.store.Store.commit", "commit"),
     ("kvllm.probing.keys.collision_warnings", "collisions"),
