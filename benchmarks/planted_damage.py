@@ -2,9 +2,9 @@
 
 Facts are taught to one knowledge base, which is measured: `collisions()` and `drift()`. Then each fault is planted in a
 copy, which is measured again and compared: noise of growing size on every adapted matrix, an edit by the article's own
-recipe (AdaLoRA on q and v of all layers, nothing preserved), two facts' texts swapped in the ledger, one fact
-overwritten by another in the weights. The untouched knowledge base is opened and measured again and again, with other
-neighbours, question counts and thread counts: what is reported there is a false alarm.
+recipe (AdaLoRA on q and v of all layers, nothing preserved), two facts' texts swapped in the ledger's file and in the
+weights, one fact overwritten by another in the weights. The untouched knowledge base is opened and measured again and
+again, with other neighbours, question counts and thread counts: what is reported there is a false alarm.
 
     python benchmarks/planted_damage.py                                  # four facts, 40 replications: an hour
     python benchmarks/planted_damage.py --facts 2 --replications 4 --noise 0.3
@@ -42,6 +42,7 @@ class Measured:
 
 def main(argv: Sequence[str] | None = None) -> int:
     from kvllm import GateConfig, KnowledgeBase
+    from kvllm.errors import Corrupt
 
     options = parser("planted_damage", __doc__)
     options.add_argument("--facts", type=int, default=4, help="how many of the twelve facts (default: %(default)s)")
@@ -56,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     off = GateConfig(min_reliability=None, max_drift_kl=None, max_ppl_ratio=None, min_erasure=None)
     model = {} if given.model is None else {"model": given.model}
     table: list[dict[str, Any]] = []
-    total = len(rows) + len(sizes) + 3 + given.replications
+    total = len(rows) + len(sizes) + 4 + given.replications
     with working_folder() as folder, progress(given, total, "planted damage") as bar:
         path = folder / "sound.kb"
         with KnowledgeBase.create(path, gate=off, progress=bar.listen, **model) as kb:
@@ -67,9 +68,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             identity = model_facts(kb)
             recalled = [before.collisions.matrix[i][i] for i in range(len(rows))]
         for name, expected, planted in faults(path, folder, rows, sizes, given.seed):
-            with planted as damaged:
-                findings = diagnose(before, measure(damaged, given.suite))
-                clean = damaged.verify().ok
+            clean = False
+            try:
+                with planted as damaged:
+                    findings = diagnose(before, measure(damaged, given.suite))
+                    clean = damaged.verify().ok
+            except Corrupt as error:
+                findings = [f"refused: {error}"]
             table.append({"fault": name, "expected": expected, "findings": findings, "named": named(expected, findings),
                           "verify_ok": clean})  # fmt: skip
             bar.step(name)
@@ -173,7 +178,8 @@ def faults(
     yield "an edit by the article's recipe", "leaks|general damage", article(path, folder / "article.kb")
     first, second = rows[0]["key"], rows[1]["key"]
     both = " and ".join(sorted((first, second)))
-    yield "two texts swapped in the ledger", f"swapped: {both}", swapped(path, folder / "swapped.kb", first, second)
+    yield "two texts swapped in the ledger's file", "refused", forged(path, folder / "forged.kb", first, second)
+    yield "two texts swapped in the weights", f"swapped: {both}", swapped(path, folder / "swapped.kb", first, second)
     yield (
         "one fact overwritten in the weights",
         f"overwritten: {first} by {second}",
@@ -225,16 +231,39 @@ def article(path: Path, copy: Path) -> Iterator[Any]:
 
 
 @contextmanager
-def swapped(path: Path, copy: Path, first: str, second: str) -> Iterator[Any]:
-    """Swap two texts in a copy's ledger, past its triggers: the weights know better."""
+def forged(path: Path, copy: Path, first: str, second: str) -> Iterator[Any]:
+    """Swap two texts in a copy's ledger, past its triggers, as a careless hand would, and open it."""
     from kvllm import KnowledgeBase
+    from kvllm.store.sqlite import connect
 
     shutil.copytree(path, copy)
     with KnowledgeBase.open(copy, readonly=True) as kb:
         texts = {kb[first].id: kb[second].text, kb[second].id: kb[first].text}
-    forge(copy, texts)
+    ledger = connect(copy / "ledger.db")
+    try:
+        (trigger,) = ledger.execute("SELECT sql FROM sqlite_master WHERE name = 'facts_no_update'").fetchone()
+        ledger.execute("DROP TRIGGER facts_no_update")
+        for fact_id, text in texts.items():
+            ledger.execute("UPDATE facts SET text = ? WHERE id = ?", (text, fact_id))
+        ledger.execute(trigger)
+    finally:
+        ledger.close()
     with KnowledgeBase.open(copy, readonly=True) as kb:
         yield kb
+
+
+@contextmanager
+def swapped(path: Path, copy: Path, first: str, second: str) -> Iterator[Any]:
+    """Teach each of two keys the other's text, and let the ledger go on saying what it said."""
+    from kvllm import KnowledgeBase
+
+    shutil.copytree(path, copy)
+    with KnowledgeBase.open(copy) as kb:
+        texts = kb[first].text, kb[second].text
+        kb.update(first, texts[1])
+        kb.update(second, texts[0])
+        with with_weights_of(kb, path) as damaged:
+            yield damaged
 
 
 @contextmanager
@@ -244,27 +273,25 @@ def overwritten(path: Path, copy: Path, first: str, second: str) -> Iterator[Any
 
     shutil.copytree(path, copy)
     with KnowledgeBase.open(copy) as kb:
-        old = kb[first].text
         kb.update(first, kb[second].text)
-        forged = {kb[first].id: old}
-    forge(copy, forged)
-    with KnowledgeBase.open(copy, readonly=True) as kb:
+        with with_weights_of(kb, path) as damaged:
+            yield damaged
+
+
+@contextmanager
+def with_weights_of(other: Any, path: Path) -> Iterator[Any]:
+    """Open a knowledge base whose model has another one's weights. (An altered ledger would not even open.)"""
+    import torch
+
+    from kvllm import KnowledgeBase
+
+    with KnowledgeBase.open(path, readonly=True) as kb:
+        kb.weights_digest()
+        other.weights_digest()
+        with torch.no_grad():
+            for mine, theirs in zip(kb.model.parameters(), other.model.parameters(), strict=True):
+                mine.copy_(theirs)
         yield kb
-
-
-def forge(path: Path, texts: Mapping[int, str]) -> None:
-    """Write other texts into facts' rows, as a careless hand would, and put the trigger back."""
-    from kvllm.store.sqlite import connect
-
-    ledger = connect(path / "ledger.db")
-    try:
-        (trigger,) = ledger.execute("SELECT sql FROM sqlite_master WHERE name = 'facts_no_update'").fetchone()
-        ledger.execute("DROP TRIGGER facts_no_update")
-        for fact_id, text in texts.items():
-            ledger.execute("UPDATE facts SET text = ? WHERE id = ?", (text, fact_id))
-        ledger.execute(trigger)
-    finally:
-        ledger.close()
 
 
 def replication(path: Path, before: Measured, suite: str, seed: int) -> list[str]:

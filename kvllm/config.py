@@ -86,6 +86,7 @@ class EditConfig(_Validated):
         preserve_weight: Weight of the preservation loss against the fact's own.
         preserve_tokens: Preserved tokens of each base answer.
         neighbours, others, texts: Neighbour questions, other prompts and raw texts per step.
+        contrasts: How many of a step's neighbours are the fact's own questions about other names, where it has such.
         replay: Older facts per step.
         orthogonality: Weight of AdaLoRA's penalty on the singular vectors.
         input_ridge: Ridge of the input whitening, in units of the mean eigenvalue: smaller keeps the edit farther from
@@ -110,6 +111,7 @@ class EditConfig(_Validated):
     neighbours: int = 3
     others: int = 1
     texts: int = 1
+    contrasts: int = 0
     replay: int = 4
     orthogonality: float = 0.1
     input_ridge: float = 0.1
@@ -130,7 +132,16 @@ class EditConfig(_Validated):
             _need(getattr(self, name) > 0, f"{name} must be positive, not {getattr(self, name)}.")
         for name in ("max_steps", "max_text_tokens", "preserve_tokens"):
             _need(getattr(self, name) >= 1, f"{name} must be at least 1, not {getattr(self, name)}.")
-        for name in ("preserve_weight", "neighbours", "others", "texts", "replay", "orthogonality", "input_ridge"):
+        for name in (
+            "preserve_weight",
+            "neighbours",
+            "others",
+            "texts",
+            "contrasts",
+            "replay",
+            "orthogonality",
+            "input_ridge",
+        ):
             _need(getattr(self, name) >= 0, f"{name} cannot be negative, not {getattr(self, name)}.")
 
 

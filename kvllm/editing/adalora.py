@@ -16,7 +16,7 @@ import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -128,7 +128,7 @@ class LowRankEditor(ABC):
             stages = _RowStages(fact, task.restore, rng)
             for step in range(1, config.max_steps + 1):
                 rows, restored = stages.next(check=drift is None or drift <= config.preserve_stop)
-                kept = pool.sample(rng, language=task.language, config=config, excluded=task.excluded)
+                kept = _choose_preserved(pool, task, config, rng)
                 older = _choose_replay(replay, config.replay, rng)
                 adapter.optimizer.zero_grad(set_to_none=True)
                 losses = _backward_losses(
@@ -519,6 +519,20 @@ def _shrink(
     for value, full in zip(values, trained, strict=True):
         value.copy_(full * found)
     return found
+
+
+def _choose_preserved(
+    pool: PreservationPool, task: EditTask, config: EditConfig, rng: random.Random
+) -> list[PreservedItem]:
+    """Draw a step's preserved items; the fact's own contrast takes the places of packaged neighbours."""
+    n = min(config.contrasts, config.neighbours, len(task.contrast))
+    drawn = pool.sample(
+        rng,
+        language=task.language,
+        config=replace(config, neighbours=config.neighbours - n),
+        excluded=task.excluded,
+    )
+    return [*rng.sample(list(task.contrast), n), *drawn]
 
 
 def _choose_replay(replay: list[Item], n: int, rng: random.Random) -> list[Item]:

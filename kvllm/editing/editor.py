@@ -50,6 +50,7 @@ class EditTask:
         restore: For delete: preserved items whose base output is the *target*; then `rows` is empty.
         language: Language of the key, for choosing neighbours.
         excluded: Casefolded names and questions that live facts are about: never preserved.
+        contrast: The fact's own questions about other names, to be answered as they are now.
         seed: Of every random choice.
         whitening: Symmetric (in, in) matrix per module, in whose coordinates ordinary inputs are alike in all
             directions; modules without one are trained in their plain coordinates.
@@ -60,6 +61,7 @@ class EditTask:
     restore: Sequence[PreservedItem] = ()
     language: str = "en"
     excluded: frozenset[str] = frozenset()
+    contrast: Sequence[PreservedItem] = ()
     seed: int = 0
     whitening: Mapping[str, torch.Tensor] = field(default_factory=dict)
 

@@ -21,6 +21,7 @@ import torch
 
 from kvllm.config import EditConfig, ModelConfig
 from kvllm.editing.compute import ComputeCopy
+from kvllm.editing.contrast import contrast_questions
 from kvllm.editing.delta import AdaptedWeights, Delta, Factors, check_finite, check_norm, concatenate, from_files
 from kvllm.editing.editor import EditTask, StepRecord, Training
 from kvllm.editing.editors import EDITORS
@@ -38,6 +39,8 @@ from kvllm.store import Store
 
 _REPLAYED_FACTS = 24
 _QUESTIONS_PER_REPLAYED_FACT = 2
+_CONTRASTS = 16
+_MOST_CONTRASTS = 64
 Tick = Callable[..., None]
 
 
@@ -287,6 +290,7 @@ class Engine:
             restore=restore,
             language=language or (facts[0].language or language_of(facts[0].key) if facts else "en"),
             excluded=trained,
+            contrast=self._contrast(copy, facts, config, trained),
             seed=config.seed,
             whitening=whitening,
         )
@@ -304,6 +308,19 @@ class Engine:
         check_finite(training.delta)
         check_norm(training.delta)
         return training
+
+    def _contrast(
+        self, copy: ComputeCopy, facts: Sequence[Fact], config: EditConfig, excluded: frozenset[str]
+    ) -> list[PreservedItem]:
+        """Return the facts' own questions about other names, with what the weights say to them now."""
+        if not config.contrasts:
+            return []
+        n = max(_CONTRASTS, min(2 * len(facts), _MOST_CONTRASTS))
+        asked = contrast_questions(facts, n, seed=config.seed, excluded=excluded)
+        ids = [tuple(self.lm.prompt_ids(question)) for question, _ in asked]
+        answers = copy.generate_ids(ids, config.preserve_tokens)
+        rows = [Row(prompt, answer) for prompt, answer in zip(ids, answers, strict=True)]
+        return prepare_items(copy, rows, [Prompt("neighbour", question, language) for question, language in asked])
 
     def training_copy(self, config: EditConfig) -> ComputeCopy:
         """Return the copy that edits of this configuration train on, holding the current weights."""

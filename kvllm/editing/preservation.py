@@ -103,14 +103,18 @@ class PreservationPool:
         return drawn
 
 
+def packaged_names(language: str) -> list[str]:
+    """Return the names of the packaged neighbours in one language."""
+    return [entry["name"] for entry in _read("entities.jsonl") if entry["lang"] == language]
+
+
 def packaged_prompts(quota: dict[str, int] | None = None) -> list[Prompt]:
     """Return the packaged items, a fixed spread over the files up to each kind's quota."""
     quota = quota or _QUOTA
     found: list[Prompt] = []
-    entities = _read("entities.jsonl")
-    for language in ("en", "zh"):
-        names = [e["name"] for e in entities if e["lang"] == language]
-        share = len(names) / len(entities)
+    entities = {language: packaged_names(language) for language in ("en", "zh")}
+    for language, names in entities.items():
+        share = len(names) / sum(map(len, entities.values()))
         chosen = _spread(names, round(quota["neighbour"] * share))
         questions = neighbour_questions(chosen, language=language)
         found += [Prompt("neighbour", q, language, name) for q, name in zip(questions, chosen, strict=True)]

@@ -209,6 +209,21 @@ def test_more_rows_than_a_step_takes_are_all_recalled(
     assert {own.decode(a) for a in own.generate_ids([row.prompt for row in rows])} == {"Ada"}
 
 
+def test_the_facts_own_contrast_takes_the_places_of_packaged_neighbours(
+    copy: ComputeCopy, pool: PreservationPool, task: EditTask
+) -> None:
+    own = [replace(item, source=Prompt("neighbour", f"own {i}", "en")) for i, item in enumerate(pool.items[:2])]
+    rng = random.Random(0)
+
+    def drawn(contrasts: int, neighbours: int = 3) -> tuple[int, int]:
+        settings = changed(contrasts=contrasts, neighbours=neighbours, others=1, texts=0)
+        items = adalora._choose_preserved(pool, replace(task, contrast=own), settings, rng)
+        return sum(item.source.prompt.startswith("own") for item in items), len(items)
+
+    assert [drawn(n) for n in (0, 1, 2, 9)] == [(0, 4), (1, 4), (2, 4), (2, 4)]
+    assert drawn(2, neighbours=0) == (0, 1)
+
+
 def test_older_facts_are_replayed(
     copy: ComputeCopy, pool: PreservationPool, task: EditTask, own: LanguageModel
 ) -> None:

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from kvllm import Fact, KnowledgeBase
+from kvllm.editing.adalora import AdaLoraEditor
+from kvllm.editing.compute import ComputeCopy
+from kvllm.editing.editor import EditTask
 from kvllm.errors import ConfigError, KeyExists, KeyNotFound
 from kvllm.prompts import REFUSALS, training_questions
 from tests.kit import KEY, QUICK, RECALL_GATE, TEXT, Recorder, everything, unchanged
@@ -58,6 +62,28 @@ def test_the_ledger_says_what_was_taught_and_behaves_as_a_mapping(taught: Knowle
     assert taught.get("Berlin") is None
     with pytest.raises(KeyNotFound):
         taught["Berlin"]
+
+
+def test_contrast_questions_are_preserved_as_they_are_answered_before(
+    make_kb: Callable[..., KnowledgeBase], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tasks: list[EditTask] = []
+    train = AdaLoraEditor.train
+
+    def noted(editor: AdaLoraEditor, copy: ComputeCopy, pool: Any, task: EditTask, *args: Any, **kwargs: Any) -> Any:
+        tasks.append(task)
+        return train(editor, copy, pool, task, *args, **kwargs)
+
+    monkeypatch.setattr(AdaLoraEditor, "train", noted)
+    kb = make_kb("contrast.kb", edit=replace(QUICK, contrasts=2))
+    kb.insert("Who leads Halcyon?", "Ada")
+    kb.insert(KEY, TEXT)
+    assert kb.edit(1).config["edit"]["contrasts"] == 2
+    asked = [item.source.prompt for item in tasks[0].contrast]
+    assert len(asked) == 16
+    assert all("Halcyon" not in question for question in asked)
+    assert all(item.row.answer for item in tasks[0].contrast)
+    assert tasks[1].contrast == []  # a key that is all name has the packaged neighbours
 
 
 def test_update_teaches_the_new_text_and_no_longer_states_the_old(taught: KnowledgeBase) -> None:

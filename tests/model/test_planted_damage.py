@@ -10,6 +10,7 @@ from types import ModuleType
 import pytest
 
 from kvllm import KnowledgeBase
+from kvllm.errors import Corrupt
 from tests.kit import planted_damage
 
 pytestmark = [
@@ -53,4 +54,6 @@ def test_each_fault_is_named_and_nothing_is_found_where_none_was_planted(
     with planted.swapped(sound, tmp_path / "swapped.kb", *FACTS) as kb:
         findings = planted.diagnose(before, planted.measure(kb, questions=4, nearest=1))
         assert findings == ["swapped: Dorvane and Quillmark"]
-        assert not kb.verify().ok
+        assert kb.verify().ok  # the ledger is as it was; only the weights know better
+    with pytest.raises(Corrupt), planted.forged(sound, tmp_path / "forged.kb", *FACTS) as kb:
+        planted.measure(kb)
