@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     findings = diagnose(before, measure(damaged, given.suite))
                     clean = damaged.verify().ok
             except Corrupt as error:
-                findings = [f"refused: {error}"]
+                findings = ["refused: " + str(error).replace(f"{folder}/", "")]
             table.append({"fault": name, "expected": expected, "findings": findings, "named": named(expected, findings),
                           "verify_ok": clean})  # fmt: skip
             bar.step(name)
