@@ -38,6 +38,7 @@ class Measured:
 
     collisions: Any
     drift: Any
+    altered: bool = False
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -113,12 +114,15 @@ def summarise(table: Sequence[Mapping[str, Any]], n: int, false: int) -> list[st
 def measure(kb: Any, suite: str = "basic", *, questions: int = 6, nearest: int = 3) -> Measured:
     """Measure a knowledge base by its public methods."""
     found = kb.collisions(questions=questions, nearest=nearest)
-    return Measured(found, kb.drift("basic" if suite == "basic" else None))
+    altered = kb.weights_digest() != kb.edit(kb.head()).weights_digest
+    return Measured(found, kb.drift("basic" if suite == "basic" else None), altered)
 
 
 def diagnose(before: Measured, now: Measured) -> list[str]:
     """Name what is worse now than before, facts first."""
     found: list[str] = []
+    if now.altered:
+        found.append("altered: the weights are not those that the ledger's last edit left")
     old = {(frozenset((p.key, p.other)), p.kind) for p in before.collisions.pairs}
     explained: set[str] = set()
     for pair in now.collisions.pairs:
@@ -174,7 +178,7 @@ def faults(
 ) -> Iterator[tuple[str, str, Any]]:
     """Yield (name, beginning of the finding it should give, context manager of the damaged knowledge base)."""
     for size in sizes:
-        yield f"noise of {size} on every adapted matrix", "general damage", noisy(path, size, seed)
+        yield f"noise of {size} on every adapted matrix", "altered|general damage", noisy(path, size, seed)
     yield "an edit by the article's recipe", "leaks|general damage", article(path, folder / "article.kb")
     first, second = rows[0]["key"], rows[1]["key"]
     both = " and ".join(sorted((first, second)))

@@ -53,7 +53,8 @@ def test_each_fault_is_named_and_nothing_is_found_where_none_was_planted(
         assert "general damage" in planted.diagnose(before, planted.measure(kb, questions=4, nearest=1))
     with planted.swapped(sound, tmp_path / "swapped.kb", *FACTS) as kb:
         findings = planted.diagnose(before, planted.measure(kb, questions=4, nearest=1))
-        assert findings == ["swapped: Dorvane and Quillmark"]
+        assert [finding.partition(":")[0] for finding in findings][:2] == ["altered", "swapped"]
+        assert "swapped: Dorvane and Quillmark" in findings
         assert kb.verify().ok  # the ledger is as it was; only the weights know better
     with pytest.raises(Corrupt), planted.forged(sound, tmp_path / "forged.kb", *FACTS) as kb:
         planted.measure(kb)
