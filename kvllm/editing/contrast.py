@@ -59,8 +59,11 @@ def _variants(fact: Fact, rng: random.Random, excluded: frozenset[str]) -> list[
     if not parts:
         return []
     taken = " ".join(q.casefold() for q, _ in parts)
-    names = [name for name in packaged_names(language_of(parts[0][1])) if name.casefold() not in excluded]
-    names = [name for name in names if name.casefold() not in taken]
+    names = [
+        name
+        for name in packaged_names(language_of(parts[0][1]))
+        if name.casefold() not in excluded and name.casefold() not in taken
+    ]
     rng.shuffle(names)
     # Names of the same shape first: a person's for a person's, more often than not.
     shape = len(parts[0][1].split())
@@ -76,12 +79,8 @@ def names_in(question: str, key: str) -> list[str]:
     """
     asks = is_question(key) or key not in question
     within = question if asks else key
-    quoted = _QUOTED.findall(within)
-    if language_of(key) == "zh":
-        head = key.rpartition("的")[0] if not asks else ""
-        found = quoted or ([head] if len(head) > 1 else []) or _capitals(within)
-    else:
-        found = quoted or _capitals(within)
+    head = key.rpartition("的")[0] if language_of(key) == "zh" and not asks else ""
+    found = _QUOTED.findall(within) or ([head] if len(head) > 1 else _capitals(within))
     return [name for name in found if asks or name != key]
 
 

@@ -89,7 +89,11 @@ class Decoding:
         self._rooms = rooms
         self._batch_size = batch_size
         self._on_batch = on_batch
-        self._drafts: list[Sequence[int]] = list(drafts) if drafts is not None else [()] * len(prompts)
+        self._drafts: list[tuple[int, ...]] = (
+            [()] * len(prompts) if drafts is None else [tuple(draft) for draft in drafts]
+        )
+        if judge is None:  # which wants to see the whole of each
+            self._drafts = [draft[:room] for draft, room in zip(self._drafts, rooms, strict=True)]
         self._judge = judge
         self._answers: list[list[int]] = [[] for _ in prompts]
         # The longest first: what is left for the end is short, and does not keep a large batch waiting for a few rows.
@@ -217,8 +221,6 @@ class Decoding:
             again, and has no draft then.
         """
         chosen = read.chosen.tolist()
-        for i in read.owners if self._judge is None else ():
-            self._drafts[i] = self._drafts[i][: self._rooms[i]]
         drafts = {place: self._drafts[i] for place, i in enumerate(read.owners) if self._drafts[i]}
         if self._judge is None:
             drafts = {place: draft for place, draft in drafts.items() if len(draft) > 1 and draft[0] == chosen[place]}

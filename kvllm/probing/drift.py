@@ -127,9 +127,7 @@ def measure_drift(
     name = reference.suite.name
     metrics: dict[str, Metric] = {}
     questions = reference.suite.questions if full else ()
-    now, compared = _follow(
-        lm, rows, outputs, [ANSWER_TOKENS if i < len(questions) else 1 for i in range(len(rows))], on_batch
-    )
+    now, compared = _follow(lm, rows, outputs, _rooms(rows, len(questions)), on_batch)
     if rows:
         forced = "teacher-forced on the base's own answers"
         metrics["drift_kl"] = Metric(sum(kl for kl, _ in compared) / len(rows), len(rows), forced, "kl", name)
