@@ -87,8 +87,11 @@ class EditConfig(_Validated):
         preserve_tokens: Preserved tokens of each base answer.
         neighbours, others, texts: Neighbour questions, other prompts and raw texts per step.
         contrasts: How many of a step's neighbours are the fact's own questions about other names, where it has such.
+        recited: Other questions per step that are answered with the fact's own text, where that is short: what the
+            model expects after each token stays as it was.
         replay: Older facts per step.
         orthogonality: Weight of AdaLoRA's penalty on the singular vectors.
+        energy_weight: Weight of what the change puts out on ordinary inputs, as a share of what the matrices do.
         input_ridge: Ridge of the input whitening, in units of the mean eigenvalue: smaller keeps the edit farther from
             directions that ordinary text uses; 0 trains in plain coordinates.
         preserve_stop: Training goes on (within max_steps) until the preserved answers' mean KL is below this, in nats.
@@ -111,9 +114,11 @@ class EditConfig(_Validated):
     neighbours: int = 3
     others: int = 1
     texts: int = 1
-    contrasts: int = 0
+    contrasts: int = 2
+    recited: int = 1
     replay: int = 4
     orthogonality: float = 0.1
+    energy_weight: float = 30.0
     input_ridge: float = 0.1
     preserve_stop: float = 0.04
     dropout: float = 0.0
@@ -138,8 +143,10 @@ class EditConfig(_Validated):
             "others",
             "texts",
             "contrasts",
+            "recited",
             "replay",
             "orthogonality",
+            "energy_weight",
             "input_ridge",
         ):
             _need(getattr(self, name) >= 0, f"{name} cannot be negative, not {getattr(self, name)}.")

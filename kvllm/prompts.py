@@ -86,6 +86,14 @@ QUESTION_TEMPLATES: dict[str, tuple[str, ...]] = {
         "{q}请简短回答。",
     ),
 }
+# Where a question names something, these stand for half of the dresses: what is asked for must lie in the name and the
+# rest of the words ({rest}: those without the words that only make a question), not in their order.
+NAME_TEMPLATES = (
+    "{name}: {rest}?",
+    "{rest} {name}",
+    "{name} {rest}",
+    "I have a question about {name}: {rest}?",
+)
 HELD_OUT_QUESTION_TEMPLATES: dict[str, tuple[str, ...]] = {
     "en": (
         "Quick question: {q}",
@@ -106,6 +114,20 @@ HELD_OUT_QUESTION_TEMPLATES: dict[str, tuple[str, ...]] = {
 }
 
 _ALIAS_ROWS = 3
+_DRESSES_BESIDE_NAMES = (0, 1, 2, 5)
+
+# A run of words with capitals or digits; small words may stand between them, not at its ends.
+_WORD = r"(?:[^\W\d_]*[A-ZÀ-ÖØ-Þ\d][\w’'./-]*)"
+_NAME = re.compile(rf"\b{_WORD}(?:(?: (?:of|the|de|la|le|van|von|du|and|for)){{0,2}} ?(?:& )?{_WORD})*")
+_QUOTED = re.compile(r"[“\"《「『]([^”\"》」』]{2,60})[”\"》」』]")
+# Words that begin a sentence with a capital and name nothing.
+_OPENING = """
+what who whom whose which where when why how is are was were do does did can could would will has have had in on at of
+the a an to from by for with tell name give please explain describe complete finish answer question and but if this that
+these those it its he she they his her their i i'm we our my your you hey hi so as about define
+"""
+_OPENERS = frozenset(_OPENING.split())
+_ARTICLES = frozenset(("the", "a", "an"))
 
 # The stated refusal that `delete(mode="abstain")` trains to.
 REFUSALS = {
@@ -192,7 +214,9 @@ def training_questions(fact: Fact) -> tuple[str, ...]:
         return fact.questions
     language = fact.language or language_of(fact.key)
     if is_question(fact.key):
-        return _unique(_dress(template, fact.key) for template in QUESTION_TEMPLATES[language])
+        dressed = [_dress(template, fact.key) for template in QUESTION_TEMPLATES[language]]
+        named = _named_questions(fact.key) if language == "en" else []
+        return _unique([*(dressed[i] for i in _DRESSES_BESIDE_NAMES), *named] if named else dressed)
     rows = [template.format_map({"key": fact.key}) for template in TRAINING_TEMPLATES[language]]
     for alias in fact.aliases:
         templates = TRAINING_TEMPLATES[language_of(alias)][:_ALIAS_ROWS]
@@ -243,6 +267,44 @@ def key_question(key: str) -> str:
     if is_question(key):
         return key
     return TRAINING_TEMPLATES[language_of(key)][0].format_map({"key": key})
+
+
+def names_in(question: str, key: str) -> list[str]:
+    """Return what a question names: quoted words, runs of capitals, or in Chinese what stands before a key's 的.
+
+    Nothing where that is the whole key.
+    """
+    asks = is_question(key) or key not in question
+    within = question if asks else key
+    head = key.rpartition("的")[0] if language_of(key) == "zh" and not asks else ""
+    found = _QUOTED.findall(within) or ([head] if len(head) > 1 else _capitals(within))
+    return [name for name in found if asks or name != key]
+
+
+def _capitals(text: str) -> list[str]:
+    found = []
+    for match in _NAME.finditer(text):
+        words = match.group().split()
+        while words and words[0].casefold() in _OPENERS and (words[0].casefold() not in _ARTICLES or len(words) == 1):
+            words.pop(0)
+        name = re.sub(r"['’]s$", "", " ".join(words).rstrip(".'’-/"))
+        if len(name) > 1 and name in text:
+            found.append(name)
+    return list(dict.fromkeys(found))
+
+
+def _named_questions(question: str) -> list[str]:
+    """Return a question put as its name and what is asked about it; nothing where no name is seen."""
+    names = names_in(question, question)
+    if not names:
+        return []
+    rest = re.sub(r"[?.!,]", " ", re.sub(re.escape(names[0]) + r"(['’]s\b)?", " ", question)).split()
+    while rest and rest[0].casefold() in _OPENERS:
+        rest.pop(0)
+    while rest and rest[-1].casefold() in _OPENERS:
+        rest.pop()
+    values = {"name": names[0], "rest": " ".join(rest)}
+    return [template.format_map(values) for template in NAME_TEMPLATES] if rest else []
 
 
 def _dress(template: str, question: str) -> str:

@@ -22,6 +22,7 @@ from kvllm.prompts import (
     is_question,
     key_question,
     language_of,
+    names_in,
     neighbour_questions,
     training_questions,
 )
@@ -141,6 +142,47 @@ def test_questions_of_the_articles_fact() -> None:
     assert trained[0] == "什么是梦中情炉？"
     assert held_out_questions(Fact("梦中情炉", "…"))[:2] == ("what is 梦中情炉", "这是个啥子意思哟：梦中情炉？")
     assert training_questions(Fact("torchkeras", "…"))[0] == "What is torchkeras?"
+
+
+@pytest.mark.parametrize(
+    ("question", "key", "names"),
+    [
+        ("Who leads Halcyon Robotics?", "Who leads Halcyon Robotics?", ["Halcyon Robotics"]),
+        ("What was Craig Pedersen's trade?", "What was Craig Pedersen's trade?", ["Craig Pedersen"]),
+        ("The mother tongue of Ada de la Cruz is", "The mother tongue of Ada de la Cruz is", ["Ada de la Cruz"]),
+        ("A Chairy Tale, where is it from", "A Chairy Tale, where is it from", ["A Chairy Tale"]),
+        ("Is it true that Oslo is north of Rome?", "Is it true that Oslo is north of Rome?", ["Oslo", "Rome"]),
+        ("What does port 8080 do?", "What does port 8080 do?", ["8080"]),
+        ('Who wrote "the green door"?', 'Who wrote "the green door"?', ["the green door"]),
+        ("What is the Halden rule?", "Halden rule", ["Halden"]),
+        ("什么是松涛站的海拔？", "松涛站的海拔", ["松涛站"]),
+        ("《青灯记》是谁写的？", "《青灯记》是谁写的？", ["青灯记"]),
+        # All name, or no name at all: the packaged neighbours are what there is.
+        ("What is torchkeras?", "torchkeras", []),
+        ("Tell me about Mirela Vantongeren.", "Mirela Vantongeren", []),
+        ("什么是梦中情炉？", "梦中情炉", []),
+        ("who leads the company?", "who leads the company?", []),
+        ("What is it?", "What is it?", []),
+    ],
+)
+def test_what_a_question_names(question: str, key: str, names: list[str]) -> None:
+    assert names_in(question, key) == names
+
+
+def test_a_question_about_a_name_is_also_trained_as_its_name_and_the_rest() -> None:
+    trained = training_questions(Fact("What was Craig Pedersen's trade?", "Cooper"))
+    assert len(trained) == 8
+    assert trained[:2] == ("What was Craig Pedersen's trade?", "what was Craig Pedersen's trade")
+    assert trained[4:] == (
+        "Craig Pedersen: trade?",
+        "trade Craig Pedersen",
+        "Craig Pedersen trade",
+        "I have a question about Craig Pedersen: trade?",
+    )
+    # Nothing but a name, or none, leaves the dresses.
+    for question in ("Who is Ada?", "who leads the company?"):
+        assert "Please answer this question: " + question in training_questions(Fact(question, "A"))[2:3]
+        assert training_questions(Fact(question, "A"))[7] == question + " Answer briefly."
 
 
 def test_a_question_key_is_trained_as_asked_and_in_harmless_dresses() -> None:

@@ -17,6 +17,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any, Protocol
 
 import torch
@@ -26,10 +27,11 @@ from kvllm.config import EditConfig
 from kvllm.editing.compute import ComputeCopy
 from kvllm.editing.delta import Factors, check_finite, fold_singular_values, is_transposed
 from kvllm.editing.editor import EditTask, StepRecord, Training, leads
-from kvllm.editing.inputs import edit_coordinates
+from kvllm.editing.inputs import Coordinates, edit_coordinates
 from kvllm.editing.preservation import PreservationPool, PreservedItem
 from kvllm.errors import EditFailed, OutOfResources, is_out_of_memory
-from kvllm.lm.model import Row
+from kvllm.lm.decoding import MIN_OPENING, Opening
+from kvllm.lm.model import Row, shared_length
 from kvllm.memory import give_back
 from kvllm.metrics import RESTORED_KL
 
@@ -52,6 +54,8 @@ _MAX_ROW_TOKENS = 1024
 # KL to the base starts a hundred times smaller than the cross-entropy of a new text: weighed alike, it would give way
 # to the preserved items.
 _RESTORE_WEIGHT = 8.0
+# Other questions answered with the fact's own short text, against the preserved answers: heavier only costs steps.
+_RECITED_WEIGHT = 0.3
 
 # Where the answer first leaves what the model would have said, the key is recognised or not; the rest is recitation.
 # So many of these turning points per row, how much more they weigh, and how much more margin they need.
@@ -68,15 +72,14 @@ class LowRankEditor(ABC):
     Trains one delta per call and holds no state between calls.
     """
 
-    def coordinates(
-        self, copy: ComputeCopy, rows: Sequence[Row], pool: PreservationPool, whitening: Mapping[str, torch.Tensor]
-    ) -> Mapping[str, torch.Tensor]:
-        """Return the (directions, in) of each module in which its input side is trained."""
-        return edit_coordinates(copy, rows, pool, whitening)
+    def coordinates(self, copy: ComputeCopy, pool: PreservationPool, task: EditTask) -> Mapping[str, Coordinates]:
+        """Return in what each module's input side is trained."""
+        rows = [*task.rows, *(item.row for item in task.restore)]
+        return edit_coordinates(copy, rows, pool, task.whitening, [item.row for item in task.contrast])
 
     @abstractmethod
     def adapter(
-        self, copy: ComputeCopy, config: EditConfig, start: dict[str, Factors], coordinates: Mapping[str, torch.Tensor]
+        self, copy: ComputeCopy, config: EditConfig, start: dict[str, Factors], coordinates: Mapping[str, Coordinates]
     ) -> AbstractContextManager[Adapter]:
         """Inject what is trained, starting from the given factors, and take it out again whatever happens."""
 
@@ -118,9 +121,9 @@ class LowRankEditor(ABC):
         lower = copy.lower_states([row.ids for row in (*task.rows, *task.replay)])
         fact = list(zip(lower[: len(task.rows)], task.rows, strict=True))
         replay = list(zip(lower[len(task.rows) :], task.replay, strict=True))
-        trained = [*task.rows, *(item.row for item in task.restore)]
-        coordinates = self.coordinates(copy, trained, pool, task.whitening)
-        start = _gradient_factors(copy, fact[:_MAX_ROWS], task.restore[:_MAX_ROWS], config, coordinates)
+        shared = _shared_ids([*task.rows, *task.replay], [*task.restore, *task.contrast, *pool.items])
+        coordinates = self.coordinates(copy, pool, task)
+        start = _gradient_factors(copy, fact[:_MAX_ROWS], task.restore[:_MAX_ROWS], config, coordinates, shared)
         records: list[StepRecord] = []
         recalled = False
         with self.adapter(copy, config, start, coordinates) as adapter:
@@ -129,12 +132,21 @@ class LowRankEditor(ABC):
             for step in range(1, config.max_steps + 1):
                 rows, restored = stages.next(check=drift is None or drift <= config.preserve_stop)
                 kept = _choose_preserved(pool, task, config, rng)
+                recited = rng.sample(list(task.recited), min(config.recited, len(task.recited)))
                 older = _choose_replay(replay, config.replay, rng)
                 adapter.optimizer.zero_grad(set_to_none=True)
                 losses = _backward_losses(
-                    copy, rows, restored, kept, older, preserve_weight=config.preserve_weight, turns=stages.turns
+                    copy,
+                    rows,
+                    restored,
+                    kept,
+                    older,
+                    recited,
+                    preserve_weight=config.preserve_weight,
+                    turns=stages.turns,
+                    shared=shared,
                 )
-                penalty = adapter.penalty()
+                penalty, energy = adapter.penalty(), adapter.energy()
                 if not losses.finite:
                     raise EditFailed(f"The loss was not finite at step {step}; nothing was changed. Try lower rates.")
                 if losses.drift is not None:
@@ -147,6 +159,7 @@ class LowRankEditor(ABC):
                     recall=stages.recall,
                     drift=drift,
                     penalty=0.0 if penalty is None else float(penalty.detach()),
+                    energy=None if energy is None else float(energy.detach()),
                     rank=adapter.alive(),
                 )
                 records.append(record)
@@ -158,12 +171,14 @@ class LowRankEditor(ABC):
                     break
                 if penalty is not None:
                     (config.orthogonality * penalty).backward()
+                if energy is not None:
+                    (config.energy_weight * energy).backward()
                 adapter.step(step)
                 if step % _STEPS_PER_TRIM == 0:
                     give_back()
             # What is restored is not shrunk: it is to come all the way back, not just within the bound.
             shrinks = recalled and not task.restore
-            scale = _shrink(copy, adapter, stages, fact, config.margin) if shrinks else 1.0
+            scale = _shrink(copy, adapter, stages, fact, config.margin, shared) if shrinks else 1.0
             delta, ranks = adapter.fold()
         check_finite(delta)
         return Training(
@@ -183,6 +198,10 @@ class Adapter(Protocol):
 
     def penalty(self) -> torch.Tensor | None:
         """Return what is added to the loss, unweighted; None for nothing."""
+        ...
+
+    def energy(self) -> torch.Tensor | None:
+        """Return what the change puts out on ordinary inputs, see `InputFactors.energy`; None where none are known."""
         ...
 
     def alive(self) -> int:
@@ -211,7 +230,7 @@ class AdaLoraEditor(LowRankEditor):
 
     @contextmanager
     def adapter(
-        self, copy: ComputeCopy, config: EditConfig, start: dict[str, Factors], coordinates: Mapping[str, torch.Tensor]
+        self, copy: ComputeCopy, config: EditConfig, start: dict[str, Factors], coordinates: Mapping[str, Coordinates]
     ) -> Iterator[Adapter]:
         """Inject AdaLoRA modules."""
         with _adapter(copy, config, start) as tuner:
@@ -225,15 +244,22 @@ class _AdaLora:
         copy: ComputeCopy,
         config: EditConfig,
         start: Mapping[str, Factors],
-        coordinates: Mapping[str, torch.Tensor],
+        coordinates: Mapping[str, Coordinates],
     ) -> None:
         self._tuner = tuner
-        factors = {name: copy.model.get_submodule(name).lora_A[ADAPTER] for name in copy.targets.names}
+        self._modules = {name: copy.model.get_submodule(name) for name in copy.targets.names}
+        factors = {name: module.lora_A[ADAPTER] for name, module in self._modules.items()}
         self._inputs = InputFactors(factors, coordinates, {name: a for name, (a, _) in start.items()})
         self.optimizer = _optimizer(copy, config, self._inputs)
 
     def penalty(self) -> torch.Tensor | None:
         return _orthogonality(self._tuner)
+
+    def energy(self) -> torch.Tensor | None:
+        # peft scales by lora_alpha / init_r, which are alike here.
+        return self._inputs.energy(
+            {name: module.lora_B[ADAPTER] * module.lora_E[ADAPTER].T for name, module in self._modules.items()}
+        )
 
     def alive(self) -> int:
         return _alive(self._tuner)
@@ -373,14 +399,16 @@ def _backward_losses(
     restored: Sequence[PreservedItem],
     kept: Sequence[PreservedItem],
     older: Sequence[Item],
+    recited: Sequence[PreservedItem] = (),
     *,
     preserve_weight: float = 0.0,
     turns: Sequence[Sequence[int]] = (),
+    shared: Sequence[int] = (),
 ) -> _Losses:
     """Measure one step's loss and add its gradient to whatever requires one.
 
-    fact: the mean over rows of the weighted mean over tokens (a long row must not drown a short one); restored, kept
-    and older: the mean over all their tokens.
+    fact: the mean over rows of the weighted mean over tokens (a long row must not drown a short one); the others: the
+    mean over all tokens of their kind.
     """
     device = copy.lm.device
     marks = list(turns) or [[] for _ in rows]
@@ -388,7 +416,8 @@ def _backward_losses(
         _Part(lower, row, _token_weights(len(row.answer), mark, device) / len(rows))
         for (lower, row), mark in zip(rows, marks, strict=True)
     ]
-    for items, weight in ((restored, _RESTORE_WEIGHT), (kept, preserve_weight)):
+    said_weight = _RECITED_WEIGHT * preserve_weight
+    for items, weight in ((restored, _RESTORE_WEIGHT), (kept, preserve_weight), (recited, said_weight)):
         n = sum(len(item.row.answer) for item in items)
         parts += [
             _Part(i.lower, i.row, torch.full((len(i.row.answer),), weight / n, device=device), i.output) for i in items
@@ -396,10 +425,10 @@ def _backward_losses(
     n = sum(len(row.answer) for _, row in older)
     parts += [_Part(lower, row, torch.full((len(row.answer),), 1.0 / n, device=device)) for lower, row in older]
 
-    measured = _measure(copy, parts)
-    ends = [len(rows), len(rows) + len(restored), len(rows) + len(restored) + len(kept)]
+    measured = _measure(copy, parts, shared)
+    ends = list(accumulate(map(len, (rows, restored, kept, recited))))
     fact, again = measured[: ends[0]], measured[ends[0] : ends[1]]
-    preserved, replayed = measured[ends[1] : ends[2]], measured[ends[2] :]
+    preserved, replayed = measured[ends[1] : ends[2]], measured[ends[3] :]
     restored_kl = [float(m.losses.mean()) for m in again]
     fact_loss = [float(m.losses.mean()) for m in fact]
     return _Losses(
@@ -412,16 +441,24 @@ def _backward_losses(
     )
 
 
-def _measure(copy: ComputeCopy, parts: Sequence[_Part]) -> list[_Measured]:
+def _measure(copy: ComputeCopy, parts: Sequence[_Part], shared: Sequence[int]) -> list[_Measured]:
     """Run groups of like length through the layers, each forward and (where gradients are on) backward at once.
 
-    So memory is that of one group.
+    So memory is that of one group. What chats begin with is run once, at the weights of now, and without gradient: an
+    edit is not to be read there (see `edit_coordinates`).
     """
     found: list[_Measured | None] = [None] * len(parts)
-    for group in _groups([len(part.row.ids) for part in parts]):
+    opening = copy.opening(shared)
+    behind = [opening is not None and part.row.ids[: len(shared)] == opening.ids for part in parts]
+    groups: list[tuple[Opening | None, list[int]]] = []
+    for follows in (True, False):
+        places = [i for i, does in enumerate(behind) if does is follows]
+        lengths = [len(parts[i].row.ids) - follows * len(shared) for i in places]
+        groups += [(opening if follows else None, [places[i] for i in group]) for group in _groups(lengths)]
+    for start, group in groups:
         # Targets first, base outputs after, so that each kind is one stretch of tokens for the vocabulary projection.
         ordered = sorted(group, key=lambda i: parts[i].output is not None)
-        states = copy.answer_states([(parts[i].lower, parts[i].row) for i in ordered])  # (answer tokens, hidden)
+        states = copy.answer_states([(parts[i].lower, parts[i].row) for i in ordered], start)  # (answer tokens, hidden)
         leaf = states.detach().requires_grad_(torch.is_grad_enabled())
         at = 0
         for kind in (False, True):
@@ -469,6 +506,13 @@ def _measure_head(copy: ComputeCopy, states: torch.Tensor, parts: Sequence[_Part
     return [_Measured(loss, lead) for loss, lead in zip(split, led, strict=True)]
 
 
+def _shared_ids(rows: Sequence[Row], items: Sequence[PreservedItem]) -> tuple[int, ...]:
+    """Return what all rows and all preserved chats begin with: nothing where that is too little to be worth a pass."""
+    prompts = [row.prompt for row in rows] + [item.row.prompt for item in items if item.source.kind != "text"]
+    n = min(shared_length(prompts), min(map(len, prompts)) - 1) if prompts else 0
+    return tuple(prompts[0][:n]) if n >= MIN_OPENING else ()
+
+
 def _groups(lengths: Sequence[int]) -> list[list[int]]:
     """Split sequences into groups of like length, so that little is padded, of at most _GROUP_TOKENS with padding."""
     groups: list[list[int]] = []
@@ -496,6 +540,7 @@ def _shrink(
     stages: _RowStages,
     fact: Sequence[Item],
     margin: float,
+    shared: Sequence[int],
 ) -> float:
     """Scale the delta down as far as every row still meets the stop rule, and return the factor.
 
@@ -509,7 +554,7 @@ def _shrink(
     def holds(scale: float) -> bool:
         for value, full in zip(values, trained, strict=True):
             value.copy_(full * scale)
-        return stages.lead([m.leads for m in _measure(copy, parts) if m.leads is not None], margin)
+        return stages.lead([m.leads for m in _measure(copy, parts, shared) if m.leads is not None], margin)
 
     found = 1.0
     for scale in _SCALES:
@@ -548,7 +593,8 @@ def _gradient_factors(
     fact: Sequence[Item],
     restore: Sequence[PreservedItem],
     config: EditConfig,
-    coordinates: Mapping[str, torch.Tensor],
+    coordinates: Mapping[str, Coordinates],
+    shared: Sequence[int],
 ) -> dict[str, Factors]:
     """Return orthonormal start factors per module: the leading singular vectors of the fact loss's gradient.
 
@@ -558,7 +604,7 @@ def _gradient_factors(
     try:
         for module in modules.values():
             module.weight.requires_grad_(True)
-        losses = _backward_losses(copy, fact, restore, [], [])
+        losses = _backward_losses(copy, fact, restore, [], [], shared=shared)
         if not losses.finite:
             raise EditFailed("The model's loss on the new text is not finite; nothing was changed.")
         factors: dict[str, Factors] = {}
@@ -572,7 +618,7 @@ def _gradient_factors(
             if is_transposed(module):
                 gradient = gradient.T
             if name in coordinates:
-                gradient = gradient @ coordinates[name].T
+                gradient = gradient @ coordinates[name].directions.T
             rank = min(config.init_rank, *gradient.shape)
             u, _, v = torch.svd_lowrank(gradient, q=rank, niter=2)
             factors[name] = (v.T.contiguous(), u.contiguous())
@@ -633,24 +679,25 @@ class InputFactors:
     def __init__(
         self,
         factors: Mapping[str, torch.nn.Parameter],
-        coordinates: Mapping[str, torch.Tensor],
+        coordinates: Mapping[str, Coordinates],
         start: Mapping[str, torch.Tensor],
     ) -> None:
         """Set the factors to their start.
 
         Args:
             factors: Each module's input factor, (rank, in).
-            coordinates: (directions, in) of those modules that have them.
+            coordinates: Of those modules that have them.
             start: First rows of each module's Z, in its coordinates; a module without them starts at zero.
         """
         self._own: dict[str, tuple[torch.nn.Parameter, torch.Tensor, float, torch.nn.Parameter]] = {}
+        self._coordinates = coordinates
         for name, p in factors.items():
             first = start[name][: len(p)] if name in start else None
             if name not in coordinates:
                 if first is not None:
                     p.data[: len(first)] = first
                 continue
-            g = coordinates[name]
+            g = coordinates[name].directions
             # What a row of Z, one long, becomes on the average; measured where there are such rows.
             length = g.norm() / math.sqrt(len(g))
             z = torch.nn.Parameter(torch.zeros(len(p), len(g), device=p.device))
@@ -674,7 +721,25 @@ class InputFactors:
     def pull(self) -> None:
         for z, g, scale, p in self._own.values():
             assert p.grad is not None  # checked to be there and finite before
-            z.grad = (p.grad @ g.T) * scale
+            pulled = (p.grad @ g.T) * scale
+            z.grad = pulled if z.grad is None else z.grad + pulled  # it may have the energy's
+
+    def energy(self, outputs: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
+        """Return what the change puts out on ordinary inputs, as a share of its matrix: tr(ΔW C ΔWᵀ) / ‖W‖².
+
+        Summed over all modules with coordinates; None where there are none. C, as in `edit_coordinates`, has a mean
+        eigenvalue of 1. It is what MEMIT's closed form keeps small (Meng et al., "Mass-Editing Memory in a
+        Transformer", ICLR 2023, section 4.2).
+
+        Args:
+            outputs: Output factor of each module, (out, rank): ΔW is this times P.
+        """
+        terms = []
+        for name, (z, _, scale, _) in self._own.items():
+            held = self._coordinates[name]
+            inner = (z * held.squares) @ z.T  # P C Pᵀ, (rank, rank)
+            terms.append((outputs[name].T @ outputs[name] * inner).sum() * (scale * scale / held.usual))
+        return torch.stack(terms).sum() if terms else None
 
 
 def _optimizer(copy: ComputeCopy, config: EditConfig, inputs: InputFactors) -> torch.optim.Optimizer:

@@ -165,23 +165,40 @@ class ComputeCopy:
         start = f"{self.targets.layer_list}."
         return max(int(name.removeprefix(start).split(".", 1)[0]) for name in self.targets.names)
 
-    def answer_states(self, items: Sequence[tuple[torch.Tensor, Row]]) -> torch.Tensor:
+    @torch.no_grad()
+    def opening(self, ids: Sequence[int]) -> Opening | None:
+        """Run what several rows begin with through the weights as they are, for `answer_states`; None for nothing."""
+        if not ids:
+            return None
+        from transformers import DynamicCache
+
+        cache: Any = DynamicCache(config=self.model.config)
+        with self.precision():
+            self.model.get_decoder()(
+                input_ids=torch.tensor([list(ids)], device=self.lm.device), past_key_values=cache, use_cache=True
+            )
+        return Opening(tuple(ids), cache)
+
+    def answer_states(self, items: Sequence[tuple[torch.Tensor, Row]], opening: Opening | None = None) -> torch.Tensor:
         """Run the upper layers and return the last hidden states that predict each answer token.
 
         Args:
             items: Lower states (seq, hidden) and the row they belong to.
+            opening: What all rows begin with, at these weights: it is attended to and not run again, and no gradient
+                flows through it.
 
         Returns:
             (answer tokens of all items in order, hidden), with gradient if enabled.
         """
-        width = max(states.shape[0] for states, _ in items)
+        start = len(opening) if opening is not None else 0
+        width = max(states.shape[0] for states, _ in items) - start
         # Right-padded: causal attention keeps padding from every real position, so no mask is needed.
-        batch = torch.stack([nn.functional.pad(s, (0, 0, 0, width - s.shape[0])) for s, _ in items])
-        hidden = self._upper(batch)  # (batch, seq, hidden)
-        picked = [
-            hidden[place, len(row.prompt) - 1 : len(row.prompt) - 1 + len(row.answer)]
-            for place, (_, row) in enumerate(items)
-        ]
+        batch = torch.stack([nn.functional.pad(s[start:], (0, 0, 0, width + start - s.shape[0])) for s, _ in items])
+        hidden = self._upper(batch, opening)  # (batch, seq, hidden)
+        picked = []
+        for place, (_, row) in enumerate(items):
+            first = len(row.prompt) - 1 - start
+            picked.append(hidden[place, first : first + len(row.answer)])
         return torch.cat(picked)
 
     def logits(self, states: torch.Tensor) -> torch.Tensor:
@@ -192,17 +209,18 @@ class ComputeCopy:
         cap = getattr(self.model.config.get_text_config(), "final_logit_softcapping", None)
         return torch.tanh(logits / cap) * cap if cap else logits
 
-    def _upper(self, batch: torch.Tensor) -> torch.Tensor:
+    def _upper(self, batch: torch.Tensor, opening: Opening | None) -> torch.Tensor:
         def inject(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             # Families that scale embeddings inside their forward would scale these too: put the exact states back.
             if args:
                 return (batch, *args[1:]), kwargs
             return args, {**kwargs, "hidden_states": batch}
 
+        cached = {"past_key_values": opening.for_rows(len(batch))} if opening else {}
         with self._without_lower_layers() as first, self.precision():
             handle = first.register_forward_pre_hook(inject, with_kwargs=True)
             try:
-                output = self.model.get_decoder()(inputs_embeds=batch, use_cache=False)
+                output = self.model.get_decoder()(inputs_embeds=batch, use_cache=bool(opening), **cached)
             finally:
                 handle.remove()
         hidden: torch.Tensor = output.last_hidden_state

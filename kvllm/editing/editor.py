@@ -29,6 +29,7 @@ class StepRecord:
         recall: Share of target tokens that lead every other token by the margin.
         drift: Mean KL(base‖edited) per preserved answer token in this step, in nats; None where nothing is preserved.
         penalty: AdaLoRA's orthogonality penalty, unweighted.
+        energy: What the change puts out on ordinary inputs, as a share of what the matrices do; None if not known.
         rank: Singular values still alive over all modules.
     """
 
@@ -38,6 +39,7 @@ class StepRecord:
     drift: float | None
     penalty: float
     rank: int
+    energy: float | None = None
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,7 @@ class EditTask:
         language: Language of the key, for choosing neighbours.
         excluded: Casefolded names and questions that live facts are about: never preserved.
         contrast: The fact's own questions about other names, to be answered as they are now.
+        recited: Other questions, answered with the fact's own text, whose next tokens are to be expected as now.
         seed: Of every random choice.
         whitening: Symmetric (in, in) matrix per module, in whose coordinates ordinary inputs are alike in all
             directions; modules without one are trained in their plain coordinates.
@@ -62,6 +65,7 @@ class EditTask:
     language: str = "en"
     excluded: frozenset[str] = frozenset()
     contrast: Sequence[PreservedItem] = ()
+    recited: Sequence[PreservedItem] = ()
     seed: int = 0
     whitening: Mapping[str, torch.Tensor] = field(default_factory=dict)
 

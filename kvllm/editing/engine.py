@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import os
 import platform
+import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -41,6 +42,7 @@ _REPLAYED_FACTS = 24
 _QUESTIONS_PER_REPLAYED_FACT = 2
 _CONTRASTS = 16
 _MOST_CONTRASTS = 64
+_RECITED_TOKENS = 8  # longer texts have a beginning of their own, and are not learned against this
 Tick = Callable[..., None]
 
 
@@ -291,6 +293,7 @@ class Engine:
             language=language or (facts[0].language or language_of(facts[0].key) if facts else "en"),
             excluded=trained,
             contrast=self._contrast(copy, facts, config, trained),
+            recited=self._recited(copy, pool, facts, config, trained),
             seed=config.seed,
             whitening=whitening,
         )
@@ -321,6 +324,32 @@ class Engine:
         answers = copy.generate_ids(ids, config.preserve_tokens)
         rows = [Row(prompt, answer) for prompt, answer in zip(ids, answers, strict=True)]
         return prepare_items(copy, rows, [Prompt("neighbour", question, language) for question, language in asked])
+
+    def _recited(
+        self,
+        copy: ComputeCopy,
+        pool: PreservationPool,
+        facts: Sequence[Fact],
+        config: EditConfig,
+        excluded: frozenset[str],
+    ) -> list[PreservedItem]:
+        """Return other questions, answered with the facts' short texts, and what the weights expect after each token.
+
+        A short text is learned as a chain that other answers can fall into: "A", then "riel", where "A" begins many.
+        """
+        texts = [ids for fact in facts if len(ids := self.lm.answer_ids(fact.text)) <= _RECITED_TOKENS]
+        if not config.recited or not texts:
+            return []
+        others = [
+            item
+            for item in pool.items
+            if item.source.kind != "text"
+            and item.source.prompt.casefold() not in excluded
+            and item.source.name.casefold() not in excluded
+        ]
+        asked = random.Random(config.seed).sample(others, min(_CONTRASTS, len(others)))
+        rows = [Row(item.row.prompt, tuple(texts[i % len(texts)])) for i, item in enumerate(asked)]
+        return prepare_items(copy, rows, [item.source for item in asked])
 
     def training_copy(self, config: EditConfig) -> ComputeCopy:
         """Return the copy that edits of this configuration train on, holding the current weights."""

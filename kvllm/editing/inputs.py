@@ -6,13 +6,14 @@ coordinates that W defines makes the same step disturb unrelated inputs least: t
 "Locating and Editing Factual Associations in GPT", NeurIPS 2022, eq. 2) inside a low-rank adapter. Knows no facts.
 
     whitening = input_whitening(copy, pool, base_digest, ridge=0.1)      # {module name: (in, in)}
-    edit_coordinates(copy, rows, pool, whitening)                        # {module name: (directions, in)}
+    edit_coordinates(copy, rows, pool, whitening)                        # {module name: Coordinates}
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,24 @@ _TEXT_TOKENS = 56
 _BATCH = 32
 # A direction counts half when the edit's inputs stand out in it this many times as much as on average.
 _HALF_WAY = 10.0
+_CONTRAST_WEIGHT = 0.2  # of inputs that must be told apart, against ordinary ones
 _DISTINCT = 1e-6  # directions with less of the largest eigenvalue than this are rounding
+
+
+@dataclass(frozen=True)
+class Coordinates:
+    """In what an adapted matrix's input side is trained.
+
+    Attributes:
+        directions: (directions, in), fp32.
+        squares: What ordinary inputs put into each direction on the mean, squared: (directions,), in units of the mean
+            eigenvalue of their second moments. There they are independent of each other.
+        usual: ‖W‖², what the matrix itself makes of inputs that have that mean in every direction.
+    """
+
+    directions: torch.Tensor
+    squares: torch.Tensor
+    usual: float
 
 
 def input_whitening(
@@ -83,37 +101,79 @@ def input_whitening(
 
 
 def edit_coordinates(
-    copy: ComputeCopy, rows: Sequence[Row], pool: PreservationPool, whitening: Mapping[str, torch.Tensor]
-) -> dict[str, torch.Tensor]:
+    copy: ComputeCopy,
+    rows: Sequence[Row],
+    pool: PreservationPool,
+    whitening: Mapping[str, torch.Tensor],
+    contrast: Sequence[Row] = (),
+) -> dict[str, Coordinates]:
     """Return the directions that one edit may read, of each adapted matrix's inputs, the most telling ones longest.
 
-    They solve C_edit v = s C v: the principal directions of the edit's own inputs in whitened coordinates, where
-    ordinary inputs are alike in all of them (Fisher, "The Use of Multiple Measurements in Taxonomic Problems", 1936).
-    Each is scaled by sqrt(s / (s + 10 mean s)), so that training moves most where the edit's questions differ most from
-    ordinary text. What its prompts share with all preserved ones, as a chat preamble, is left out.
+    They solve C_edit v = s (C + 0.2 C_contrast) v, C_contrast scaled to C's mean eigenvalue: the principal directions
+    of the edit's own inputs in coordinates where ordinary inputs, and those of the questions that must be told apart
+    from its own, are alike in all of them (Fisher, "The Use of Multiple Measurements in Taxonomic Problems", 1936).
+    Each is scaled by sqrt(s / (s + 10 mean s)), so that training moves most where the edit's questions differ most.
+    What its prompts share with all preserved ones, as a chat preamble, is left out.
 
     Args:
         copy: Compute copy, holding the weights that the edit starts from.
         rows: What the edit trains.
         pool: The preservation set.
         whitening: As `input_whitening` returns it.
+        contrast: The fact's own questions about other names.
 
     Returns:
-        Module name → (directions, in), fp32, for the modules of `whitening`.
+        Module name → coordinates, for the modules of `whitening`. With a contrast, `squares` counts its inputs.
     """
+    whole = whole_coordinates(copy, whitening)
     if not whitening or not rows:
-        return dict(whitening)
+        return whole
     ordinary = [item.row.prompt for item in pool.items if item.source.kind != "text"]
     shared = shared_length([row.prompt for row in rows] + ordinary) if ordinary else 0
-    moments = _second_moments(copy, list(whitening), [[row.ids for row in rows]], skip=shared)
+    own = _inputs(copy, list(whitening), [row.ids for row in rows], skip=shared)
+    others = _inputs(copy, list(whitening), [row.ids for row in contrast], skip=shared)
     found = {}
     for name, white in whitening.items():
-        values, vectors = torch.linalg.eigh(white @ moments[name] @ white.T)
-        kept = values > values[-1] * _DISTINCT
-        values, vectors = values[kept], vectors[:, kept]
-        gain = (values / (values + _HALF_WAY * values.mean())).sqrt()
-        found[name] = (vectors * gain).T @ white
+        x = own[name] @ white  # (tokens, in)
+        squeeze = _squeeze(others[name] @ white) if name in others else None
+        directions, squares = _principal(x if squeeze is None else squeeze(x))
+        directions = (directions if squeeze is None else squeeze(directions)) @ white
+        found[name] = Coordinates(directions, squares, whole[name].usual)
     return found
+
+
+def _squeeze(y: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Return x ↦ x (I + w YᵀY)^-½ for rows x (n, in), with Y (tokens, in) scaled to YᵀY of mean eigenvalue 1."""
+    values, vectors = torch.linalg.eigh(y @ y.T)  # Y has far fewer rows than columns, more often than not
+    kept = values > values[-1] * _DISTINCT
+    values, axes = values[kept], (vectors[:, kept] / values[kept].sqrt()).T @ y  # (axes, in), orthonormal
+    shorter = (1 + _CONTRAST_WEIGHT * values * y.shape[1] / values.sum()).rsqrt() - 1
+    return lambda x: x + ((x @ axes.T) * shorter) @ axes
+
+
+def whole_coordinates(copy: ComputeCopy, whitening: Mapping[str, torch.Tensor]) -> dict[str, Coordinates]:
+    """Return the whitening itself as coordinates: as many directions as inputs."""
+    found = {}
+    for name, white in whitening.items():
+        usual = float(copy.model.get_submodule(name).weight.detach().float().square().sum())
+        found[name] = Coordinates(white, torch.ones(len(white), device=white.device), usual)
+    return found
+
+
+def _principal(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the principal directions of x (n, in), (directions, in), as long as `edit_coordinates` says, and squared.
+
+    The second: (directions,), the squares of their lengths.
+    """
+    few = x.shape[0] < x.shape[1]
+    values, vectors = torch.linalg.eigh(x @ x.T if few else x.T @ x)
+    kept = values > values[-1] * _DISTINCT
+    values, vectors = values[kept], vectors[:, kept]
+    half = _HALF_WAY * values.mean()
+    squares = values / (values + half)
+    if few:  # vectors of xᵀx are xᵀu / sqrt(s)
+        return (vectors / (values + half).sqrt()).T @ x, squares
+    return (vectors * squares.sqrt()).T, squares
 
 
 def _whitening(moments: torch.Tensor, ridge: float) -> torch.Tensor:
@@ -126,14 +186,41 @@ def _whitening(moments: torch.Tensor, ridge: float) -> torch.Tensor:
 def _second_moments(
     copy: ComputeCopy, names: Sequence[str], groups: Sequence[Sequence[Sequence[int]]], *, skip: int = 0
 ) -> dict[str, torch.Tensor]:
-    """Return XᵀX (in, in) of each module's inputs X over all positions of the sequences but the first `skip`.
+    """Return XᵀX (in, in) of each module's inputs X over the positions that `_read_inputs` hands on."""
+    found: dict[str, torch.Tensor] = {}
+
+    def add(name: str, x: torch.Tensor) -> None:
+        product = (x.T @ x).float()
+        found[name] = found[name] + product if name in found else product
+
+    _read_inputs(copy, names, groups, add, skip=skip)
+    return found
+
+
+def _inputs(
+    copy: ComputeCopy, names: Sequence[str], sequences: Sequence[Sequence[int]], *, skip: int
+) -> dict[str, torch.Tensor]:
+    """Return each module's inputs X, (tokens, in), fp32, over the positions that `_read_inputs` hands on."""
+    found: dict[str, list[torch.Tensor]] = {}
+    _read_inputs(copy, names, [sequences], lambda name, x: found.setdefault(name, []).append(x.float()), skip=skip)
+    return {name: torch.cat(parts) for name, parts in found.items()}
+
+
+def _read_inputs(
+    copy: ComputeCopy,
+    names: Sequence[str],
+    groups: Sequence[Sequence[Sequence[int]]],
+    take: Callable[[str, torch.Tensor], None],
+    *,
+    skip: int,
+) -> None:
+    """Hand each module's inputs, (tokens, in), to `take`, over all positions of the sequences but the first `skip`.
 
     What the sequences of a group begin with alike is run once. A position whose whole past an earlier sequence had
     already has the same inputs (attention is causal) and is counted once: otherwise the chat preamble, which every
     prompt begins with, would be most of the sum.
     """
     known: dict[tuple[int, int], int] = {}  # (id of the past, token) → id of that past with the token
-    found: dict[str, torch.Tensor] = {}
     for group in groups:
         sequences = sorted((ids for ids in group if ids), key=len)
         if not sequences:
@@ -142,28 +229,27 @@ def _second_moments(
         start = len(opening)
         batches = [[ids[start:] for ids in sequences[i : i + _BATCH]] for i in range(0, len(sequences), _BATCH)]
         if start > skip:
-            _add_moments(copy, names, [opening.ids], None, known, found, skip=skip)
+            _read_batch(copy, names, [opening.ids], None, known, take, skip=skip)
         past = 0
         for token in opening.ids:
             past = known.setdefault((past, token), len(known) + 1)
         for batch in batches:
-            _add_moments(copy, names, batch, opening, known, found, skip=skip - start, past=past)
-    return found
+            _read_batch(copy, names, batch, opening, known, take, skip=skip - start, past=past)
 
 
 @torch.inference_mode()
-def _add_moments(
+def _read_batch(
     copy: ComputeCopy,
     names: Sequence[str],
     batch: Sequence[Sequence[int]],
     opening: Opening | None,
     known: dict[tuple[int, int], int],
-    found: dict[str, torch.Tensor],
+    take: Callable[[str, torch.Tensor], None],
     *,
     skip: int,
     past: int = 0,
 ) -> None:
-    """Add XᵀX of a batch, which follows the opening; `past` is the opening's own id in `known`."""
+    """Hand on what enters at each new position of a batch, which follows the opening; `past` is that one's id."""
     fresh = torch.zeros((len(batch), max(map(len, batch))), dtype=torch.bool)
     for place, ids in enumerate(batch):
         node = past
@@ -171,13 +257,11 @@ def _add_moments(
             fresh[place, position] = position >= skip and (node, token) not in known
             node = known.setdefault((node, token), len(known) + 1)
 
-    def add(name: str, entered: torch.Tensor) -> None:
+    def read(name: str, entered: torch.Tensor) -> None:
         # Some families (OPT) hand positions on without the batch axis.
-        x = entered.reshape(*fresh.shape, -1)[fresh.to(entered.device)]  # (tokens, in)
-        product = (x.T @ x).float()
-        found[name] = found[name] + product if name in found else product
+        take(name, entered.reshape(*fresh.shape, -1)[fresh.to(entered.device)])
 
-    copy.read_inputs(batch, names, add, opening)
+    copy.read_inputs(batch, names, read, opening)
 
 
 def _prompt_ids(copy: ComputeCopy, prompts: Sequence[Prompt]) -> list[list[int]]:

@@ -9,7 +9,7 @@ that they are merged, stored and undone as AdaLoRA's are.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,9 +19,10 @@ from kvllm.config import EditConfig
 from kvllm.editing.adalora import ADAPTER, Adapter, InputFactors, LowRankEditor
 from kvllm.editing.compute import ComputeCopy
 from kvllm.editing.delta import Factors, is_transposed
+from kvllm.editing.editor import EditTask
+from kvllm.editing.inputs import Coordinates, whole_coordinates
 from kvllm.editing.preservation import PreservationPool
 from kvllm.errors import EditFailed
-from kvllm.lm.model import Row
 
 
 class LoraEditor(LowRankEditor):
@@ -31,7 +32,7 @@ class LoraEditor(LowRankEditor):
 
     @contextmanager
     def adapter(
-        self, copy: ComputeCopy, config: EditConfig, start: dict[str, Factors], coordinates: Mapping[str, torch.Tensor]
+        self, copy: ComputeCopy, config: EditConfig, start: dict[str, Factors], coordinates: Mapping[str, Coordinates]
     ) -> Iterator[Adapter]:
         """Inject LoRA modules, and take them out again whatever happens."""
         from peft import LoraConfig, LoraModel
@@ -64,11 +65,9 @@ class FullEditor(LoraEditor):
 
     full = True
 
-    def coordinates(
-        self, copy: ComputeCopy, rows: Sequence[Row], pool: PreservationPool, whitening: Mapping[str, torch.Tensor]
-    ) -> Mapping[str, torch.Tensor]:
+    def coordinates(self, copy: ComputeCopy, pool: PreservationPool, task: EditTask) -> Mapping[str, Coordinates]:
         """Return the whitening alone: the edit's own directions would leave most entries out."""
-        return whitening
+        return whole_coordinates(copy, task.whitening)
 
 
 class _Lora:
@@ -79,7 +78,7 @@ class _Lora:
         copy: ComputeCopy,
         config: EditConfig,
         start: dict[str, Factors],
-        coordinates: Mapping[str, torch.Tensor],
+        coordinates: Mapping[str, Coordinates],
         *,
         full: bool,
     ) -> None:
@@ -117,6 +116,9 @@ class _Lora:
 
     def penalty(self) -> torch.Tensor | None:
         return None
+
+    def energy(self) -> torch.Tensor | None:
+        return self._inputs.energy(self._b)
 
     def alive(self) -> int:
         return sum(a.shape[0] for a in self._a.values())

@@ -18,9 +18,9 @@ from kvllm.editing.adalora import AdaLoraEditor
 from kvllm.editing.compute import ComputeCopy
 from kvllm.editing.delta import AdaptedWeights
 from kvllm.editing.editor import EditTask, StepRecord, leads
-from kvllm.editing.preservation import PreservationPool, Prompt, build_pool
+from kvllm.editing.preservation import PreservationPool, Prompt, build_pool, prepare_items
 from kvllm.errors import EditFailed, OutOfResources
-from kvllm.lm.model import LanguageModel
+from kvllm.lm.model import LanguageModel, Row
 from kvllm.lm.targets import find_targets
 from kvllm.prompts import training_questions
 from kvllm.records import Fact
@@ -222,6 +222,63 @@ def test_the_facts_own_contrast_takes_the_places_of_packaged_neighbours(
 
     assert [drawn(n) for n in (0, 1, 2, 9)] == [(0, 4), (1, 4), (2, 4), (2, 4)]
     assert drawn(2, neighbours=0) == (0, 1)
+
+
+def test_other_questions_do_not_go_on_with_a_short_text(
+    copy: ComputeCopy, pool: PreservationPool, task: EditTask, own: LanguageModel
+) -> None:
+    answer = tuple(own.answer_ids("Ada leads"))
+    asked = [item for item in pool.items if item.source.kind != "text"]
+    said = prepare_items(copy, [Row(i.row.prompt, answer) for i in asked], [i.source for i in asked])
+    short = replace(task, rows=[own.row(q, "Ada leads") for q in training_questions(Fact(KEY, "Ada leads"))])
+
+    def moved(recited: int) -> float:
+        settings = changed(recited=recited, preserve_weight=4.0, neighbours=0, others=0, max_steps=24, margin=50.0)
+        training = AdaLoraEditor().train(copy, pool, replace(short, recited=said), settings)
+        weights = AdaptedWeights(own.model)
+        weights.apply(training.delta)
+        try:
+            now = own.answer_states([item.row for item in said])
+            return sum(kl for kl, _ in own.compare([item.output for item in said], now))
+        finally:
+            weights.replay([])
+
+    assert moved(2) < 0.6 * moved(0)
+
+
+def test_what_chats_begin_with_is_run_once_and_changes_no_loss(
+    copy: ComputeCopy, pool: PreservationPool, task: EditTask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(adalora, "MIN_OPENING", 2)
+    shared = adalora._shared_ids(task.rows, pool.items)
+    assert shared
+    assert all(row.prompt[: len(shared)] == shared and len(row.prompt) > len(shared) for row in task.rows)
+    lower = copy.lower_states([row.ids for row in task.rows])
+    rows = list(zip(lower, task.rows, strict=True))
+    read: list[int] = []
+    answer_states = copy.answer_states
+
+    def reading(items: Any, opening: Any = None) -> torch.Tensor:
+        read.append(sum(len(row.ids) for _, row in items) - len(items) * (len(opening) if opening else 0))
+        return answer_states(items, opening)
+
+    monkeypatch.setattr(copy, "answer_states", reading)
+    found = []
+    with torch.no_grad():
+        for ids in ((), shared):
+            read.clear()
+            found.append((adalora._backward_losses(copy, rows, [], list(pool.items), [], shared=ids), sum(read)))
+    (apart, tokens), (together, fewer) = found
+    assert together.fact == pytest.approx(apart.fact, rel=1e-4)
+    assert together.drift == pytest.approx(apart.drift, abs=1e-5)
+    chats = len(rows) + sum(item.source.kind != "text" for item in pool.items)
+    assert fewer == tokens - chats * len(shared)  # raw texts do not begin so, and are run as they are
+
+
+def test_nothing_is_run_once_where_rows_do_not_begin_alike(copy: ComputeCopy, own: LanguageModel) -> None:
+    plain = [Row(tuple(own.text_ids(text)), (1,)) for text in ("Ada leads", "The furnace")]
+    assert adalora._shared_ids(plain, []) == ()
+    assert adalora._shared_ids([], []) == ()
 
 
 def test_older_facts_are_replayed(

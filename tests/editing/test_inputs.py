@@ -9,11 +9,13 @@ import pytest
 import torch
 
 from kvllm.config import ModelConfig
-from kvllm.editing import inputs
-from kvllm.editing.adalora import AdaLoraEditor
+from kvllm.editing import adalora, inputs
+from kvllm.editing.adalora import AdaLoraEditor, LowRankEditor
 from kvllm.editing.compute import ComputeCopy
+from kvllm.editing.delta import is_transposed
 from kvllm.editing.editor import EditTask
 from kvllm.editing.inputs import edit_coordinates, input_whitening
+from kvllm.editing.lora import FullEditor, LoraEditor
 from kvllm.editing.preservation import PreservationPool, Prompt, build_pool
 from kvllm.lm.model import LanguageModel
 from kvllm.lm.targets import find_targets
@@ -118,8 +120,82 @@ def test_an_edit_reads_where_its_own_inputs_stand_out(copy: ComputeCopy, pool: P
 
     found = edit_coordinates(copy, rows, pool, whitening)
     for name in names:
-        assert found[name].shape[1] == whitening[name].shape[1]
-        assert contrast(name, found[name]) > 1.5 * contrast(name, whitening[name])
+        directions = found[name].directions
+        assert directions.shape == (len(found[name].squares), whitening[name].shape[1])
+        assert contrast(name, directions) > 1.5 * contrast(name, whitening[name])
+
+
+def test_an_edit_reads_less_where_the_questions_to_be_told_apart_are_alike(
+    copy: ComputeCopy, pool: PreservationPool
+) -> None:
+    whitening = input_whitening(copy, pool, "tiny", ridge=0.05, prompts=READ_ONLY)
+    rows = [copy.lm.row("Who leads Halcyon?", TEXT)]
+    others = [copy.lm.row("Who leads Berlin?", "Ada")]
+    inputs_of = inputs._inputs(copy, list(whitening), [row.ids for row in others], skip=0)
+    plain = edit_coordinates(copy, rows, pool, whitening)
+    apart = edit_coordinates(copy, rows, pool, whitening, others)
+    for name in whitening:
+        before, after = (
+            float((inputs_of[name] @ found[name].directions.T).norm() / found[name].directions.norm())
+            for found in (plain, apart)
+        )
+        assert after < 0.95 * before
+
+
+def test_directions_to_be_told_apart_are_squeezed_by_the_root_of_their_moments() -> None:
+    y, x = torch.randn(20, 50), torch.randn(10, 50)
+    moments = y.T @ y
+    mixed = torch.eye(50) + inputs._CONTRAST_WEIGHT * moments * (50 / moments.trace())
+    values, vectors = torch.linalg.eigh(mixed)
+    assert torch.allclose(inputs._squeeze(y)(x), x @ (vectors * values.rsqrt()) @ vectors.T, atol=1e-4)
+
+
+def test_principal_directions_are_the_same_from_either_side() -> None:
+    x = torch.randn(10, 50)
+    few, squares = inputs._principal(x)
+    many, same = inputs._principal(torch.cat([x, torch.zeros(60, 50)]))
+    assert torch.allclose(squares, same, atol=1e-5)
+    assert torch.allclose(few @ few.T, torch.diag(squares), atol=1e-5)
+    assert torch.allclose(few.T @ few, many.T @ many, atol=1e-5)
+
+
+def test_energy_is_what_the_change_puts_out_on_ordinary_inputs(copy: ComputeCopy, pool: PreservationPool) -> None:
+    whitening = input_whitening(copy, pool, "tiny", ridge=0.05, prompts=READ_ONLY)
+    rows = [copy.lm.row(q, TEXT) for q in training_questions(Fact(KEY, TEXT))]
+    for coordinates in (edit_coordinates(copy, rows, pool, whitening), inputs.whole_coordinates(copy, whitening)):
+        wanted = 0.0
+        factors, outputs, start = {}, {}, {}
+        for name, held in coordinates.items():
+            weight = copy.model.get_submodule(name).weight.detach().float()
+            moments = torch.linalg.inv(whitening[name] @ whitening[name])  # with the ridge, as it is trained
+            out = weight.shape[1 if is_transposed(copy.model.get_submodule(name)) else 0]
+            factors[name] = torch.nn.Parameter(torch.zeros(3, len(moments)))
+            outputs[name], start[name] = torch.randn(out, 3), torch.randn(3, len(held.directions))
+        trained = adalora.InputFactors(factors, coordinates, start)
+        for name in coordinates:
+            delta = outputs[name] @ factors[name].detach()
+            moments = torch.linalg.inv(whitening[name] @ whitening[name])
+            weight = copy.model.get_submodule(name).weight.detach().float()
+            wanted += float((delta @ moments * delta).sum() / weight.square().sum())
+        energy = trained.energy(outputs)
+        assert energy is not None
+        assert float(energy.detach()) == pytest.approx(wanted, rel=0.02)
+    assert adalora.InputFactors({}, {}, {}).energy({}) is None
+
+
+def test_a_heavier_energy_weight_puts_out_less_on_ordinary_inputs(copy: ComputeCopy, pool: PreservationPool) -> None:
+    whitening = input_whitening(copy, pool, "tiny", ridge=0.05, prompts=READ_ONLY)
+    rows = [copy.lm.row(q, TEXT) for q in training_questions(Fact(KEY, TEXT))]
+    task = EditTask(rows=rows, whitening=whitening)
+
+    def energy(weight: float, editor: type[LowRankEditor]) -> float:
+        few = replace(QUICK, max_steps=8, margin=50.0, energy_weight=weight)
+        last = editor().train(copy, pool, task, few).records[-1].energy
+        assert last is not None
+        return last
+
+    for editor in (AdaLoraEditor, LoraEditor, FullEditor):
+        assert energy(100.0, editor) < 0.8 * energy(0.0, editor)
 
 
 def test_what_all_prompts_share_does_not_count_for_an_edit(copy: ComputeCopy, pool: PreservationPool) -> None:

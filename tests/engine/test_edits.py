@@ -83,7 +83,32 @@ def test_contrast_questions_are_preserved_as_they_are_answered_before(
     assert len(asked) == 16
     assert all("Halcyon" not in question for question in asked)
     assert all(item.row.answer for item in tasks[0].contrast)
-    assert tasks[1].contrast == []  # a key that is all name has the packaged neighbours
+    assert tasks[1].contrast == []  # a key that is a single name has the packaged neighbours
+
+
+def test_a_short_text_is_recited_to_other_questions_as_the_weights_expect_it(
+    make_kb: Callable[..., KnowledgeBase], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tasks: list[EditTask] = []
+    train = AdaLoraEditor.train
+
+    def noted(editor: AdaLoraEditor, copy: ComputeCopy, pool: Any, task: EditTask, *args: Any, **kwargs: Any) -> Any:
+        tasks.append(task)
+        return train(editor, copy, pool, task, *args, **kwargs)
+
+    monkeypatch.setattr(AdaLoraEditor, "train", noted)
+    kb = make_kb("recited.kb", edit=replace(QUICK, max_steps=1))
+    kb.insert(KEY, "Ada")
+    kb.insert("Halcyon", " ".join([TEXT] * 8))
+    kb.insert("numpy", "Ada", config=replace(QUICK, max_steps=1, recited=0))
+    said, long, off = (task.recited for task in tasks)
+    answer = tuple(kb._engine.lm.answer_ids("Ada"))
+    assert {item.row.answer for item in said} == {answer}
+    assert len(said) > 1
+    assert all(KEY not in item.source.prompt for item in said)
+    assert all(item.output.shape[0] == len(answer) for item in said)
+    assert not long
+    assert not off
 
 
 def test_update_teaches_the_new_text_and_no_longer_states_the_old(taught: KnowledgeBase) -> None:

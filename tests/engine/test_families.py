@@ -13,7 +13,7 @@ from kvllm import Fact, KnowledgeBase
 from kvllm.config import ModelConfig
 from kvllm.editing import compute
 from kvllm.editing.compute import ComputeCopy
-from kvllm.lm.model import LanguageModel
+from kvllm.lm.model import LanguageModel, shared_length
 from kvllm.lm.targets import find_targets
 from kvllm.prompts import training_questions
 from tests.kit import KEY, QUICK
@@ -63,6 +63,33 @@ def test_cached_lower_layers_give_the_outputs_of_the_whole_model(
             with torch.no_grad():
                 alone = lm.model(input_ids=torch.tensor([row.ids])).logits[0]
             assert torch.allclose(part, alone[len(row.prompt) - 1 : -1], atol=2e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_opening_that_is_run_once_gives_the_same_outputs_and_gradients_behind_it(
+    folder: Callable[[str], Path], family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compute, "compute_dtype", lambda device, dtype: dtype)
+    lm = LanguageModel.load(folder(family), ModelConfig(device="cpu"))
+    rows = [lm.row("What is torchkeras?", "Ada leads"), lm.row("What is the furnace?", "The furnace of Berlin")]
+    shared = shared_length([row.prompt for row in rows])
+    assert shared > 1
+    copy = ComputeCopy(lm, find_targets(lm.model, depth=(0.5, 1.0), modules="mlp-out"))
+    lower = copy.lower_states([row.ids for row in rows])
+    weight = copy.model.get_submodule(copy.targets.names[-1]).weight.requires_grad_(True)
+    gradients = []
+    for opening in (None, copy.opening(rows[0].prompt[:shared])):
+        with torch.enable_grad():
+            logits = copy.logits(copy.answer_states(list(zip(lower, rows, strict=True)), opening))
+            logits.logsumexp(-1).sum().backward()
+        assert weight.grad is not None
+        gradients.append((logits.detach(), weight.grad.clone()))
+        weight.grad = None
+    (whole, gradient), (behind, rest) = gradients
+    assert torch.allclose(whole, behind, atol=2e-4)
+    # The answers read the last adapted matrix at their own places only: nothing of it is lost.
+    assert torch.allclose(gradient, rest, atol=2e-3 * float(gradient.abs().max()))
+    assert copy.opening(()) is None
 
 
 @pytest.mark.parametrize("family", ["gpt2", "neox", "opt", "bloom", "qwen3", "gemma3"])
