@@ -106,7 +106,7 @@ class EditConfig(_Validated):
     target_rank: int = 8
     value_lr: float = 0.05
     factor_lr: float = 0.1
-    max_steps: int = 60
+    max_steps: int = 100
     margin: float = 0.5
     max_text_tokens: int = 400
     preserve_weight: float = 32.0

@@ -42,6 +42,7 @@ _ALLOCATE_UNTIL = 8
 _DRIFT_SMOOTHING = 0.5
 _TINY = 0.02  # peft's own spread of factors that no gradient has pointed
 _SCALES = (0.9, 0.8, 0.7, 0.6)  # of the trained delta, tried in turn
+_ENERGY_STEPS = 20  # at full weight
 _STEPS_PER_TRIM = 8  # what is given back has to be fetched again
 _HEAD_TOKENS = 128  # answer tokens per vocabulary projection
 _GROUP_TOKENS = 512  # tokens per forward and backward pass, padding included
@@ -172,7 +173,8 @@ class LowRankEditor(ABC):
                 if penalty is not None:
                     (config.orthogonality * penalty).backward()
                 if energy is not None:
-                    (config.energy_weight * energy).backward()
+                    # Held the longer, the less: what has not been learned by then needs more of ordinary directions.
+                    (config.energy_weight * min(1.0, _ENERGY_STEPS / step) * energy).backward()
                 adapter.step(step)
                 if step % _STEPS_PER_TRIM == 0:
                     give_back()
@@ -449,7 +451,7 @@ def _measure(copy: ComputeCopy, parts: Sequence[_Part], shared: Sequence[int]) -
     """
     found: list[_Measured | None] = [None] * len(parts)
     opening = copy.opening(shared)
-    behind = [opening is not None and part.row.ids[: len(shared)] == opening.ids for part in parts]
+    behind = [bool(shared) and part.row.ids[: len(shared)] == opening.ids for part in parts]
     groups: list[tuple[Opening | None, list[int]]] = []
     for follows in (True, False):
         places = [i for i, does in enumerate(behind) if does is follows]

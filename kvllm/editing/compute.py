@@ -165,19 +165,10 @@ class ComputeCopy:
         start = f"{self.targets.layer_list}."
         return max(int(name.removeprefix(start).split(".", 1)[0]) for name in self.targets.names)
 
-    @torch.no_grad()
-    def opening(self, ids: Sequence[int]) -> Opening | None:
-        """Run what several rows begin with through the weights as they are, for `answer_states`; None for nothing."""
-        if not ids:
-            return None
-        from transformers import DynamicCache
-
-        cache: Any = DynamicCache(config=self.model.config)
+    def opening(self, ids: Sequence[int]) -> Opening:
+        """Run what several rows begin with through the weights as they are, for `answer_states`."""
         with self.precision():
-            self.model.get_decoder()(
-                input_ids=torch.tensor([list(ids)], device=self.lm.device), past_key_values=cache, use_cache=True
-            )
-        return Opening(tuple(ids), cache)
+            return self._lm.opening(ids)
 
     def answer_states(self, items: Sequence[tuple[torch.Tensor, Row]], opening: Opening | None = None) -> torch.Tensor:
         """Run the upper layers and return the last hidden states that predict each answer token.
@@ -190,7 +181,7 @@ class ComputeCopy:
         Returns:
             (answer tokens of all items in order, hidden), with gradient if enabled.
         """
-        start = len(opening) if opening is not None else 0
+        start = len(opening or ())
         width = max(states.shape[0] for states, _ in items) - start
         # Right-padded: causal attention keeps padding from every real position, so no mask is needed.
         batch = torch.stack([nn.functional.pad(s[start:], (0, 0, 0, width + start - s.shape[0])) for s, _ in items])

@@ -404,15 +404,19 @@ class LanguageModel:
     @torch.inference_mode()
     def shared_opening(self, prompts: Sequence[Sequence[int]]) -> Opening:
         """Run once what all prompts begin with: for a chat model its preamble, most of a short question's tokens."""
+        n = min(shared_length(prompts), min(map(len, prompts)) - 1) if len(prompts) > 1 else 0
+        return self.opening(prompts[0][:n] if n >= MIN_OPENING else ())
+
+    @torch.no_grad()
+    def opening(self, ids: Sequence[int]) -> Opening:
+        """Run what several prompts begin with; nothing for no tokens."""
         from transformers import DynamicCache
 
-        n = min(shared_length(prompts), min(map(len, prompts)) - 1) if len(prompts) > 1 else 0
         cache: Any = DynamicCache(config=self.model.config)
-        if n < MIN_OPENING:
-            return Opening((), cache)
-        ids = torch.tensor([prompts[0][:n]], device=self.device)
-        self.last_states(ids, torch.ones_like(ids), cache)
-        return Opening(tuple(prompts[0][:n]), cache)
+        if ids:
+            read = torch.tensor([list(ids)], device=self.device)
+            self.last_states(read, torch.ones_like(read), cache)
+        return Opening(tuple(ids), cache)
 
     @cached_property
     def caches_join(self) -> bool:
