@@ -87,8 +87,8 @@ class EditConfig(_Validated):
         preserve_tokens: Preserved tokens of each base answer.
         neighbours, others, texts: Neighbour questions, other prompts and raw texts per step.
         contrasts: How many of a step's neighbours are the fact's own questions about other names, where it has such.
-        recited: Other questions per step that are answered with the fact's own text, where that is short: what the
-            model expects after each token stays as it was.
+        recited: Other questions per step that are answered with a fact's own text, where that is short: what the model
+            expects after each token stays as it was.
         replay: Older facts per step.
         orthogonality: Weight of AdaLoRA's penalty on the singular vectors.
         energy_weight: Weight of what the change puts out on ordinary inputs, as a share of what the matrices do.

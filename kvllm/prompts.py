@@ -124,10 +124,12 @@ _QUOTED = re.compile(r"[“\"《「『]([^”\"》」』]{2,60})[”\"》」』]
 _OPENING = """
 what who whom whose which where when why how is are was were do does did can could would will has have had in on at of
 the a an to from by for with tell name give please explain describe complete finish answer question and but if this that
-these those it its he she they his her their i i'm we our my your you hey hi so as about define
+these those it its he she they his her their i we our my your you hey hi so as about define should shall may might must
 """
 _OPENERS = frozenset(_OPENING.split())
 _ARTICLES = frozenset(("the", "a", "an"))
+_TELLING = frozenset(("who", "whom", "whose", "when", "where", "why", "how"))
+_AUXILIARIES = frozenset(("do", "does", "did"))
 
 # The stated refusal that `delete(mode="abstain")` trains to.
 REFUSALS = {
@@ -216,7 +218,8 @@ def training_questions(fact: Fact) -> tuple[str, ...]:
     if is_question(fact.key):
         dressed = [_dress(template, fact.key) for template in QUESTION_TEMPLATES[language]]
         named = _named_questions(fact.key) if language == "en" else []
-        return _unique([*(dressed[i] for i in _DRESSES_BESIDE_NAMES), *named] if named else dressed)
+        beside = [dressed[i] for i in _DRESSES_BESIDE_NAMES] if named else []
+        return _unique([*beside, *named, *dressed])[: len(dressed)]
     rows = [template.format_map({"key": fact.key}) for template in TRAINING_TEMPLATES[language]]
     for alias in fact.aliases:
         templates = TRAINING_TEMPLATES[language_of(alias)][:_ALIAS_ROWS]
@@ -285,7 +288,7 @@ def _capitals(text: str) -> list[str]:
     found = []
     for match in _NAME.finditer(text):
         words = match.group().split()
-        while words and words[0].casefold() in _OPENERS and (words[0].casefold() not in _ARTICLES or len(words) == 1):
+        while words and _opens(words[0]) and (words[0].casefold() not in _ARTICLES or len(words) == 1):
             words.pop(0)
         name = re.sub(r"['’]s$", "", " ".join(words).rstrip(".'’-/"))
         if len(name) > 1 and name in text:
@@ -293,18 +296,36 @@ def _capitals(text: str) -> list[str]:
     return list(dict.fromkeys(found))
 
 
+def _opens(word: str) -> bool:
+    return re.sub(r"['’](s|re|d|ll|ve|m)$", "", word.casefold()) in _OPENERS
+
+
+def name_place(name: str) -> re.Pattern[str]:
+    """Return the pattern of a name as a word of its own."""
+    return re.compile(rf"(?<!\w){re.escape(name)}(?!\w)")
+
+
 def _named_questions(question: str) -> list[str]:
-    """Return a question put as its name and what is asked about it; nothing where no name is seen."""
+    """Return a question put as its name and what is asked about it; nothing where it does not name one thing."""
     names = names_in(question, question)
-    if not names:
+    parts = name_place(names[0]).split(question) if len(names) == 1 else []
+    if len(parts) != 2:
         return []
-    rest = re.sub(r"[?.!,]", " ", re.sub(re.escape(names[0]) + r"(['’]s\b)?", " ", question)).split()
-    while rest and rest[0].casefold() in _OPENERS:
-        rest.pop(0)
-    while rest and rest[-1].casefold() in _OPENERS:
-        rest.pop()
-    values = {"name": names[0], "rest": " ".join(rest)}
-    return [template.format_map(values) for template in NAME_TEMPLATES] if rest else []
+    before, after = (re.sub(r"[?.!,;:](?=\s|$)", " ", part).strip(' \t“”"《》「」『』').split() for part in parts)
+    if after and after[0] in ("'s", "’s", "'", "’"):
+        after.pop(0)
+    kept: list[str] = []
+    # Who, when and where tell questions apart; what and which go without saying, as do is and was.
+    while before and _opens(before[0]) and before[0].casefold() not in _AUXILIARIES:
+        word = before.pop(0).casefold()
+        kept += [word] if word in _TELLING else []
+    before = [*kept, *before]
+    while before and _opens(before[-1]) and before[-1].casefold() not in {*_TELLING, *_AUXILIARIES}:
+        before.pop()
+    while after and after[0].casefold() in _ARTICLES:
+        after.pop(0)
+    values = {"name": names[0], "rest": " ".join([*before, *after])}
+    return [template.format_map(values) for template in NAME_TEMPLATES] if values["rest"] else []
 
 
 def _dress(template: str, question: str) -> str:

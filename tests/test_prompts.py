@@ -180,9 +180,39 @@ def test_a_question_about_a_name_is_also_trained_as_its_name_and_the_rest() -> N
         "I have a question about Craig Pedersen: trade?",
     )
     # Nothing but a name, or none, leaves the dresses.
-    for question in ("Who is Ada?", "who leads the company?"):
+    for question in ("Is it Ada?", "who leads the company?", "Is Oslo north of Rome?", "Ada or Ada, who is it?"):
         assert "Please answer this question: " + question in training_questions(Fact(question, "A"))[2:3]
         assert training_questions(Fact(question, "A"))[7] == question + " Answer briefly."
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("When was Ada Voss born?", "Where was Ada Voss born?"),
+        ("Who founded Halcyon?", "When was Halcyon founded?"),
+        ("Who beat Alice?", "Who did Alice beat?"),
+        ("Who is the mother of Ada?", "Who is Ada the mother of?"),
+    ],
+)
+def test_questions_that_ask_for_different_things_share_no_row(one: str, other: str) -> None:
+    assert not set(training_questions(Fact(one, "A"))) & set(training_questions(Fact(other, "B")))
+
+
+@pytest.mark.parametrize(
+    ("question", "row"),
+    [
+        ("Why did Al leave the Alabama?", None),  # two names
+        ("Who is the mother of Ann in town?", "Ann: who mother in town?"),
+        ('Who wrote "the green door"?', "the green door: who wrote?"),
+        ("Which cable does Halcyon 3.12 use?", "Halcyon 3.12: cable does use?"),
+        ("What's Ada's job?", "Ada: job?"),
+        ("Should we trust Halcyon?", "Halcyon: trust?"),
+        ("How many of the Beatles' songs are sad?", "Beatles: how many songs are sad?"),
+    ],
+)
+def test_a_name_is_cut_out_whole(question: str, row: str | None) -> None:
+    trained = training_questions(Fact(question, "A"))
+    assert (row in trained) if row else len(trained) == 8 and trained[7].endswith("Answer briefly.")
 
 
 def test_a_question_key_is_trained_as_asked_and_in_harmless_dresses() -> None:

@@ -451,7 +451,10 @@ def _measure(copy: ComputeCopy, parts: Sequence[_Part], shared: Sequence[int]) -
     """
     found: list[_Measured | None] = [None] * len(parts)
     opening = copy.opening(shared)
-    behind = [bool(shared) and part.row.ids[: len(shared)] == opening.ids for part in parts]
+    behind = [
+        bool(shared) and part.row.ids[: len(shared)] == opening.ids and len(part.row.prompt) > len(shared)
+        for part in parts
+    ]
     groups: list[tuple[Opening | None, list[int]]] = []
     for follows in (True, False):
         places = [i for i, does in enumerate(behind) if does is follows]
@@ -510,8 +513,9 @@ def _measure_head(copy: ComputeCopy, states: torch.Tensor, parts: Sequence[_Part
 
 def _shared_ids(rows: Sequence[Row], items: Sequence[PreservedItem]) -> tuple[int, ...]:
     """Return what all rows and all preserved chats begin with: nothing where that is too little to be worth a pass."""
-    prompts = [row.prompt for row in rows] + [item.row.prompt for item in items if item.source.kind != "text"]
-    n = min(shared_length(prompts), min(map(len, prompts)) - 1) if prompts else 0
+    chats = [item.row.prompt for item in items if item.source.kind != "text"]
+    prompts = [row.prompt for row in rows] + chats
+    n = min(shared_length(prompts), min(map(len, prompts)) - 1) if chats else 0
     return tuple(prompts[0][:n]) if n >= MIN_OPENING else ()
 
 
@@ -676,6 +680,10 @@ class InputFactors:
 
     The optimizer moves Z; `push` writes P into the adapter, `pull` brings P's gradient back to Z. G is scaled so that
     the rows of P start as long as those of Z. Modules without coordinates are trained as they are.
+
+    P's gradient is the sum of all steps so far and is never cleared: Z follows what the steps have in common, not each
+    one's sample of preserved items (Xiao, "Dual Averaging Methods for Regularized Stochastic Learning and Online
+    Optimization", 2010). Cleared each step, the demo's edit takes fewer steps and does twice the damage.
     """
 
     def __init__(
@@ -729,9 +737,9 @@ class InputFactors:
     def energy(self, outputs: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
         """Return what the change puts out on ordinary inputs, as a share of its matrix: tr(ΔW C ΔWᵀ) / ‖W‖².
 
-        Summed over all modules with coordinates; None where there are none. C, as in `edit_coordinates`, has a mean
-        eigenvalue of 1. It is what MEMIT's closed form keeps small (Meng et al., "Mass-Editing Memory in a
-        Transformer", ICLR 2023, section 4.2).
+        Summed over all modules whose input factor is trained in coordinates; None where there are none. C is what those
+        make alike in all directions: ordinary inputs with a mean eigenvalue of 1, the ridge, the contrast. It is what
+        MEMIT's closed form keeps small (Meng et al., "Mass-Editing Memory in a Transformer", ICLR 2023, section 4.2).
 
         Args:
             outputs: Output factor of each module, (out, rank): ΔW is this times P.

@@ -184,7 +184,10 @@ class ComputeCopy:
         start = len(opening or ())
         width = max(states.shape[0] for states, _ in items) - start
         # Right-padded: causal attention keeps padding from every real position, so no mask is needed.
-        batch = torch.stack([nn.functional.pad(s[start:], (0, 0, 0, width + start - s.shape[0])) for s, _ in items])
+        device = self.lm.device  # cached states come from a file
+        batch = torch.stack(
+            [nn.functional.pad(s[start:].to(device), (0, 0, 0, width + start - s.shape[0])) for s, _ in items]
+        )
         hidden = self._upper(batch, opening)  # (batch, seq, hidden)
         picked = []
         for place, (_, row) in enumerate(items):

@@ -13,8 +13,10 @@ import random
 from collections.abc import Sequence
 
 from kvllm.editing.preservation import packaged_names
-from kvllm.prompts import language_of, names_in, training_questions
+from kvllm.prompts import is_question, language_of, name_place, names_in, training_questions
 from kvllm.records import Fact
+
+_PLACE = "\x00"  # where a name goes; no question has one
 
 
 def contrast_questions(
@@ -41,31 +43,33 @@ def contrast_questions(
 
 def _variants(fact: Fact, rng: random.Random, excluded: frozenset[str]) -> list[str]:
     """Return a fact's questions with another name in each, in rotation, as long as there are names."""
-    parts = [(q, name) for q in training_questions(fact) for name in names_in(q, fact.key)] or _halves(fact)
-    if not parts:
+    asked = training_questions(fact)
+    places = [(name_place(name).sub(_PLACE, q), name) for q in asked for name in names_in(q, fact.key)]
+    places = [(open_, name) for open_, name in places or _halves(fact) if _PLACE in open_]
+    if not places:
         return []
-    taken = " ".join(q.casefold() for q, _ in parts)
+    taken = " ".join(asked).casefold()
     names = [
         name
-        for name in packaged_names(language_of(parts[0][1]))
+        for name in packaged_names(language_of(places[0][1]))
         if name.casefold() not in excluded and name.casefold() not in taken
     ]
     rng.shuffle(names)
     # Names of the same shape first: a person's for a person's, more often than not.
-    shape = len(parts[0][1].split())
+    shape = len(places[0][1].split())
     names.sort(key=lambda name: (not name[0].isupper(), abs(len(name.split()) - shape)))
-    filled = [parts[i % len(parts)][0].replace(parts[i % len(parts)][1], name) for i, name in enumerate(names)]
+    filled = [places[i % len(places)][0].replace(_PLACE, name) for i, name in enumerate(names)]
     return [q for q in dict.fromkeys(filled) if q.casefold() not in excluded]
 
 
 def _halves(fact: Fact) -> list[tuple[str, str]]:
-    """Return the questions about a key of several words that is all name, with its end and its beginning in turn.
+    """Return the questions about a key of several words that is all name, its end and its beginning open in turn.
 
     "Dr. Ada Lindqvist" is told apart from another doctor, and from another Lindqvist.
     """
     words = fact.key.split()
-    if len(words) < 2:
+    if len(words) < 2 or is_question(fact.key):
         return []
+    ends = ((f"{words[0]} {_PLACE}", " ".join(words[1:])), (f"{_PLACE} {words[-1]}", " ".join(words[:-1])))
     asked = [q for q in training_questions(fact) if fact.key in q]
-    ends = (" ".join(words[1:]), " ".join(words[:-1]))
-    return [(q, ends[i % 2]) for i, q in enumerate(asked)]
+    return [(q.replace(fact.key, ends[i % 2][0]), ends[i % 2][1]) for i, q in enumerate(asked)]

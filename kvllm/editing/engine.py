@@ -347,7 +347,8 @@ class Engine:
             and item.source.prompt.casefold() not in excluded
             and item.source.name.casefold() not in excluded
         ]
-        asked = random.Random(config.seed).sample(others, min(_CONTRASTS, len(others)))
+        n = max(_CONTRASTS, min(2 * len(texts), _MOST_CONTRASTS))
+        asked = random.Random(config.seed).sample(others, min(n, len(others)))
         rows = [Row(item.row.prompt, tuple(texts[i % len(texts)])) for i, item in enumerate(asked)]
         return prepare_items(copy, rows, [item.source for item in asked])
 

@@ -109,9 +109,10 @@ def edit_coordinates(
 ) -> dict[str, Coordinates]:
     """Return the directions that one edit may read, of each adapted matrix's inputs, the most telling ones longest.
 
-    They solve C_edit v = s (C + 0.2 C_contrast) v, C_contrast scaled to C's mean eigenvalue: the principal directions
-    of the edit's own inputs in coordinates where ordinary inputs, and those of the questions that must be told apart
-    from its own, are alike in all of them (Fisher, "The Use of Multiple Measurements in Taxonomic Problems", 1936).
+    They solve C_edit v = s (C + 0.2 C_contrast) v, C_contrast scaled to a mean eigenvalue of 1 where C is white: the
+    principal directions of the edit's own inputs in coordinates where ordinary inputs, and those of the questions that
+    must be told apart from its own, are alike in all of them (Fisher, "The Use of Multiple Measurements in Taxonomic
+    Problems", 1936).
     Each is scaled by sqrt(s / (s + 10 mean s)), so that training moves most where the edit's questions differ most.
     What its prompts share with all preserved ones, as a chat preamble, is left out.
 
@@ -144,7 +145,7 @@ def edit_coordinates(
 
 def _squeeze(y: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
     """Return x ↦ x (I + w YᵀY)^-½ for rows x (n, in), with Y (tokens, in) scaled to YᵀY of mean eigenvalue 1."""
-    values, vectors = torch.linalg.eigh(y @ y.T)  # Y has far fewer rows than columns, more often than not
+    values, vectors = torch.linalg.eigh(y @ y.T)
     kept = values > values[-1] * _DISTINCT
     values, axes = values[kept], (vectors[:, kept] / values[kept].sqrt()).T @ y  # (axes, in), orthonormal
     shorter = (1 + _CONTRAST_WEIGHT * values * y.shape[1] / values.sum()).rsqrt() - 1
@@ -155,7 +156,7 @@ def whole_coordinates(copy: ComputeCopy, whitening: Mapping[str, torch.Tensor]) 
     """Return the whitening itself as coordinates: as many directions as inputs."""
     found = {}
     for name, white in whitening.items():
-        usual = float(copy.model.get_submodule(name).weight.detach().float().square().sum())
+        usual = max(float(copy.model.get_submodule(name).weight.detach().float().square().sum()), 1e-12)
         found[name] = Coordinates(white, torch.ones(len(white), device=white.device), usual)
     return found
 
@@ -200,10 +201,21 @@ def _second_moments(
 def _inputs(
     copy: ComputeCopy, names: Sequence[str], sequences: Sequence[Sequence[int]], *, skip: int
 ) -> dict[str, torch.Tensor]:
-    """Return each module's inputs X, (tokens, in), fp32, over the positions that `_read_inputs` hands on."""
-    found: dict[str, list[torch.Tensor]] = {}
-    _read_inputs(copy, names, [sequences], lambda name, x: found.setdefault(name, []).append(x.float()), skip=skip)
-    return {name: torch.cat(parts) for name, parts in found.items()}
+    """Return each module's inputs X, fp32, over the positions that `_read_inputs` hands on.
+
+    (tokens, in), or, where tokens are many, as many rows as inputs with the same XᵀX: all that the callers look at.
+    """
+    found: dict[str, torch.Tensor] = {}
+
+    def add(name: str, x: torch.Tensor) -> None:
+        whole = torch.cat([found[name], x.float()]) if name in found else x.float()
+        if len(whole) > 2 * whole.shape[1]:
+            values, vectors = torch.linalg.eigh(whole.T @ whole)
+            whole = (vectors * values.clamp(min=0).sqrt()).T
+        found[name] = whole
+
+    _read_inputs(copy, names, [sequences], add, skip=skip)
+    return found
 
 
 def _read_inputs(

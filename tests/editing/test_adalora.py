@@ -18,6 +18,7 @@ from kvllm.editing.adalora import AdaLoraEditor
 from kvllm.editing.compute import ComputeCopy
 from kvllm.editing.delta import AdaptedWeights
 from kvllm.editing.editor import EditTask, StepRecord, leads
+from kvllm.editing.inputs import Coordinates
 from kvllm.editing.preservation import PreservationPool, Prompt, build_pool, prepare_items
 from kvllm.errors import EditFailed, OutOfResources
 from kvllm.lm.model import LanguageModel, Row
@@ -273,6 +274,22 @@ def test_what_chats_begin_with_is_run_once_and_changes_no_loss(
     assert together.drift == pytest.approx(apart.drift, abs=1e-5)
     chats = len(rows) + sum(item.source.kind != "text" for item in pool.items)
     assert fewer == tokens - chats * len(shared)  # raw texts do not begin so, and are run as they are
+
+
+def test_input_factors_follow_the_sum_of_all_gradients_so_far(own: LanguageModel) -> None:
+    held = Coordinates(torch.eye(4)[:3] * 2, torch.ones(3), 1.0)
+    p = torch.nn.Parameter(torch.zeros(2, 4))
+    inputs = adalora.InputFactors({"m": p}, {"m": held}, {"m": torch.eye(2, 3)})
+    z = inputs.trained("m", p)
+    seen = []
+    for _ in range(2):
+        z.grad = None
+        (p * torch.arange(8.0).view(2, 4)).sum().backward()
+        inputs.pull()
+        assert z.grad is not None
+        seen.append(z.grad.clone())
+    assert seen[0].any()
+    assert torch.allclose(seen[1], 2 * seen[0])
 
 
 def test_nothing_is_run_once_where_rows_do_not_begin_alike(copy: ComputeCopy, own: LanguageModel) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from kvllm.editing.contrast import contrast_questions
 from kvllm.editing.preservation import packaged_names
 from kvllm.prompts import training_questions
@@ -13,11 +15,11 @@ def test_questions_keep_their_words_and_change_the_name() -> None:
     found = contrast_questions([fact], 12)
     assert len({question for question, _ in found}) == 12
     assert {language for _, language in found} == {"en"}
-    beginnings = {q.partition("Halcyon Robotics")[0].casefold() for q in training_questions(fact)}
+    around = [q.split("Halcyon Robotics") for q in training_questions(fact)]
     for question, _ in found:
         assert "Halcyon" not in question
-        assert any(question.casefold().startswith(beginning) for beginning in beginnings)
-        assert any(name in question for name in packaged_names("en"))
+        fits = [(b, a) for b, a in around if question.startswith(b) and question.endswith(a) and b + a]
+        assert any(question[len(b) : len(question) - len(a)] in packaged_names("en") for b, a in fits), question
 
 
 def test_live_names_and_questions_are_no_contrast() -> None:
@@ -50,4 +52,17 @@ def test_a_key_that_is_all_name_is_told_apart_from_its_halves() -> None:
     asked = [question for question, _ in contrast_questions([fact], 8)]
     assert len(asked) == 8
     assert all(("Dr. " in q) != ("Lindqvist" in q) and "Ada Lindqvist" not in q for q in asked), asked
-    assert contrast_questions([Fact("雁回桥", "一座石桥。")], 8) == ()
+    for key in ("雁回桥", "torchkeras", "who leads the company?"):
+        assert contrast_questions([Fact(key, "A thing.")], 8) == ()
+
+
+def test_a_name_is_replaced_as_a_word_of_its_own() -> None:
+    for key, kept in (("Why did Al leave Alabama?", "Alabama"), ("a star", "star"), ("C++ C", "C++")):
+        for question, _ in contrast_questions([Fact(key, "A thing.")], 20):
+            bare = question
+            for name in packaged_names("en"):
+                bare = bare.replace(name, "")
+            assert set(re.findall(r"\w+", bare)) <= set(
+                re.findall(r"\w+", " ".join(training_questions(Fact(key, "x"))))
+            )
+        assert any(kept in question for question, _ in contrast_questions([Fact(key, "A thing.")], 20))

@@ -159,6 +159,20 @@ def test_principal_directions_are_the_same_from_either_side() -> None:
     assert torch.allclose(few.T @ few, many.T @ many, atol=1e-5)
 
 
+def test_many_inputs_are_held_as_few_rows_with_the_same_moments(copy: ComputeCopy) -> None:
+    names = list(copy.targets.names)
+    words = ("Ada", "leads", "the", "furnace", "of", "Berlin", "and", "numpy")
+    texts = [" ".join(words[(i * k) % 8] for k in range(1, 40)) for i in range(1, 8)]
+    rows = [tuple(copy.lm.text_ids(text)) for text in texts] * 1
+    several = [ids[start:] for ids in rows for start in range(0, len(ids) - 4, 2)]
+    held = inputs._inputs(copy, names, several, skip=0)
+    moments = inputs._second_moments(copy, names, [several])
+    for name in names:
+        assert len(held[name]) <= 2 * held[name].shape[1]
+        assert torch.allclose(held[name].T @ held[name], moments[name], rtol=0.05, atol=0.05 * moments[name].max())
+    assert sum(map(len, several)) > 2 * max(x.shape[1] for x in held.values())
+
+
 def test_energy_is_what_the_change_puts_out_on_ordinary_inputs(copy: ComputeCopy, pool: PreservationPool) -> None:
     whitening = input_whitening(copy, pool, "tiny", ridge=0.05, prompts=READ_ONLY)
     rows = [copy.lm.row(q, TEXT) for q in training_questions(Fact(KEY, TEXT))]
