@@ -64,17 +64,23 @@ def test_the_ledger_says_what_was_taught_and_behaves_as_a_mapping(taught: Knowle
         taught["Berlin"]
 
 
-def test_contrast_questions_are_preserved_as_they_are_answered_before(
-    make_kb: Callable[..., KnowledgeBase], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tasks: list[EditTask] = []
+@pytest.fixture
+def tasks(monkeypatch: pytest.MonkeyPatch) -> list[EditTask]:
+    """What the editor was given, training for training."""
+    given: list[EditTask] = []
     train = AdaLoraEditor.train
 
     def noted(editor: AdaLoraEditor, copy: ComputeCopy, pool: Any, task: EditTask, *args: Any, **kwargs: Any) -> Any:
-        tasks.append(task)
+        given.append(task)
         return train(editor, copy, pool, task, *args, **kwargs)
 
     monkeypatch.setattr(AdaLoraEditor, "train", noted)
+    return given
+
+
+def test_contrast_questions_are_preserved_as_they_are_answered_before(
+    make_kb: Callable[..., KnowledgeBase], tasks: list[EditTask]
+) -> None:
     kb = make_kb("contrast.kb", edit=replace(QUICK, contrasts=2))
     kb.insert("Who leads Halcyon?", "Ada")
     kb.insert(KEY, TEXT)
@@ -87,16 +93,8 @@ def test_contrast_questions_are_preserved_as_they_are_answered_before(
 
 
 def test_a_short_text_is_recited_to_other_questions_as_the_weights_expect_it(
-    make_kb: Callable[..., KnowledgeBase], monkeypatch: pytest.MonkeyPatch
+    make_kb: Callable[..., KnowledgeBase], tasks: list[EditTask]
 ) -> None:
-    tasks: list[EditTask] = []
-    train = AdaLoraEditor.train
-
-    def noted(editor: AdaLoraEditor, copy: ComputeCopy, pool: Any, task: EditTask, *args: Any, **kwargs: Any) -> Any:
-        tasks.append(task)
-        return train(editor, copy, pool, task, *args, **kwargs)
-
-    monkeypatch.setattr(AdaLoraEditor, "train", noted)
     kb = make_kb("recited.kb", edit=replace(QUICK, max_steps=1))
     kb.insert(KEY, "Ada")
     kb.insert("Halcyon", " ".join([TEXT] * 8))
