@@ -301,8 +301,9 @@ def _opens(word: str) -> bool:
 
 
 def name_place(name: str) -> re.Pattern[str]:
-    """Return the pattern of a name as a word of its own."""
-    return re.compile(rf"(?<!\w){re.escape(name)}(?!\w)")
+    """Return the pattern of a name as a word of its own; Chinese puts nothing between words."""
+    found = re.escape(name)
+    return re.compile(found if language_of(name) == "zh" else rf"(?<!\w){found}(?!\w)")
 
 
 def _named_questions(question: str) -> list[str]:

@@ -45,7 +45,7 @@ def _variants(fact: Fact, rng: random.Random, excluded: frozenset[str]) -> list[
     """Return a fact's questions with another name in each, in rotation, as long as there are names."""
     asked = training_questions(fact)
     places = [(name_place(name).sub(_PLACE, q), name) for q in asked for name in names_in(q, fact.key)]
-    places = [(open_, name) for open_, name in places or _halves(fact) if _PLACE in open_]
+    places = [(open_, name) for open_, name in places if _PLACE in open_] or _halves(fact)
     if not places:
         return []
     taken = " ".join(asked).casefold()

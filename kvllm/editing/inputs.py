@@ -112,9 +112,8 @@ def edit_coordinates(
     They solve C_edit v = s (C + 0.2 C_contrast) v, C_contrast scaled to a mean eigenvalue of 1 where C is white: the
     principal directions of the edit's own inputs in coordinates where ordinary inputs, and those of the questions that
     must be told apart from its own, are alike in all of them (Fisher, "The Use of Multiple Measurements in Taxonomic
-    Problems", 1936).
-    Each is scaled by sqrt(s / (s + 10 mean s)), so that training moves most where the edit's questions differ most.
-    What its prompts share with all preserved ones, as a chat preamble, is left out.
+    Problems", 1936). Each is scaled by sqrt(s / (s + 10 mean s)), so that training moves most where the edit's
+    questions differ most. What its prompts share with all preserved ones, as a chat preamble, is left out.
 
     Args:
         copy: Compute copy, holding the weights that the edit starts from.

@@ -56,6 +56,13 @@ def test_a_key_that_is_all_name_is_told_apart_from_its_halves() -> None:
         assert contrast_questions([Fact(key, "A thing.")], 8) == ()
 
 
+def test_a_chinese_name_is_replaced_where_no_space_parts_it() -> None:
+    found = contrast_questions([Fact("松涛站的海拔", "松涛站的海拔是两千三百一十六米。")], 8)
+    assert len(found) == 8
+    assert {language for _, language in found} == {"zh"}
+    assert all("的海拔" in question and "松涛站" not in question for question, _ in found)
+
+
 def test_a_name_is_replaced_as_a_word_of_its_own() -> None:
     for key, kept in (("Why did Al leave Alabama?", "Alabama"), ("a star", "star"), ("C++ C", "C++")):
         for question, _ in contrast_questions([Fact(key, "A thing.")], 20):

@@ -163,7 +163,7 @@ def test_many_inputs_are_held_as_few_rows_with_the_same_moments(copy: ComputeCop
     names = list(copy.targets.names)
     words = ("Ada", "leads", "the", "furnace", "of", "Berlin", "and", "numpy")
     texts = [" ".join(words[(i * k) % 8] for k in range(1, 40)) for i in range(1, 8)]
-    rows = [tuple(copy.lm.text_ids(text)) for text in texts] * 1
+    rows = [tuple(copy.lm.text_ids(text)) for text in texts]
     several = [ids[start:] for ids in rows for start in range(0, len(ids) - 4, 2)]
     held = inputs._inputs(copy, names, several, skip=0)
     moments = inputs._second_moments(copy, names, [several])
