@@ -30,11 +30,13 @@ _ARMS: tuple[dict[str, Any], ...] = (
     {"name": "batched", "mode": "batched"},
     {"name": "sequential, bf16 sums", "mode": "sequential", "masters": "bfloat16"},
 )
-_KNOWN = {"name", "mode", "chunk", "compact", "masters", "edit", "steps_per_fact"}
+_KNOWN = {"name", "mode", "chunk", "compact", "masters", "edit", "steps_per_fact", "seeds"}
 
 
 def runs(declared: Declared) -> list[Run]:
     """Return one run per arm and seed; the arms that train nothing need one seed only.
+
+    An arm has all of the experiment's seeds, or those that it names itself.
 
     Raises:
         ConfigError: an arm or a checkpoint cannot be used.
@@ -54,7 +56,10 @@ def runs(declared: Declared) -> list[Run]:
         if arm.get("compact", False) not in ((True, False) if mode not in _UNTRAINED else (False,)):
             raise ConfigError("compact is true or false, and only for an arm that trains; nothing was run.")
         name = str(arm.get("name", mode))
-        for seed in declared.seeds if mode not in _UNTRAINED else declared.seeds[:1]:
+        seeds = arm.get("seeds", declared.seeds if mode not in _UNTRAINED else declared.seeds[:1])
+        if not isinstance(seeds, (list, tuple)) or not seeds or not set(seeds) <= set(declared.seeds):
+            raise ConfigError("An arm's seeds are some of the experiment's; nothing was run.")
+        for seed in seeds:
             identity = f"{slug(name)}-{seed}"
             found.append(Run(identity, name, seed, tuple(_steps(declared, arm)), dict(arm)))
     if len({run.id for run in found}) != len(found):

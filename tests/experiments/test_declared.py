@@ -82,6 +82,7 @@ def test_impossible_declarations_are_refused(changes: dict[str, Any], sentence: 
     [
         ("injection", {"arms": [{"mode": "sideways"}]}, "An arm has a mode"),
         ("injection", {"arms": [{"mode": "batched"}, {"mode": "batched"}]}, "one name"),
+        ("injection", {"arms": [{"mode": "batched", "seeds": [7]}]}, "some of the experiment's"),
         ("injection", {"checkpoints": [0]}, "checkpoints"),
         ("capacity", {"budgets": [{"name": "x", "edit": {"target_rank": 99}}]}, "target_rank"),
         ("factors", {"parts": ["luck"]}, "parts"),
