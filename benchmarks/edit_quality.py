@@ -10,10 +10,12 @@ Raw text and general questions are measured on every K-th item (--damage-every) 
     python benchmarks/edit_quality.py --half final --mode update --n 40 --columns kvllm
     python benchmarks/edit_quality.py --half final --mode delete --n 40 --columns kvllm
     python benchmarks/edit_quality.py --half final --mode batched --n 50 --items own,zsre --columns kvllm
+    python benchmarks/edit_quality.py --columns article,kvllm --variants '{"no energy": {"energy_weight": 0}}'
 
 Modes: insert (each item from the base, or with --sequence one after the other), update (insert, then another text
 under the same key), delete (insert, then delete), batched (all items by one call). A column that has no such operation
-is left out. Public items are read from $KVLLM_DATA or ../shared/data. A killed run with --resume goes on where it was.
+is left out. Variants are kvllm's column with other settings, for single edits: a curve of recall against damage, time.
+Public items are read from $KVLLM_DATA or ../shared/data. A killed run with --resume goes on where it was.
 """
 
 from __future__ import annotations
@@ -59,7 +61,7 @@ SHARES = {
 def main(argv: Sequence[str] | None = None) -> int:
     given = options().parse_args(argv)
     sources = given.items.split(",")
-    columns = given.columns.split(",")
+    columns = [*given.columns.split(","), *given.variants]
     try:
         check(given, sources, columns)
         items = chosen(given, sources)
@@ -73,6 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         extra = {
             "items": items,
             "edit": given.edit,
+            "variants": given.variants,
             "near": given.near,
             "progress": bar.listen,
             "open_gate": given.open_gate,
@@ -120,6 +123,8 @@ def options() -> argparse.ArgumentParser:
     made.add_argument(
         "--edit", type=json.loads, default={}, metavar="JSON", help="kvllm's EditConfig, other than default"
     )
+    variants = "more columns: kvllm's with other settings than --edit's, by name"
+    made.add_argument("--variants", type=json.loads, default={}, metavar="JSON", help=variants)
     made.add_argument("--open-gate", action="store_true", help="commit every edit of kvllm's, whatever it measures")
     made.add_argument("--model", help="the base model (default: kvllm's)")
     made.add_argument("--resume", type=Path, metavar="FILE", help="keep finished items there, and repeat none of them")
@@ -127,7 +132,12 @@ def options() -> argparse.ArgumentParser:
 
 
 def check(given: argparse.Namespace, sources: Sequence[str], columns: Sequence[str]) -> None:
-    unknown = [name for name in columns if name not in COLUMNS]
+    if given.variants and (given.sequence or given.mode == "batched"):
+        raise ValueError("Variants are of single edits, neither of a sequence nor of a batch.")
+    taken = [name for name in given.variants if name in COLUMNS]
+    if taken:
+        raise ValueError(f"The variant {taken[0]} has a column's name; choose another.")
+    unknown = [name for name in columns if name not in COLUMNS and name not in given.variants]
     if unknown:
         raise ValueError(f"There is no column {', '.join(unknown)}; choose from {', '.join(COLUMNS)}.")
     if given.sequence and given.mode != "insert":
@@ -232,10 +242,14 @@ class Bench:
         return self.journal.get("damage suite") or {}
 
     def _label(self, name: str) -> str:
-        """Return a column's name among the finished pieces; retrieval depends on what else there is to be found."""
-        if name != "context":
-            return name
-        return f"{name}@{hashlib.sha256(repr([item.name for item in self.items]).encode()).hexdigest()[:12]}"
+        """Return a column's name among the finished pieces.
+
+        Retrieval depends on what else there is to be found, a variant on its settings.
+        """
+        depends: Any = self.given.variants.get(name)
+        if name == "context":
+            depends = [item.name for item in self.items]
+        return name if depends is None else f"{name}@{hashlib.sha256(repr(depends).encode()).hexdigest()[:12]}"
 
     def _damage_due(self, place: int, name: str) -> bool:
         every = self.given.damage_every

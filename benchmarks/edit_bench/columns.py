@@ -78,6 +78,7 @@ class World:
         model: str | None = None,
         seed: int = 0,
         edit: Mapping[str, Any] | None = None,
+        variants: Mapping[str, Mapping[str, Any]] | None = None,
         items: Sequence[Item] = (),
         near: float = NEAR_ENOUGH,
         open_gate: bool = False,
@@ -85,6 +86,10 @@ class World:
     ) -> None:
         self.folder = folder
         self.config = EditConfig.from_dict({"seed": seed, **(edit or {})})
+        self.variants = {
+            name: EditConfig.from_dict({**self.config.to_dict(), **changes})
+            for name, changes in (variants or {}).items()
+        }
         self.items = list(items)
         self.near = near
         self._model = {} if model is None else {"model": model}
@@ -112,8 +117,10 @@ class World:
         return LanguageModel.load(resolve(str(self.kb.info()["model"])).path, ModelConfig())
 
     def column(self, name: str) -> Column:
+        """Return a column; a variant is kvllm's own with other settings, in the same knowledge base."""
         if name not in self._columns:
-            self._columns[name] = COLUMNS[name](self)
+            variant = self.variants.get(name)
+            self._columns[name] = COLUMNS[name](self) if variant is None else Kvllm(self, variant)
         return self._columns[name]
 
     def close(self) -> None:
@@ -174,6 +181,10 @@ class Kvllm(Column):
 
     ops = ("insert", "update", "delete", "batched")
 
+    def __init__(self, world: World, config: EditConfig | None = None) -> None:
+        super().__init__(world)
+        self._config = config or world.config
+
     @property
     def lm(self) -> LanguageModel:
         return self.world.kb._engine.lm
@@ -183,17 +194,18 @@ class Kvllm(Column):
         kb.train_seconds = None
         known = item.key in kb
         arguments: dict[str, Any] = {} if known else {"questions": item.questions, "language": item.language}
-        return self._timed(lambda: (kb.update if known else kb.insert)(item.key, text, **arguments))
+        change = kb.update if known else kb.insert
+        return self._timed(lambda: change(item.key, text, config=self._config, **arguments))
 
     def delete(self, item: Item) -> dict[str, Any]:
         self.world.kb.train_seconds = None
-        return self._timed(lambda: self.world.kb.delete(item.key))
+        return self._timed(lambda: self.world.kb.delete(item.key, config=self._config))
 
     def many(self, items: Sequence[Item]) -> dict[str, Any]:
         """Bring all items in by one batched call."""
         kb = self.world.kb
         started = time.perf_counter()
-        outcomes = kb.insert_many([item.fact() for item in items], mode="batched")
+        outcomes = kb.insert_many([item.fact() for item in items], mode="batched", config=self._config)
         return {
             "seconds": time.perf_counter() - started,
             "edits": len({o.edit.id for o in outcomes if o.edit is not None}),
@@ -483,5 +495,9 @@ def described(name: str, world: World) -> dict[str, Any]:
         },
         "context": {"note": NOTE["en"], "near_enough": world.near, "searched": "the keys of all items of the run"},
         "unedited": {},
+        **{
+            variant: {"edit": config.to_dict(), "gate": world.gate.to_dict()}
+            for variant, config in world.variants.items()
+        },
     }
     return json.loads(json.dumps(settings[name]))  # type: ignore[no-any-return]

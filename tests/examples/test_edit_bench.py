@@ -462,6 +462,20 @@ def test_every_column_is_measured_on_every_item(run: Callable[..., dict[str, Any
     assert "who sang" not in json.dumps(document)
 
 
+def test_a_variant_is_a_column_with_settings_of_its_own(
+    run: Callable[..., dict[str, Any]], bench: Callable[[str], ModuleType], capsys: pytest.CaptureFixture[str]
+) -> None:
+    variants = ["--variants", json.dumps({"one step": {"max_steps": 1}})]
+    columns = run("edit_quality", "--n", "1", "--columns", "kvllm", "--no-plain", *variants)["results"]["columns"]
+    assert list(columns) == ["kvllm", "one step"]
+    assert columns["one step"]["settings"]["edit"] == {**columns["kvllm"]["settings"]["edit"], "max_steps": 1}
+    assert columns["one step"]["times"]["steps"]["max"] == 1 < columns["kvllm"]["times"]["steps"]["min"]
+    for more in (["--sequence", "2"], ["--mode", "batched"]):
+        assert bench("edit_quality").main([*variants, *more]) == 2
+    assert "single edits" in capsys.readouterr().err
+    assert bench("edit_quality").main(["--variants", '{"article": {}}']) == 2
+
+
 def test_a_killed_run_goes_on_and_gives_the_same_document(
     run: Callable[..., dict[str, Any]],
     bench: Callable[[str], ModuleType],
