@@ -302,13 +302,13 @@ def rate(world: World, item: Item) -> dict[str, Any]:
         "peak_bf16": best,
         "share_of_peak_training": _rounded(whole, best["gflops"]),
         "share_of_peak_steps": _rounded(per_step, best["gflops"]),
-        "compute_dtype": kb._engine.environment()["compute_dtype"],
+        "compute_dtype": kb.engine.environment()["compute_dtype"],
     }
 
 
 def _listened(column: Any, kb: Any, item: Item, on_step: Any) -> dict[str, Any]:
     """Insert and go back, telling `on_step` of every training step."""
-    before = kb._progress
+    before = kb._session.progress
 
     def listen(tick: Any) -> None:
         if tick.stage == "training":
@@ -316,11 +316,11 @@ def _listened(column: Any, kb: Any, item: Item, on_step: Any) -> dict[str, Any]:
         if before is not None:
             before(tick)
 
-    kb._progress = listen
+    kb._session.progress = listen
     try:
         found: dict[str, Any] = column.edit(item, item.text)
     finally:
-        kb._progress = before
+        kb._session.progress = before
         column.reset()
     return found
 

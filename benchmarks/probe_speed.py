@@ -75,7 +75,7 @@ def side_by_side(kb: Any, suite: Sequence[Any], n: int, batch: int) -> dict[str,
     from kvllm.probing.runner import BATCH, run_probes
 
     probes = [suite[(i * len(suite)) // n] for i in range(n)]
-    lm = kb._engine.lm
+    lm = kb.engine.lm
     run_probes(lm, probes[:2])  # the first forward pass is slower
     seconds, cpu, answers = {}, {}, {}
     for name, size in (("single", 1), ("batched", batch or BATCH)):
@@ -105,7 +105,7 @@ def suite(kb: Any, probes: Sequence[Any], batch: int) -> dict[str, Any]:
     from kvllm.probing.runner import BATCH, run_probes
 
     started, used = time.perf_counter(), time.process_time()
-    report = run_probes(kb._engine.lm, probes, batch_size=batch or BATCH)
+    report = run_probes(kb.engine.lm, probes, batch_size=batch or BATCH)
     seconds, cpu = time.perf_counter() - started, time.process_time() - used
     return {
         "probes": len(report.probes),

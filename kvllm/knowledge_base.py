@@ -9,17 +9,16 @@ Reading the ledger loads no model: torch and its like are imported when an opera
 
 from __future__ import annotations
 
-import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
 from kvllm.config import DEFAULT_MODEL, EditConfig, GateConfig, ModelConfig
+from kvllm.edits import GATE_NEIGHBOURS, Edits
 from kvllm.errors import (
     BaseMismatch,
     ConfigError,
@@ -30,23 +29,18 @@ from kvllm.errors import (
     KeyExists,
     KeyNotFound,
     KvllmError,
-    ModelError,
-    OutOfResources,
     StaleHead,
     StoreError,
     StoreNotFound,
-    is_out_of_memory,
 )
-from kvllm.metrics import RESTORED_KL
 from kvllm.prompts import (
     REFUSALS,
+    asked_questions,
     clean_fact,
     clean_key,
     clean_text,
     key_question,
     language_of,
-    names_of,
-    training_questions,
 )
 from kvllm.records import (
     BackupResult,
@@ -60,28 +54,20 @@ from kvllm.records import (
     GcReport,
     InsertMode,
     Match,
-    Metric,
-    Op,
-    ProbeResult,
     Progress,
     RegressionReport,
     Report,
     StoredFact,
     VerifyReport,
 )
+from kvllm.session import Session
 from kvllm.store import NewEdit, Store
 
 if TYPE_CHECKING:
     from kvllm.editing.engine import Engine
-    from kvllm.editing.preservation import PreservedItem
     from kvllm.lm.sources import ModelFiles
-    from kvllm.probing.encoder import Encoder
 
 FactLike = Fact | tuple[str, str] | Mapping[str, Any]
-# A snapshot of the changed matrices is written when opening would have to replay more deltas than this.
-SNAPSHOT_EVERY = 5
-_GATE_NEIGHBOURS = 6
-_RESTORE_TOKENS = 32
 _ROLES = ("system", "user", "assistant")
 
 
@@ -102,14 +88,11 @@ class KnowledgeBase:
         progress: Callable[[Progress], None] | None = None,
         lock_timeout: float = 10.0,
     ) -> None:
+        self._session = Session(
+            store, model_config=model_config, edit=edit, gate=gate, progress=progress, lock_timeout=lock_timeout
+        )
+        self._edits = Edits(self._session)
         self._store = store
-        self._model_config = model_config or ModelConfig()
-        self._edit_config = edit or EditConfig()
-        self._gate = gate or GateConfig()
-        self._progress = progress
-        self._lock_timeout = lock_timeout
-        self._loaded: Engine | None = None
-        self._encoders: dict[str, Encoder] = {}
 
     # ------------------------------------------------------------------ opening
 
@@ -218,8 +201,7 @@ class KnowledgeBase:
 
     def close(self) -> None:
         """Close the ledger and let go of the model."""
-        self._loaded = None
-        self._store.close()
+        self._session.close()
 
     def __enter__(self) -> KnowledgeBase:
         return self
@@ -251,12 +233,12 @@ class KnowledgeBase:
     @property
     def edit_config(self) -> EditConfig:
         """How edits are trained unless a call says otherwise; to change a part: `replace(kb.edit_config, seed=1)`."""
-        return self._edit_config
+        return self._session.edit_config
 
     @property
     def gate_config(self) -> GateConfig:
         """When edits are accepted unless a call says otherwise."""
-        return self._gate
+        return self._session.gate
 
     def __len__(self) -> int:
         return self._store.count()
@@ -311,7 +293,7 @@ class KnowledgeBase:
             ConfigError: the name cannot be used.
         """
         edit_id = self._store.head() if ref is None else self._store.resolve(ref)
-        with self._store.writer(timeout=self._lock_timeout):
+        with self._store.writer(timeout=self._session.lock_timeout):
             self._store.tag(clean_text(name, name="tag"), edit_id)
         return edit_id
 
@@ -330,7 +312,7 @@ class KnowledgeBase:
             "revision": base.revision,
             "license": base.license,
             "base_digest": base.digest,
-            "dtype": self._model_config.dtype,
+            "dtype": self._session.model_config.dtype,
             "facts": len(self),
             "edits": self._store.head(),
             "tags": self._store.tags(),
@@ -343,21 +325,21 @@ class KnowledgeBase:
     @property
     def engine(self) -> Engine:
         """The loaded model at the head's state, for measurements of one's own; changes to it are not recorded."""
-        return self._engine
+        return self._session.engine
 
     @property
     def model(self) -> Any:
         """The transformers model, edited. Changing it by hand is not recorded."""
-        return self._engine.lm.model
+        return self._session.engine.lm.model
 
     @property
     def tokenizer(self) -> Any:
         """The transformers tokenizer."""
-        return self._engine.lm.tokenizer
+        return self._session.engine.lm.tokenizer
 
     def weights_digest(self) -> str:
         """Return the sha256 over the base's digest and every adapted matrix as it is in memory."""
-        return self._engine.weights.digest()
+        return self._session.engine.weights.digest()
 
     def ask(self, prompt: str | Sequence[Mapping[str, str]], *, max_new_tokens: int | None = None) -> str:
         """Ask the weights, by greedy decoding up to the model's own stop; a conversation is a list of messages."""
@@ -368,13 +350,13 @@ class KnowledgeBase:
     ) -> list[str]:
         """Ask the weights several prompts in batches."""
         cleaned = [_clean_prompt(prompt) for prompt in prompts]
-        engine = self._engine
-        return engine.lm.generate(cleaned, max_new_tokens=max_new_tokens, on_batch=self._ticker("asking"))
+        engine = self._session.engine
+        return engine.lm.generate(cleaned, max_new_tokens=max_new_tokens, on_batch=self._session.ticker("asking"))
 
     def ask_base(self, prompt: str | Sequence[Mapping[str, str]], *, max_new_tokens: int | None = None) -> str:
         """Ask the untouched base model, as `ask` asks the edited one."""
         cleaned = _clean_prompt(prompt)
-        with self._engine.base_weights() as lm:
+        with self._session.engine.base_weights() as lm:
             return lm.generate([cleaned], max_new_tokens=max_new_tokens)[0]
 
     def recall(self, key: str) -> Report:
@@ -383,7 +365,7 @@ class KnowledgeBase:
         Raises:
             KeyNotFound: no such fact.
         """
-        return self._probe_facts([self[key]], neighbours=_GATE_NEIGHBOURS)
+        return self._edits.probe_facts([self[key]], neighbours=GATE_NEIGHBOURS)
 
     def probe(
         self,
@@ -391,7 +373,7 @@ class KnowledgeBase:
         *,
         ladder: bool = False,
         probes: str | os.PathLike[str] | None = None,
-        neighbours: int | Sequence[str] = _GATE_NEIGHBOURS,
+        neighbours: int | Sequence[str] = GATE_NEIGHBOURS,
     ) -> Report:
         """Probe one fact, or every live fact; each question carries its distance from what was trained.
 
@@ -412,15 +394,15 @@ class KnowledgeBase:
             raise ConfigError("Give neighbours as a number or as a list of keys or questions, not as one string.")
         live = self.facts()
         return survey(
-            self._engine.lm,
+            self._session.engine.lm,
             [self[key]] if key is not None else live,
             live=live,
-            encoder_for=self._encoder_for,
+            encoder_for=self._session.encoder_for,
             whole_ladder=ladder,
             probes=probes,
             neighbours=neighbours if isinstance(neighbours, int) else _names_of(neighbours),
-            seed=self._edit_config.seed,
-            on_batch=self._ticker("probing"),
+            seed=self._session.edit_config.seed,
+            on_batch=self._session.ticker("probing"),
         )
 
     def collisions(self, *, neighbours: Sequence[str] = (), nearest: int = 3, questions: int = 6) -> Collisions:
@@ -439,13 +421,13 @@ class KnowledgeBase:
         if not facts:
             return Collisions()
         return find_collisions(
-            self._engine.lm,
+            self._session.engine.lm,
             facts,
-            self._encoder_for([key_question(fact.key) for fact in facts]),
+            self._session.encoder_for([key_question(fact.key) for fact in facts]),
             given=_names_of(neighbours),
             nearest=nearest,
             questions=questions,
-            on_batch=self._ticker("collisions"),
+            on_batch=self._session.ticker("collisions"),
         )
 
     def drift(
@@ -480,12 +462,12 @@ class KnowledgeBase:
             chosen = drift_suite()
         else:
             chosen, mistakes = read_suite(suite)
-        engine = self._engine
-        report = engine.drift(full=True, suite=chosen, tick=self._ticker("drift"))
+        engine = self._session.engine
+        report = engine.drift(full=True, suite=chosen, tick=self._session.ticker("drift"))
         if lm_eval:
             from kvllm.probing.harness import compare_tasks
 
-            self._tick(Progress("drift", note="lm-eval"))
+            self._session.tick(Progress("drift", note="lm-eval"))
             found = compare_tasks(engine.lm, engine.base_weights, self._store.base.digest, lm_eval, limit=limit)
             report = replace(report, metrics={**report.metrics, **found})
         return replace(report, warnings=(*report.warnings, *mistakes))
@@ -510,7 +492,9 @@ class KnowledgeBase:
             earlier = (self._store.edit(head).parent or 0) if head else 0
         else:
             earlier = self._store.resolve(since)
-        return measure_regression(self._engine, since=earlier, neighbours=neighbours, seed=seed, tick=self._ticker)
+        return measure_regression(
+            self._session.engine, since=earlier, neighbours=neighbours, seed=seed, tick=self._session.ticker
+        )
 
     def bisect(self, probe: str, *, expected: str | None = None) -> BisectReport:
         """Find the edit that broke a probe, in log₂(n) replays; weights and ledger stay as they are.
@@ -526,11 +510,11 @@ class KnowledgeBase:
         from kvllm.editing.states import find_culprit
 
         return find_culprit(
-            self._engine,
+            self._session.engine,
             clean_text(probe, name="probe"),
             expected=None if expected is None else clean_text(expected, name="expected text"),
-            neighbours=_GATE_NEIGHBOURS,
-            tick=self._ticker,
+            neighbours=GATE_NEIGHBOURS,
+            tick=self._session.ticker,
         )
 
     def find(self, query: str, n: int = 5) -> list[Match]:
@@ -539,7 +523,7 @@ class KnowledgeBase:
 
         if n < 1:
             raise ConfigError(f"At least one match must be asked for, not {n}.")
-        return nearest_facts(self._store, clean_text(query, name="query"), self._encoder_for, n=n)
+        return nearest_facts(self._store, clean_text(query, name="query"), self._session.encoder_for, n=n)
 
     # ------------------------------------------------------------------ edits
 
@@ -576,9 +560,9 @@ class KnowledgeBase:
             Busy: another writer holds the knowledge base.
         """
         fact = _fact(key, text, aliases, questions, probes, language, tags)
-        with self._writing():
+        with self._session.writing():
             self._refuse_existing([fact])
-            return self._train_and_commit("insert", [fact], config=config, gate=gate)
+            return self._edits.train_and_commit("insert", [fact], config=config, gate=gate)
 
     def update(
         self,
@@ -598,7 +582,7 @@ class KnowledgeBase:
         Raises:
             KeyNotFound: the key is not live.
         """
-        with self._writing():
+        with self._session.writing():
             old = self[key]
             fact = _fact(
                 key,
@@ -609,7 +593,7 @@ class KnowledgeBase:
                 language or old.language,
                 old.tags if tags is None else tags,
             )
-            return self._train_and_commit("update", [fact], config=config, gate=gate, old={fact.key: old.text})
+            return self._edits.train_and_commit("update", [fact], config=config, gate=gate, old={fact.key: old.text})
 
     def upsert(self, key: str, text: str, **options: Any) -> Edit:
         """Insert the fact, or update it where the key is live; options as for `insert`."""
@@ -639,13 +623,13 @@ class KnowledgeBase:
         """
         if mode not in ("restore", "abstain"):
             raise ConfigError(f"delete knows the modes restore and abstain, not {mode!r}; nothing was changed.")
-        with self._writing():
+        with self._session.writing():
             known = clean_key(key) in self
             if mode == "restore" or known:
                 fact: Fact = self[key]
             else:
                 fact = Fact(clean_key(key), REFUSALS[language_of(key)])
-            return self._unlearn(fact, mode, live=known, config=config, gate=gate)
+            return self._edits.unlearn(fact, mode, live=known, config=config, gate=gate)
 
     def insert_many(
         self,
@@ -687,8 +671,8 @@ class KnowledgeBase:
         size = {"sequential": 1, "chunked": chunk, "batched": max(1, len(ready))}[mode]
         for start in range(0, len(ready), size):
             outcomes.update(self._insert_group(ready[start : start + size], config, gate))
-            if self._progress is not None and len(ready) > 1:
-                self._progress(Progress("facts", min(start + size, len(ready)), len(ready)))
+            if self._session.progress is not None and len(ready) > 1:
+                self._session.progress(Progress("facts", min(start + size, len(ready)), len(ready)))
         return [outcomes[place] for place in sorted(outcomes)]
 
     def delete_many(
@@ -713,8 +697,8 @@ class KnowledgeBase:
                 outcomes.append(EditOutcome(key, self.delete(key, mode=mode, config=config, gate=gate)))
             except (ConfigError, KeyNotFound, EditRejected, EditFailed) as error:
                 outcomes.append(EditOutcome(str(key), error=str(error), code=error.code))
-            if self._progress is not None and len(listed) > 1:
-                self._progress(Progress("facts", len(outcomes), len(listed)))
+            if self._session.progress is not None and len(listed) > 1:
+                self._session.progress(Progress("facts", len(outcomes), len(listed)))
         return outcomes
 
     def dry_run(
@@ -736,11 +720,11 @@ class KnowledgeBase:
             What the report of the edit would say; `warnings` tell what the gate would have refused.
         """
         fact = _fact(key, text, aliases, questions, probes, language, tags)
-        engine = self._engine
+        engine = self._session.engine
         old = {fact.key: self[fact.key].text} if fact.key in self else None
         with engine.elsewhere():
-            trained = self._train([fact], config or self._edit_config, old)
-            report, refused = self._measure(trained, gate or self._gate)
+            trained = self._edits.train([fact], config or self._session.edit_config, old)
+            report, refused = self._edits.measure(trained, gate or self._session.gate)
             return replace(report, warnings=(*report.warnings, *(f"The gate would refuse: {r}" for r in refused)))
 
     def rollback(self, ref: int | str) -> Edit:
@@ -751,14 +735,14 @@ class KnowledgeBase:
         Raises:
             EditNotFound: no such edit or tag.
         """
-        with self._writing():
+        with self._session.writing():
             target = self._store.resolve(ref)
-            engine = self._engine
+            engine = self._session.engine
             parent = self._store.head()
             started = time.perf_counter()
-            with self._all_or_nothing(engine, parent):
+            with self._session.all_or_nothing(parent):
                 engine.load_state(target)
-                return self._commit(
+                return self._session.commit(
                     NewEdit(
                         op="rollback",
                         keys=(),
@@ -779,43 +763,8 @@ class KnowledgeBase:
         Raises:
             EditRejected: the result would be worse.
         """
-        with self._writing():
-            facts = self.facts()
-            engine = self._engine
-            parent = self._store.head()
-            settings, rules = config or self._edit_config, gate or self._gate
-            started = time.perf_counter()
-            with self._all_or_nothing(engine, parent):
-                asked = facts if rules.measure else []
-                earlier = self._probe_facts(asked, kinds=("trained",)).value("reliability") if asked else None
-                engine.weights.replay([])
-                if not facts:
-                    return self._commit(
-                        NewEdit(
-                            op="compact",
-                            keys=(),
-                            parent=parent,
-                            weights_digest=engine.weights.digest(),
-                            seconds=time.perf_counter() - started,
-                        ),
-                        None,
-                    )
-                # Breadth first over many rows needs more steps than one fact; each step sees sixteen of them.
-                steps = max(settings.max_steps, 6 * len(facts))
-                trained = self._train(facts, replace(settings, max_steps=steps), None, replay=False)
-                report, refused = self._measure(trained, rules, since_base=True)
-                now = report.value("reliability")
-                if earlier is not None and now is not None and now < earlier:
-                    refused.append(f"reliability over the live facts would fall from {earlier:.3f} to {now:.3f}")
-                if refused:
-                    raise EditRejected(
-                        f"Compacting was rejected: {'; '.join(refused)}; nothing was changed.",
-                        report=report,
-                        reasons=refused,
-                    )
-                return self._commit_training(
-                    "compact", trained, report, parent, started, rules, retired=tuple(f.key for f in facts)
-                )
+        with self._session.writing():
+            return self._edits.compact(config, gate)
 
     # ------------------------------------------------------------------ trust
 
@@ -830,14 +779,14 @@ class KnowledgeBase:
         """
         report = self._store.verify(deep=deep, repair=repair, yes=yes)
         if report.repairs:
-            self._loaded = None  # the head may be another one now
+            self._session.loaded = None  # the head may be another one now
         if not deep or not report.ok:
             return report
         from kvllm.records import Problem
 
         problems = list(report.problems)
         try:
-            engine = self._engine
+            engine = self._session.engine
             engine.check_base_files()
             with engine.elsewhere():
                 for edit_id in self._digest_points():
@@ -894,7 +843,7 @@ class KnowledgeBase:
         """
         if dry_run:
             return self._store.gc(dry_run=True)
-        with self._store.writer(timeout=self._lock_timeout):
+        with self._store.writer(timeout=self._session.lock_timeout):
             return self._store.gc()
 
     def export(
@@ -929,7 +878,7 @@ class KnowledgeBase:
         from kvllm.export import export_hf, export_peft, reprobe_hf, reprobe_peft
 
         out = Path(path)
-        engine = self._engine
+        engine, computed = self._session.engine, self._session.model_config
         head = self._store.head()
         shared: dict[str, Any] = {
             "base": self._store.base,
@@ -938,12 +887,12 @@ class KnowledgeBase:
             "weights_digest": engine.weights.digest(),
             "apart_from": [self._store.path],
         }
-        if format == "hf" and self._model_config.dtype != "float32" and dtype == "float32":
+        if format == "hf" and computed.dtype != "float32" and dtype == "float32":
             raise ConfigError(
-                f"This knowledge base computes in {self._model_config.dtype}, so float32 files would hold rounded "
-                f"weights; export in {self._model_config.dtype}, or as peft, which is exact."
+                f"This knowledge base computes in {computed.dtype}, so float32 files would hold rounded "
+                f"weights; export in {computed.dtype}, or as peft, which is exact."
             )
-        self._tick(Progress("export", note=f"writing {format}"))
+        self._session.tick(Progress("export", note=f"writing {format}"))
         if format == "hf":
             files = export_hf(
                 out, lm=engine.lm, base_folder=engine.files.path, max_shard_size=max_shard_size, dtype=dtype, **shared
@@ -957,17 +906,15 @@ class KnowledgeBase:
             return ExportResult(str(out), format, False, files, size)
         questions = self._export_questions()
         expected = self.ask_many(questions)
-        self._tick(Progress("export", note="loading the export and asking it again"))
-        config = replace(self._model_config, dtype=dtype or self._model_config.dtype)
+        self._session.tick(Progress("export", note="loading the export and asking it again"))
+        config = replace(computed, dtype=dtype or computed.dtype)
         if format == "hf":
             agreement = reprobe_hf(out, questions=questions, expected=expected, config=config)
         else:
-            agreement = reprobe_peft(
-                out, engine.files.path, questions=questions, expected=expected, config=self._model_config
-            )
+            agreement = reprobe_peft(out, engine.files.path, questions=questions, expected=expected, config=computed)
         # The same bits must give the same answers. A cast, or an adapter's other order of summation, may turn a word of
         # a long free answer where two tokens are as likely: one answer may differ, or a tenth of many.
-        same_bits = format == "hf" and dtype in (None, self._model_config.dtype)
+        same_bits = format == "hf" and dtype in (None, computed.dtype)
         differing = round((1 - agreement) * len(questions))
         if differing > (0 if same_bits else max(1, len(questions) // 10)):
             raise EditFailed(
@@ -977,42 +924,6 @@ class KnowledgeBase:
         return ExportResult(str(out), format, True, files, size, len(questions), agreement)
 
     # ------------------------------------------------------------------ inside
-
-    @property
-    def _engine(self) -> Engine:
-        """The loaded model at the head's state; follows a head that another process moved."""
-        from kvllm.editing.engine import Engine
-
-        if self._loaded is None:
-            self._loaded = Engine.load(self._store, self._model_config, self._edit_config, self._progress)
-        self._loaded.follow(self._store.head())
-        return self._loaded
-
-    def _encoder_for(self, texts: Sequence[str]) -> Encoder:
-        """Return the encoder that speaks all texts, loaded once; without MiniLM's files the model's own states do."""
-        from kvllm.probing.encoder import HiddenStateEncoder, choose_encoder
-
-        chosen = choose_encoder(texts, lm_loader=lambda: self._engine.lm, progress=self._progress)
-        wanted = chosen.name
-        if wanted not in self._encoders:
-            try:
-                chosen.encode(texts[:1])
-            except ModelError:
-                chosen = HiddenStateEncoder(self._engine.lm)
-            self._encoders[wanted] = chosen
-        return self._encoders[wanted]
-
-    @contextmanager
-    def _writing(self) -> Iterator[None]:
-        if self._store.readonly:
-            raise StoreError("The knowledge base was opened read-only; nothing was changed.")
-        try:
-            with self._store.writer(timeout=self._lock_timeout):
-                yield
-        except Exception as error:
-            if isinstance(error, KvllmError) or not is_out_of_memory(error):
-                raise
-            raise OutOfResources("There is not enough memory for this edit; nothing was changed.") from error
 
     def _refuse_existing(self, facts: Sequence[Fact]) -> None:
         for fact in facts:
@@ -1026,9 +937,9 @@ class KnowledgeBase:
     ) -> dict[int, EditOutcome]:
         facts = [fact for _, fact in group]
         try:
-            with self._writing():
+            with self._session.writing():
                 self._refuse_existing(facts)
-                edit = self._train_and_commit("insert", facts, config=config, gate=gate)
+                edit = self._edits.train_and_commit("insert", facts, config=config, gate=gate)
             return {place: EditOutcome(fact.key, edit) for place, fact in group}
         except (ConfigError, KeyExists, EditRejected, EditFailed) as error:
             if len(group) == 1:
@@ -1037,329 +948,8 @@ class KnowledgeBase:
         middle = len(group) // 2
         return self._insert_group(group[:middle], config, gate) | self._insert_group(group[middle:], config, gate)
 
-    def _train_and_commit(
-        self,
-        op: Op,
-        facts: Sequence[Fact],
-        *,
-        config: EditConfig | None,
-        gate: GateConfig | None,
-        old: Mapping[str, str] | None = None,
-    ) -> Edit:
-        settings, rules = config or self._edit_config, gate or self._gate
-        engine = self._engine
-        parent = self._store.head()
-        started = time.perf_counter()
-        with self._all_or_nothing(engine, parent):
-            trained = self._train(facts, settings, old)
-            report, refused = self._measure(trained, rules)
-            if refused:
-                raise EditRejected(
-                    f"The {op} of {_names(facts)} was rejected: {'; '.join(refused)}; nothing was changed.",
-                    report=report,
-                    reasons=refused,
-                )
-            retired = tuple(old) if old else ()
-            return self._commit_training(op, trained, report, parent, started, rules, retired=retired)
-
-    def _train(
-        self,
-        facts: Sequence[Fact],
-        settings: EditConfig,
-        old: Mapping[str, str] | None,
-        *,
-        replay: bool = True,
-    ) -> _Trained:
-        engine = self._engine
-        engine.check_lengths(facts, settings)
-        warnings = self._collisions(facts) if replay else ()
-        touched = {fact.key for fact in facts}
-        others = [f for f in self.facts() if f.key not in touched] if replay else []
-        training = engine.train(
-            facts, settings, replay=self._nearest_first(facts[0], others), live=self._live_names(), tick=self._ticker
-        )
-        engine.weights.apply(training.delta)
-        return _Trained(tuple(facts), training, settings, warnings, dict(old or {}))
-
-    def _measure(self, trained: _Trained, gate: GateConfig, *, since_base: bool = False) -> tuple[Report, list[str]]:
-        """Probe the facts just trained and the drift, and say what the gate refuses."""
-        from kvllm.metrics import contains
-
-        if not gate.measure:
-            self._refuse_not_finite()
-            return Report(warnings=trained.warnings), []
-        report = self._probe_facts(trained.facts, neighbours=_GATE_NEIGHBOURS if len(trained.facts) == 1 else 1)
-        metrics = dict(report.metrics)
-        if trained.old:
-            asked = [p for p in report.probes if p.kind in ("trained", "paraphrase", "alias")]
-            stated = [
-                bool(contains(p.answer, trained.old[p.key])) and not contains(p.expected, trained.old[p.key])
-                for p in asked
-                if p.key in trained.old
-            ]
-            metrics["old_text_stated"] = Metric(
-                sum(stated) / len(stated) if stated else None,
-                len(stated),
-                "live greedy decoding, natural stop",
-                "contains",
-            )
-        report = replace(report, metrics=metrics, warnings=(*report.warnings, *trained.warnings))
-        report = self._near(report, trained.facts)
-        return self._drift_gate(report, gate, "reliability", gate.min_reliability, since_base=since_base)
-
-    def _drift_gate(
-        self, report: Report, gate: GateConfig, metric: str, least: float | None, *, since_base: bool = False
-    ) -> tuple[Report, list[str]]:
-        engine = self._engine
-        self._refuse_not_finite()
-        drift = engine.drift(full=False)
-        report = replace(report, metrics={**report.metrics, **drift.metrics})
-        for name, found in drift.metrics.items():
-            # None with n: the number was beyond what a float holds. No gate, however low, lets that pass.
-            if found.n and (found.value is None or not math.isfinite(found.value)):
-                raise EditFailed(f"After the edit {name} is not a finite number; nothing was changed. Try lower rates.")
-        earlier_kl, earlier_ratio = (0.0, 1.0) if since_base else engine.drift_before()
-        refused: list[str] = []
-        value = report.value(metric)
-        if least is not None and (value is None or value < least):
-            refused.append(f"{metric} {'unknown' if value is None else f'{value:.2f}'} is under {least:.2f}")
-        kl, ratio = report.value("drift_kl"), report.value("ppl_ratio")
-        if gate.max_drift_kl is not None and (kl is None or kl - earlier_kl > gate.max_drift_kl):
-            refused.append(f"drift_kl would rise from {earlier_kl:.3f} to {kl}, over the budget of {gate.max_drift_kl}")
-        if gate.max_ppl_ratio is not None and (ratio is None or ratio / earlier_ratio > gate.max_ppl_ratio):
-            refused.append(
-                f"ppl_ratio would rise from {earlier_ratio:.3f} to {ratio}, over the budget of ×{gate.max_ppl_ratio}"
-            )
-        return report, refused
-
-    def _refuse_not_finite(self) -> None:
-        if not self._engine.weights.is_finite():
-            raise EditFailed("The edit made weights that are not finite; nothing was changed. Try lower rates.")
-
-    def _unlearn(
-        self, fact: Fact, mode: DeleteMode, *, live: bool, config: EditConfig | None, gate: GateConfig | None
-    ) -> Edit:
-        from kvllm.metrics import contains
-        from kvllm.probing.runner import answer_status
-        from kvllm.probing.suites import FACT_SUITE
-
-        settings, rules = config or self._edit_config, gate or self._gate
-        engine = self._engine
-        parent = self._store.head()
-        started = time.perf_counter()
-        with self._all_or_nothing(engine, parent):
-            questions = _asked(fact)
-            held_out = [q for q in _held_out(fact) if q not in questions]
-            items: list[PreservedItem] = []
-            if mode == "restore":
-                items, base_answers = engine.base_items(questions, held_out, _RESTORE_TOKENS, settings)
-                targets = dict(zip([*questions, *held_out], base_answers, strict=True))
-                training = engine.train(
-                    [],
-                    settings,
-                    restore=items[: len(questions)],
-                    replay=self._nearest_first(fact, [f for f in self.facts() if f.key != fact.key]),
-                    live=self._live_names() - {fact.key.casefold()},
-                    language=language_of(fact.key),
-                    tick=self._ticker,
-                )
-            else:
-                refusal = REFUSALS[fact.language or language_of(fact.key)]
-                targets = dict.fromkeys([*questions, *held_out], refusal)
-                taught = Fact(fact.key, refusal, questions=questions, language=fact.language)
-                training = engine.train(
-                    [taught],
-                    settings,
-                    replay=self._nearest_first(fact, [f for f in self.facts() if f.key != fact.key]),
-                    live=self._live_names(),
-                    tick=self._ticker,
-                )
-            engine.weights.apply(training.delta)
-            asked = [*questions, *held_out]
-            answers = engine.lm.generate(asked, max_new_tokens=_RESTORE_TOKENS, drafts=[targets[q] for q in asked])
-            # An answer may begin with other words and still be the base's: nearness in distribution counts as well.
-            distances = engine.kl_from(items) if items else [math.inf] * len(asked)
-            restored_by = f"first sentence or kl<={RESTORED_KL}" if items else "first sentence"
-            results: list[ProbeResult] = []
-            for question, answer, kl in zip(asked, answers, distances, strict=True):
-                states = bool(contains(answer, fact.text)) if live else answer != targets[question]
-                results.append(
-                    ProbeResult(
-                        "erasure", question, answer, not states, float(not states), fact.text, fact.key, "contains"
-                    )
-                )
-                same = _first_sentence(answer) == _first_sentence(targets[question]) or kl <= RESTORED_KL
-                results.append(
-                    ProbeResult(
-                        "restoration",
-                        question,
-                        answer,
-                        same,
-                        float(same),
-                        targets[question],
-                        fact.key,
-                        restored_by,
-                    )
-                )
-            metrics = {
-                **answer_status("erasure", results, FACT_SUITE),
-                **answer_status("restoration", results, FACT_SUITE),
-            }
-            note = (
-                "Suppression is not proof of absence: other questions may still find the text; "
-                "compact retrains without it."
-            )
-            report, refused = self._drift_gate(
-                Report(metrics, tuple(results), (note,)), rules, "erasure", rules.min_erasure
-            )
-            if refused:
-                raise EditRejected(
-                    f"The delete of {fact.key!r} was rejected: {'; '.join(refused)}; nothing was changed.",
-                    report=report,
-                    reasons=refused,
-                )
-            trained = _Trained((), training, settings, (), {})
-            return self._commit_training(
-                "delete",
-                trained,
-                report,
-                parent,
-                started,
-                rules,
-                keys=(fact.key,),
-                retired=(fact.key,) if live else (),
-                mode=mode,
-            )
-
-    def _commit_training(
-        self,
-        op: Op,
-        trained: _Trained,
-        report: Report,
-        parent: int,
-        started: float,
-        gate: GateConfig,
-        *,
-        keys: tuple[str, ...] | None = None,
-        retired: tuple[str, ...] = (),
-        mode: str | None = None,
-    ) -> Edit:
-        from kvllm.editing.delta import norm, to_files
-        from kvllm.probing.ladder import LADDER_SUITE
-        from kvllm.probing.suites import FACT_SUITE
-
-        training, engine = trained.training, self._loaded
-        assert engine is not None
-        config = {
-            "edit": trained.settings.to_dict(),
-            "gate": gate.to_dict(),
-            # A fact and the version of its ladder give the ladder's questions at any time.
-            "suites": {"fact": FACT_SUITE, "ladder": LADDER_SUITE},
-            "training": training.summary(),
-            "environment": engine.environment(),
-        }
-        new = NewEdit(
-            op=op,
-            keys=keys if keys is not None else tuple(f.key for f in trained.facts),
-            parent=parent,
-            facts=tuple(_stored(fact) for fact in trained.facts),
-            retired=retired,
-            steps=training.steps,
-            seconds=round(time.perf_counter() - started, 3),
-            seed=trained.settings.seed,
-            norm=norm(training.delta) if training.delta else 0.0,
-            rank=max((a.shape[0] for a, _ in training.delta.values()), default=0),
-            modules=len(training.delta),
-            weights_digest=engine.weights.digest(),
-            report=report,
-            warnings=trained.warnings,
-            config=config,
-            mode=mode,
-        )
-        return self._commit(new, to_files(training.delta, base_name=self._store.base.name) if training.delta else None)
-
-    def _commit(self, new: NewEdit, delta: Mapping[str, bytes] | None) -> Edit:
-        self._tick(Progress("commit"))
-        edit = self._store.commit(new, delta)
-        engine = self._loaded
-        assert engine is not None
-        engine.head = edit.id
-        engine.settle()
-        # A snapshot only makes opening faster: where it cannot be written, the edit stands all the same.
-        with suppress(KvllmError, OSError):
-            engine.snapshot_if_due(SNAPSHOT_EVERY)
-        return edit
-
-    @contextmanager
-    def _all_or_nothing(self, engine: Engine, parent: int) -> Iterator[None]:
-        """After any exception in the block: the weights as they were, unless the ledger says that it was committed."""
-        before = engine.weights.state()
-        with engine.away():
-            try:
-                yield
-            except BaseException:
-                self._put_back(before, parent)
-                raise
-
-    def _put_back(self, before: Mapping[str, Any], parent: int) -> None:
-        """Set the weights to what they were; where the edit was committed, the next use replays the ledger's head."""
-        engine = self._loaded
-        if engine is None:
-            return
-        try:
-            committed = self._store.head() != parent
-        except KvllmError:
-            committed = False
-        if not committed:
-            engine.weights.restore(before)
-            engine.settle()
-        elif engine.head == parent:
-            engine.head = -1  # unknown: the next use replays the ledger's head
-
-    def _probe_facts(
-        self, facts: Sequence[Fact], *, neighbours: int = 0, kinds: tuple[str, ...] | None = None
-    ) -> Report:
-        from kvllm.probing.runner import run_probes
-        from kvllm.probing.suites import fact_suite
-
-        taken = self._live_names() | {f.key.casefold() for f in facts}
-        probes = [
-            probe
-            for fact in facts
-            for probe in fact_suite(fact, neighbours=neighbours, seed=self._edit_config.seed, taken=taken)
-            if kinds is None or probe.kind in kinds
-        ]
-        return run_probes(self._engine.lm, probes, seed=self._edit_config.seed, on_batch=self._ticker("probing"))
-
-    def _near(self, report: Report, facts: Sequence[Fact]) -> Report:
-        """Add each question's similarity where comparing keys has loaded the encoder anyway."""
-        if not self._encoders:
-            return report
-        from kvllm.probing.distance import with_similarity
-        from kvllm.probing.encoder import choose_encoder
-
-        trained = {fact.key: _asked(fact) for fact in facts}
-        asked = [q for questions in trained.values() for q in questions]
-        wanted = choose_encoder(asked, lm_loader=lambda: self._engine.lm).name
-        return with_similarity(report, trained, self._encoders[wanted]) if wanted in self._encoders else report
-
-    def _live_names(self) -> frozenset[str]:
-        return names_of(self.facts())
-
-    def _collisions(self, facts: Sequence[Fact]) -> tuple[str, ...]:
-        from kvllm.probing.keys import collision_warnings
-
-        return collision_warnings(self._store, facts, self._encoder_for)
-
-    def _nearest_first(self, fact: Fact, others: list[StoredFact]) -> list[StoredFact]:
-        if len(others) < 2:
-            return others
-        from kvllm.probing.keys import order_by_nearness
-
-        return order_by_nearness(self._store, fact, others, self._encoder_for)
-
     def _export_questions(self) -> list[str]:
-        questions = [q for fact in self.facts()[-12:] for q in _asked(fact)[:2]]
+        questions = [q for fact in self.facts()[-12:] for q in asked_questions(fact)[:2]]
         return [
             *questions,
             "What is the capital of France?",
@@ -1371,34 +961,6 @@ class KnowledgeBase:
         head = self._store.head()
         tagged = [edit for edit in self._store.tags().values() if edit]
         return sorted({edit for edit in (head, *tagged) if edit and self._store.edit(edit).weights_digest})
-
-    def _tick(self, progress: Progress) -> None:
-        if self._progress is not None:
-            self._progress(progress)
-
-    def _ticker(self, stage: str) -> Callable[..., None]:
-        def tick(step: int, total: int | None = None, **numbers: Any) -> None:
-            self._tick(Progress(stage, step, total, **numbers))
-
-        return tick
-
-
-class _Trained:
-    """A training that is merged in memory and waits for the gate."""
-
-    def __init__(
-        self,
-        facts: tuple[Fact, ...],
-        training: Any,
-        settings: EditConfig,
-        warnings: tuple[str, ...],
-        old: dict[str, str],
-    ) -> None:
-        self.facts = facts
-        self.training = training
-        self.settings = settings
-        self.warnings = warnings
-        self.old = old
 
 
 def _fact(
@@ -1466,40 +1028,6 @@ def _key_of(given: object) -> str:
     if isinstance(given, Mapping):
         return str(given.get("key", ""))
     return str(given[0]) if isinstance(given, tuple) and given else ""
-
-
-def _stored(fact: Fact) -> StoredFact:
-    trained = fact.trained_questions if isinstance(fact, StoredFact) else ()
-    return StoredFact(
-        fact.key,
-        fact.text,
-        fact.aliases,
-        fact.questions,
-        fact.probes,
-        fact.language,
-        fact.tags,
-        trained_questions=trained or training_questions(fact),
-    )
-
-
-def _asked(fact: Fact) -> tuple[str, ...]:
-    return (fact.trained_questions if isinstance(fact, StoredFact) else ()) or training_questions(fact)
-
-
-def _held_out(fact: Fact) -> tuple[str, ...]:
-    from kvllm.prompts import alias_questions, held_out_questions
-
-    return (*held_out_questions(fact), *alias_questions(fact))
-
-
-def _first_sentence(answer: str) -> str:
-    import re
-
-    return re.split(r"(?<=[.!?。！？])\s*", answer.strip(), maxsplit=1)[0].strip().casefold()
-
-
-def _names(facts: Sequence[Fact]) -> str:
-    return repr(facts[0].key) if len(facts) == 1 else f"{len(facts)} facts"
 
 
 def _absolute_model(name: str) -> str:

@@ -68,6 +68,11 @@ def distinctive_words(text: str) -> frozenset[str]:
     return frozenset(w for w in words if w not in _STOP_WORDS and not (len(w) > 2 and _CJK.search(w)))
 
 
+def first_sentence(answer: str) -> str:
+    """Return the first sentence, casefolded."""
+    return re.split(r"(?<=[.!?。！？])\s*", answer.strip(), maxsplit=1)[0].strip().casefold()
+
+
 def leaks(answer: str, text: str, *, before: str = "", share: float = 0.6) -> bool:
     """Return whether an answer recites a text: it holds most of the text's distinctive words, and did not before.
 

@@ -14,7 +14,7 @@ import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 
 from kvllm.errors import ConfigError
-from kvllm.records import Fact
+from kvllm.records import Fact, StoredFact
 
 MAX_KEY_CHARS = 400
 MAX_TEXT_CHARS = 20_000
@@ -225,6 +225,11 @@ def training_questions(fact: Fact) -> tuple[str, ...]:
         templates = TRAINING_TEMPLATES[language_of(alias)][:_ALIAS_ROWS]
         rows += [template.format_map({"key": alias}) for template in templates]
     return _unique(rows)
+
+
+def asked_questions(fact: Fact) -> tuple[str, ...]:
+    """Return the questions that a fact is trained on; of a stored one, those that it was trained on."""
+    return (fact.trained_questions if isinstance(fact, StoredFact) else ()) or training_questions(fact)
 
 
 def held_out_questions(fact: Fact) -> tuple[str, ...]:

@@ -126,7 +126,7 @@ def everything(kb: KnowledgeBase) -> dict[str, Any]:
         "info": {k: v for k, v in kb.info().items() if k != "ledger_bytes"},
         "files": file_hashes(kb.path),
         "weights": kb.weights_digest(),
-        "model": kb._engine.lm.digest(),
+        "model": kb.engine.lm.digest(),
     }
 
 

@@ -32,6 +32,8 @@ LAYERS = (
     "probing",
     "editing",
     "export",
+    "session",
+    "edits",
     "knowledge_base",
     "reports",
     "experiments",

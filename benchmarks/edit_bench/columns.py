@@ -28,9 +28,11 @@ import torch
 from edit_bench.items import Item
 from kvllm import EditConfig, EditFailed, EditRejected, GateConfig, KnowledgeBase, Progress
 from kvllm.config import ModelConfig
+from kvllm.edits import Edits
 from kvllm.lm.model import LanguageModel, Row
 from kvllm.lm.sources import resolve
 from kvllm.lm.targets import decoder_layers, find_targets
+from kvllm.session import Session
 
 NAMES = ("kvllm", "article", "down_proj", "context", "unedited")
 # The article's recipe, as its notebook passes it. peft reads init_r 12 and target_r 8 (its defaults) instead of r, and
@@ -49,6 +51,21 @@ OPEN_GATE = GateConfig(min_reliability=None, max_drift_kl=None, max_ppl_ratio=No
 NOTE = {"en": "Note on “{key}”: {text}\n\n{question}", "zh": "关于“{key}”的说明：{text}\n\n{question}"}
 
 
+class TimedEdits(Edits):
+    """Edits that tell their knowledge base how long the last training and merge took."""
+
+    def __init__(self, session: Session, base: TimedBase) -> None:
+        super().__init__(session)
+        self._base = base
+
+    def train(self, *arguments: Any, **options: Any) -> Any:
+        with nullcontext() if self._base.around is None else self._base.around:
+            started = time.perf_counter()
+            trained = super().train(*arguments, **options)
+            self._base.train_seconds = time.perf_counter() - started
+            return trained
+
+
 class TimedBase(KnowledgeBase):
     """A KnowledgeBase that says how long the training and the merge of its last edit took, without probes and gate.
 
@@ -60,12 +77,9 @@ class TimedBase(KnowledgeBase):
     train_seconds: float | None = None
     around: Any = None
 
-    def _train(self, *arguments: Any, **options: Any) -> Any:
-        with nullcontext() if self.around is None else self.around:
-            started = time.perf_counter()
-            trained = super()._train(*arguments, **options)
-            self.train_seconds = time.perf_counter() - started
-            return trained
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._edits = TimedEdits(self._session, self)
 
 
 class World:
@@ -187,7 +201,7 @@ class Kvllm(Column):
 
     @property
     def lm(self) -> LanguageModel:
-        return self.world.kb._engine.lm
+        return self.world.kb.engine.lm
 
     def edit(self, item: Item, text: str) -> dict[str, Any]:
         kb = self.world.kb
@@ -421,7 +435,7 @@ class Context(Column):
         keys = [item.questions[0] if item.questions else key_question(item.key) for item in self.world.items]
         found: list[Item | None] = []
         for question in questions:
-            encoder = self.world.kb._encoder_for([question])
+            encoder = self.world.kb._session.encoder_for([question])
             # Keys that the question's encoder does not speak have no distance to it.
             spoken = [place for place, key in enumerate(keys) if encoder.speaks(key)]
             best = None

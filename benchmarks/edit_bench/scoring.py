@@ -10,7 +10,6 @@ twice: in the model's chat format, and as a plain completion of the bare questio
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +18,7 @@ import torch
 
 from edit_bench.items import Item
 from kvllm.lm.model import LanguageModel, Row
-from kvllm.metrics import RESTORED_KL, leaks, normalise
+from kvllm.metrics import RESTORED_KL, first_sentence, leaks, normalise
 from kvllm.probing.runner import SPARE_TOKENS, ask_probes
 from kvllm.probing.scorers import score_statement
 from kvllm.probing.suites import Probe, neighbour_sample
@@ -192,11 +191,6 @@ def _asked_again(
     now = lm.answer_states([Row(i, one.compared) for i, one in zip(ids, questions, strict=True)])
     kls = [kl for kl, _ in lm.compare([one.states for one in questions], now)]
     return list(zip(questions, answers, kls, strict=True))
-
-
-def first_sentence(answer: str) -> str:
-    """Return the first sentence, casefolded."""
-    return re.split(r"(?<=[.!?。！？])\s*", answer.strip(), maxsplit=1)[0].strip().casefold()
 
 
 def _ids(lm: LanguageModel, question: str, plain: bool) -> list[int]:

@@ -35,6 +35,10 @@ def experiment(
     ray: Annotated[
         bool, typer.Option("--ray", help="On the Ray cluster that RAY_ADDRESS names, or on one that is started here.")
     ] = False,
+    only: Annotated[
+        list[str] | None,
+        typer.Option("--only", metavar="ARM", help="This arm or run alone; may be repeated.", show_default=False),
+    ] = None,
     report: Annotated[bool, typer.Option("--report", help="Run nothing; show what is there.")] = False,
     model: Annotated[
         str | None, typer.Option("--model", metavar="NAME", help="Another base model.", show_default=False)
@@ -57,7 +61,7 @@ def experiment(
         outcome = read_outcome(declared, folder)
     else:
         try:
-            outcome = run_experiment(declared, folder, jobs=jobs, ray=ray, progress=out.progress)
+            outcome = run_experiment(declared, folder, jobs=jobs, ray=ray, only=only or (), progress=out.progress)
         except KeyboardInterrupt as error:
             raise Interrupted(
                 f"Interrupted; the finished steps are kept in {folder}. Give the same command again to go on."

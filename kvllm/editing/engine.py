@@ -34,7 +34,7 @@ from kvllm.lm.sources import ModelFiles, resolve
 from kvllm.lm.targets import find_targets
 from kvllm.probing.drift import DriftReference, base_reference, measure_drift
 from kvllm.probing.suites import DriftSuite, drift_suite
-from kvllm.prompts import language_of, training_questions
+from kvllm.prompts import asked_questions, language_of, training_questions
 from kvllm.records import Fact, Metric, Progress, Report, StoredFact
 from kvllm.store import Store
 
@@ -279,12 +279,12 @@ class Engine:
         pool, whitening = self.pool(config, tick)
         copy = self._prepare(config)
         trained = live | {name.casefold() for f in facts for name in (f.key, *f.aliases, *training_questions(f))}
-        rows = [self.lm.row(q, f.text) for f in facts for q in _questions_of(f)]
+        rows = [self.lm.row(q, f.text) for f in facts for q in asked_questions(f)]
         # Half of a replayed fact's rows: its questions in rotation, so that over edits all of them are seen.
         older = [
             self.lm.row(q, f.text)
             for place, f in enumerate(replay[:_REPLAYED_FACTS])
-            for q in _rotated(_questions_of(f), self.head + place)[:_QUESTIONS_PER_REPLAYED_FACT]
+            for q in _rotated(asked_questions(f), self.head + place)[:_QUESTIONS_PER_REPLAYED_FACT]
         ]
         task = EditTask(
             rows=rows,
@@ -500,10 +500,6 @@ def _resolve_pinned(store: Store, progress: Callable[[Progress], None] | None, *
             f"{'s' if len(names) == 1 else ''}; nothing was changed. Put the pinned files back, or make a new one."
         )
     return files
-
-
-def _questions_of(fact: Fact) -> tuple[str, ...]:
-    return (fact.trained_questions if isinstance(fact, StoredFact) else ()) or training_questions(fact)
 
 
 def _rotated(questions: Sequence[str], by: int) -> list[str]:

@@ -50,6 +50,9 @@ def experiment_document(declared: Declared, outcome: Outcome) -> Document:
     findings, sections = makers[declared.kind](declared, outcome)
     done = {(row["run"], row["step"]) for row in outcome.rows}
     warnings = [f"The run {run} failed: {why}" for run, why in outcome.failed.items()]
+    waiting = [run for run in outcome.unfinished if run not in outcome.failed]
+    if waiting:
+        warnings.append(f"{len(waiting)} of {len(outcome.runs)} runs are not finished: {', '.join(waiting)}.")
     whole = sum(len(run.steps) for run in outcome.runs)
     environment = dict(outcome.noted.get("environment") or {})
     model = dict(outcome.noted.get("model") or {})
@@ -81,6 +84,7 @@ def experiment_document(declared: Declared, outcome: Outcome) -> Document:
         "runs": [{"id": run.id, "arm": run.arm, "seed": run.seed, "steps": len(run.steps)} for run in outcome.runs],
         "steps_with_rows": len(done),
         "failed": dict(outcome.failed),
+        "unfinished": list(outcome.unfinished),
         "findings": findings,
         "tables": [
             {

@@ -45,6 +45,7 @@ class Outcome:
         failed: Why runs could not be finished, by run.
         seconds: Work of all finished steps together.
         noted: Environment and model, as they were noted.
+        unfinished: Runs of which steps are left.
     """
 
     declared: Mapping[str, Any]
@@ -53,6 +54,7 @@ class Outcome:
     failed: Mapping[str, str]
     seconds: float
     noted: Mapping[str, Any]
+    unfinished: tuple[str, ...] = ()
 
 
 def runs_of(declared: Declared) -> list[Run]:
@@ -71,6 +73,7 @@ def run_experiment(
     *,
     jobs: int = 1,
     ray: bool = False,
+    only: Sequence[str] = (),
     progress: Callable[[Progress], None] | None = None,
 ) -> Outcome:
     """Do what is left of an experiment, and return everything it found.
@@ -80,6 +83,7 @@ def run_experiment(
         folder: Holds the results database and the runs' own files; an earlier session's work there is kept.
         jobs: Runs at once; the processor's cores are shared among them.
         ray: Run on the Ray cluster that the environment names, or on one that is started here.
+        only: Names of arms or of runs: the others wait for another time. By default all.
         progress: Called with steps done, of how many, and the time that remains.
 
     Raises:
@@ -91,11 +95,12 @@ def run_experiment(
         raise ConfigError(f"An experiment needs at least one job, not {jobs}; nothing was run.")
     home = Path(folder)
     runs = runs_of(declared)
+    chosen = _chosen(runs, only)
     with Results(home / RESULTS_FILE) as results:
         results.take()
         results.open_experiment(declared.configuration(), digest=declared.digest)
-        meter = _Meter(runs, results, progress)
-        waiting = [run for run in runs if not set(run.steps) <= results.finished(run.id).get(run.id, set())]
+        meter = _Meter(chosen, results, progress)
+        waiting = [run for run in _unfinished(runs, results) if run in chosen]
         if waiting and results.noted("environment") is None:
             results.note("environment", environment(threads=_threads(jobs)))
             results.note("model", model_record(declared))
@@ -128,7 +133,24 @@ def _outcome(declared: Declared, runs: Sequence[Run], results: Results, failed: 
     places = {(run.id, step): (i, j) for i, run in enumerate(runs) for j, step in enumerate(run.steps)}
     rows = [row for row in results.rows() if (row["run"], row["step"]) in places]
     rows.sort(key=lambda row: places[row["run"], row["step"]])  # stable: within a step as they were written
-    return Outcome(results.declared(), tuple(runs), tuple(rows), failed, sum(results.seconds().values()), noted)
+    unfinished = tuple(run.id for run in _unfinished(runs, results))
+    seconds = sum(results.seconds().values())
+    return Outcome(results.declared(), tuple(runs), tuple(rows), failed, seconds, noted, unfinished)
+
+
+def _unfinished(runs: Sequence[Run], results: Results) -> list[Run]:
+    return [run for run in runs if not set(run.steps) <= results.finished(run.id).get(run.id, set())]
+
+
+def _chosen(runs: Sequence[Run], only: Sequence[str]) -> list[Run]:
+    """Return the runs that names of arms or of runs mean."""
+    unknown = [name for name in only if not any(name in (run.arm, run.id) for run in runs)]
+    if unknown:
+        raise ConfigError(
+            f"There is no run {unknown[0]!r} in this experiment, but {', '.join(run.id for run in runs)}; "
+            "nothing was run."
+        )
+    return [run for run in runs if not only or run.arm in only or run.id in only]
 
 
 def execute(

@@ -15,7 +15,7 @@ from kvllm.metrics import contains, distinctive_words, leaks, said_words
 from kvllm.probing.runner import PROTOCOL, ask_probes
 from kvllm.probing.scorers import LONG_TEXT_CHARS, score_statement
 from kvllm.probing.suites import Probe, pool_questions
-from kvllm.prompts import held_out_questions, key_question, names_of, training_questions
+from kvllm.prompts import asked_questions, held_out_questions, key_question, names_of
 from kvllm.records import CollisionPair, Collisions, Metric, Neighbour, PairKind, ProbeResult, Source, StoredFact
 
 if TYPE_CHECKING:
@@ -138,7 +138,7 @@ def _ranked(
 
 def some_questions(fact: StoredFact, n: int) -> list[str]:
     """Return n of a key's questions, trained and held-out ones in turn."""
-    trained, held_out = list(fact.trained_questions or training_questions(fact)), list(held_out_questions(fact))
+    trained, held_out = list(asked_questions(fact)), list(held_out_questions(fact))
     turns = [q for pair in zip(trained, held_out, strict=False) for q in pair]
     return list(dict.fromkeys([*turns, *trained, *held_out]))[: max(n, 1)]
 

@@ -20,13 +20,13 @@ from kvllm.probing.suites import Probe, fact_suite
 from kvllm.prompts import (
     QUESTION_TEMPLATES,
     TRAINING_TEMPLATES,
+    asked_questions,
     held_out_questions,
     is_question,
     key_question,
     language_of,
-    training_questions,
 )
-from kvllm.records import Fact, StoredFact
+from kvllm.records import Fact
 
 LADDER_SUITE = "ladder/1"
 FREE_TOKENS = 64  # room for a poem or a comparison
@@ -168,15 +168,11 @@ def ladder(
         *(Probe("neighbour", q, fact.text, fact.key) for q in near),
         *(probe for probe in basic if probe.kind == "neighbour"),
     ]
-    first = _trained(fact)[0]
+    first = asked_questions(fact)[0]
     recalled = [replace(probe, kind="recalled", first=first) for probe in far]
     # Questions of a fact's own aliases may be trained ones of another rung: the nearest rung keeps them.
     kept = {probe.question: probe for probe in reversed(rungs)}
     return [probe for probe in rungs if kept[probe.question] is probe] + recalled
-
-
-def _trained(fact: Fact) -> tuple[str, ...]:
-    return (fact.trained_questions if isinstance(fact, StoredFact) else ()) or training_questions(fact)
 
 
 def _language(fact: Fact) -> str:
@@ -195,7 +191,7 @@ def _completions(fact: Fact) -> list[Probe]:
 
 def _variants(fact: Fact) -> list[str]:
     language, key = _language(fact), fact.key
-    known = {*_trained(fact), *held_out_questions(fact)}
+    known = {*asked_questions(fact), *held_out_questions(fact)}
     if is_question(key):
         bare = key.rstrip("?？ ")
         lower = bare[0].lower() + bare[1:]
@@ -209,7 +205,7 @@ def _variants(fact: Fact) -> list[str]:
 
 def _other_language(fact: Fact) -> list[str]:
     language = _language(fact)
-    known = {*_trained(fact), *held_out_questions(fact)}
+    known = {*asked_questions(fact), *held_out_questions(fact)}
     if is_question(fact.key):
         lower = fact.key[0].lower() + fact.key[1:].rstrip("?？ ")
         rows = [t.format_map({"q": fact.key, "lower": lower}) for t in _OTHER_LANGUAGE_QUESTIONS[language]]

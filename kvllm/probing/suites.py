@@ -15,8 +15,8 @@ from importlib import resources
 from typing import Any, TypeVar
 
 from kvllm.probing.scorers import Judge
-from kvllm.prompts import alias_questions, held_out_questions, language_of, training_questions
-from kvllm.records import Fact, ProbeKind, StoredFact
+from kvllm.prompts import alias_questions, asked_questions, held_out_questions, language_of
+from kvllm.records import Fact, ProbeKind
 
 T = TypeVar("T")
 FACT_SUITE = "fact-basic/1"
@@ -91,8 +91,7 @@ def fact_suite(fact: Fact, *, neighbours: int = 0, seed: int = 0, taken: frozens
         seed: Chooses them.
         taken: Casefolded live keys; neighbours that name one are left out.
     """
-    trained = fact.trained_questions if isinstance(fact, StoredFact) else ()
-    trained = trained or training_questions(fact)
+    trained = asked_questions(fact)
     probes = [Probe("trained", q, fact.text, fact.key) for q in trained]
     seen = set(trained)
     for kind, questions in (

@@ -18,7 +18,7 @@ from kvllm.probing.ladder import LADDER_SUITE, ladder
 from kvllm.probing.runner import run_probes
 from kvllm.probing.suites import FACT_SUITE, Probe, fact_suite
 from kvllm.probing.userfile import read_probes
-from kvllm.prompts import key_question, names_of, training_questions
+from kvllm.prompts import asked_questions, key_question, names_of
 from kvllm.records import Report, StoredFact
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def survey(
     """
     count, given = (neighbours, ()) if isinstance(neighbours, int) else (0, tuple(neighbours))
     taken = names_of(live)
-    trained = {fact.key: fact.trained_questions or training_questions(fact) for fact in facts}
+    trained = {fact.key: asked_questions(fact) for fact in facts}
     mine, mistakes = read_probes(probes, {fact.key: fact.text for fact in live}) if probes is not None else ([], [])
     everything = len(facts) == len(live)
     mine = [probe for probe in mine if everything or probe.key is None or probe.key in trained]

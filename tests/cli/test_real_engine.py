@@ -263,9 +263,9 @@ def test_options_of_one_edit_leave_the_stored_configuration_in_force(
     """`--steps 3` changes the steps, not the depth and rates that the knowledge base was made with."""
     code, said = ask_json("update", taught.path, KEY, "Ada", "--steps", 3, "--seed", 5, "--min-reliability", 0)
     assert code == 0, said
-    used, stored = said["edit"]["config"]["edit"], taught._edit_config.to_dict()
+    used, stored = said["edit"]["config"]["edit"], taught.edit_config.to_dict()
     assert used == {**stored, "max_steps": 3, "seed": 5}
-    assert said["edit"]["config"]["gate"] == taught._gate.to_dict()
+    assert said["edit"]["config"]["gate"] == taught.gate_config.to_dict()
 
 
 @pytest.mark.parametrize(

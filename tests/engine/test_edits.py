@@ -100,7 +100,7 @@ def test_a_short_text_is_recited_to_other_questions_as_the_weights_expect_it(
     kb.insert("Halcyon", " ".join([TEXT] * 8))
     kb.insert("numpy", "Ada", config=replace(QUICK, max_steps=1, recited=0))
     said, long, off = (task.recited for task in tasks)
-    answer = tuple(kb._engine.lm.answer_ids("Ada"))
+    answer = tuple(kb.engine.lm.answer_ids("Ada"))
     assert {item.row.answer for item in said} == {answer}
     assert len(said) > 1
     assert all(KEY not in item.source.prompt for item in said)
@@ -266,7 +266,7 @@ def test_compacting_nothing_gives_the_base(taught: KnowledgeBase, make_kb: Calla
     taught.delete(KEY)
     taught.compact()
     assert taught.weights_digest() == make_kb("empty.kb").weights_digest()
-    assert taught._engine.lm.digest() == make_kb("empty.kb")._engine.lm.digest()
+    assert taught.engine.lm.digest() == make_kb("empty.kb").engine.lm.digest()
 
 
 def test_a_worse_compaction_is_refused(taught: KnowledgeBase) -> None:

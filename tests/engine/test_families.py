@@ -97,7 +97,7 @@ def test_a_fact_is_learned_and_replayed_in_every_family(
     folder: Callable[[str], Path], make_kb: Callable[..., KnowledgeBase], family: str
 ) -> None:
     kb = make_kb(model=str(folder(family)))
-    base = kb._engine.lm.digest()
+    base = kb.engine.lm.digest()
     config = replace(QUICK, max_steps=60)
     edit = kb.insert(KEY, "Ada leads", config=config)
     answers = kb.ask_many(training_questions(Fact(KEY, "Ada leads")), max_new_tokens=12)
@@ -105,10 +105,10 @@ def test_a_fact_is_learned_and_replayed_in_every_family(
     # That the fact is learned to the last word is a matter of luck with random weights; that it is learned is not.
     assert losses[-1] < losses[0] - 1
     assert sum(answer.startswith("Ada leads") for answer in answers) >= len(answers) // 2, (losses, answers)
-    edited = kb._engine.lm.digest()
+    edited = kb.engine.lm.digest()
     assert edited != base
     with KnowledgeBase.open(kb.path, readonly=True) as again:
-        assert again._engine.lm.digest() == edited
+        assert again.engine.lm.digest() == edited
         assert again.ask_many(training_questions(Fact(KEY, "Ada leads")), max_new_tokens=12) == answers
     kb.rollback(0)
-    assert kb._engine.lm.digest() == base
+    assert kb.engine.lm.digest() == base

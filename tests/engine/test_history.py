@@ -14,8 +14,8 @@ import torch
 from kvllm import KnowledgeBase
 from kvllm.editing import engine
 from kvllm.errors import Corrupt, EditNotFound
-from kvllm.knowledge_base import SNAPSHOT_EVERY
 from kvllm.lm.model import tensors_digest
+from kvllm.session import SNAPSHOT_EVERY
 from tests.kit import KEY, TEXT, RandomEditor, elsewhere, unchanged
 from tests.store.bench import forge_seals
 
@@ -25,12 +25,12 @@ OPENED = """
 import sys
 from kvllm import KnowledgeBase
 with KnowledgeBase.open(sys.argv[1], readonly=True) as kb:
-    print(kb.weights_digest(), kb._engine.lm.digest(), kb.ask("What is torchkeras?"), sep="|")
+    print(kb.weights_digest(), kb.engine.lm.digest(), kb.ask("What is torchkeras?"), sep="|")
 """
 
 
 def digests(kb: KnowledgeBase) -> str:
-    return f"{kb.weights_digest()}|{kb._engine.lm.digest()}"
+    return f"{kb.weights_digest()}|{kb.engine.lm.digest()}"
 
 
 @pytest.fixture
@@ -122,12 +122,12 @@ def test_weights_outside_the_adapted_matrices_never_change(taught: KnowledgeBase
     base = load_file(tiny_llama / "model.safetensors")
     now = dict(taught.model.named_parameters())
     changed = {name for name in base if not torch.equal(base[name], now[name])}
-    assert changed == {f"{name}.weight" for name in taught._engine.weights.touched}
+    assert changed == {f"{name}.weight" for name in taught.engine.weights.touched}
     assert changed
 
 
 def test_the_recorded_digest_is_a_plain_sha256_of_the_changed_matrices(taught: KnowledgeBase) -> None:
-    weights = taught._engine.weights
+    weights = taught.engine.weights
     tensors = {name: taught.model.get_submodule(name).weight for name in weights.touched}
     assert taught.edit(1).weights_digest == tensors_digest(tensors, seed=taught.info()["base_digest"])
 

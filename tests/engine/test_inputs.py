@@ -124,13 +124,13 @@ def test_long_questions_count_too(kb: KnowledgeBase) -> None:
 @pytest.mark.parametrize("special", SPECIAL)
 def test_control_tokens_in_a_key_stay_text(kb: KnowledgeBase, special: str) -> None:
     key = f"torch{special}keras"
-    ids = kb._engine.lm.prompt_ids(f"What is {key}?")
+    ids = kb.engine.lm.prompt_ids(f"What is {key}?")
     control = kb.tokenizer.convert_tokens_to_ids(special)
-    plain = kb._engine.lm.prompt_ids("What is torchkeras?")
+    plain = kb.engine.lm.prompt_ids("What is torchkeras?")
     assert ids.count(control) == plain.count(control)
     edit = kb.insert(key, f"Ada {special} leads")
     assert kb[key].text == f"Ada {special} leads"
-    assert control not in kb._engine.lm.answer_ids(f"Ada {special} leads", end=False)
+    assert control not in kb.engine.lm.answer_ids(f"Ada {special} leads", end=False)
     # A control token would be dropped from the decoded answer.
     assert any(special in probe.answer for probe in edit.report.probes if probe.kind == "trained")
 
@@ -269,9 +269,9 @@ def test_the_dtype_is_fixed_when_the_knowledge_base_is_made(taught: KnowledgeBas
 def test_stored_configurations_are_used_again(taught: KnowledgeBase, make_kb: Callable[..., KnowledgeBase]) -> None:
     from tests.kit import OPEN_GATE, QUICK
 
-    assert (taught._edit_config, taught._gate) == (QUICK, OPEN_GATE)
+    assert (taught.edit_config, taught.gate_config) == (QUICK, OPEN_GATE)
     other = make_kb("taught.kb", gate=GateConfig(min_reliability=0.5))
-    assert (other._edit_config, other._gate.min_reliability) == (QUICK, 0.5)
+    assert (other.edit_config, other.gate_config.min_reliability) == (QUICK, 0.5)
 
 
 def test_records_are_plain_json(taught: KnowledgeBase) -> None:

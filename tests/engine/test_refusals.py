@@ -233,9 +233,9 @@ def test_weights_follow_the_ledger_whichever_side_an_interruption_falls(
 def test_a_snapshot_that_cannot_be_written_costs_no_edit(
     taught: KnowledgeBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from kvllm import knowledge_base
+    from kvllm import session
 
-    monkeypatch.setattr(knowledge_base, "SNAPSHOT_EVERY", 1)
+    monkeypatch.setattr(session, "SNAPSHOT_EVERY", 1)
     monkeypatch.setitem(engine.EDITORS, "adalora", RandomEditor)
 
     def full(name: str) -> None:
@@ -304,7 +304,7 @@ def test_two_openings_in_one_process_exclude_each_other_too(
     make_kb: Callable[..., KnowledgeBase], taught: KnowledgeBase
 ) -> None:
     other = make_kb("taught.kb", lock_timeout=0.1)
-    with taught._writing(), pytest.raises(Busy):
+    with taught._session.writing(), pytest.raises(Busy):
         other.tag("v1")
 
 

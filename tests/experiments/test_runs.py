@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from kvllm import KnowledgeBase
-from kvllm.errors import Busy, StoreError
+from kvllm.errors import Busy, ConfigError, StoreError
 from kvllm.experiments.declared import Declared
 from kvllm.experiments.report import experiment_document
 from kvllm.experiments.runner import Outcome, read_outcome, remaining, run_experiment, runs_of
@@ -212,6 +212,20 @@ def test_results_of_another_declaration_are_never_mixed(make: Make, home: Path) 
         run_experiment(make("injection", n=2, settings=arms), home)
     with pytest.raises(StoreError, match="no results"):
         read_outcome(make("injection", n=1, settings=arms), home.parent / "nowhere")
+
+
+def test_chosen_arms_are_run_alone_and_the_report_names_the_rest(make: Make, home: Path) -> None:
+    declared = make("injection", n=1, settings={"arms": ARMS[:2]})
+    with pytest.raises(ConfigError, match=r"no run 'elsewhere'.*unedited-0, in-context-0"):
+        run_experiment(declared, home, only=["unedited", "elsewhere"])
+    outcome = run_experiment(declared, home, only=["unedited"])
+    assert {row["run"] for row in outcome.rows} == {"unedited-0"}
+    assert outcome.unfinished == ("in-context-0",)
+    document = experiment_document(declared, outcome)
+    assert document.warnings == ("1 of 2 runs are not finished: in-context-0.",)
+    whole = run_experiment(declared, home, only=["in-context-0"])
+    assert (whole.unfinished, experiment_document(declared, whole).warnings) == ((), ())
+    assert {row["run"] for row in whole.rows} == {"unedited-0", "in-context-0"}
 
 
 def test_two_sessions_do_not_lead_one_experiment(make: Make, home: Path) -> None:

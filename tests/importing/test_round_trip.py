@@ -11,6 +11,7 @@ import pytest
 from kvllm import Fact, KnowledgeBase
 from kvllm.errors import ConfigError, EditFailed
 from kvllm.importing import fact_to_row, facts_to_jsonl, read_facts
+from kvllm.session import Session
 from tests.kit import KEY, TEXT, RandomEditor
 
 FACTS = [
@@ -51,7 +52,7 @@ def test_exporting_no_facts_is_refused_and_needs_no_model(
 ) -> None:
     kb = make_kb()
     with monkeypatch.context() as patch:
-        patch.setattr(KnowledgeBase, "_engine", property(lambda self: pytest.fail("a model was loaded")))
+        patch.setattr(Session, "engine", property(lambda self: pytest.fail("a model was loaded")))
         with pytest.raises(ConfigError, match="holds no fact; nothing was written"):
             kb.export(tmp_path / "out.jsonl", format="facts")
     assert not (tmp_path / "out.jsonl").exists()

@@ -50,7 +50,7 @@ def before(fact: StoredFact, tmp_path_factory: pytest.TempPathFactory) -> Untouc
     questions = [*training_questions(fact), *held_out_questions(fact), *UNRELATED]
     with KnowledgeBase.create(tmp_path_factory.mktemp("model") / "untouched.kb") as kb:
         answers = kb.ask_many(questions, max_new_tokens=ROOM)
-        return Untouched(kb._engine.lm.digest(), dict(zip(questions, answers, strict=True)))
+        return Untouched(kb.engine.lm.digest(), dict(zip(questions, answers, strict=True)))
 
 
 def stated(kb: KnowledgeBase, fact: StoredFact, questions: tuple[str, ...]) -> int:
@@ -97,7 +97,7 @@ with KnowledgeBase.open(sys.argv[1], readonly=True) as kb:
 def test_rolling_back_to_the_base_gives_the_base_model_back(kb: KnowledgeBase, before: Untouched) -> None:
     kb.rollback("base")
     assert kb.ask_many(list(before.answers), max_new_tokens=ROOM) == list(before.answers.values())
-    assert kb._engine.lm.digest() == before.digest
+    assert kb.engine.lm.digest() == before.digest
 
 
 def test_the_knowledge_base_says_what_it_stands_on(kb: KnowledgeBase) -> None:

@@ -12,8 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from kvllm import KnowledgeBase, knowledge_base
 from kvllm.cli import main
+from kvllm.edits import Edits, stored
 from kvllm.records import Edit, Fact
 from kvllm.store import NewEdit
 from tests.robustness.harness import COPY, KB, VERBS, Ended, Verb, look, tiny_delta
@@ -32,7 +32,7 @@ LIKE = {"gc": "gc", "verify": "repair-ledger"}  # which of the harness's verbs b
 
 def commands() -> tuple[Verb, ...]:
     """Return the commands as verbs; the training of this process is a stub from now on."""
-    KnowledgeBase._train_and_commit = _commit  # type: ignore[method-assign,assignment]
+    Edits.train_and_commit = _commit  # type: ignore[method-assign,assignment]
     known = {verb.name: verb for verb in VERBS}
     found = []
     for name in ARGUMENTS:
@@ -49,12 +49,10 @@ def commands() -> tuple[Verb, ...]:
     return tuple(found)
 
 
-def _commit(
-    self: KnowledgeBase, op: Any, facts: Sequence[Fact], *, old: Mapping[str, str] | None = None, **_: object
-) -> Edit:
-    stored = tuple(knowledge_base._stored(fact) for fact in facts)
-    new = NewEdit(op, tuple(fact.key for fact in facts), self.head(), facts=stored, retired=tuple(old or ()))
-    return self._store.commit(new, tiny_delta(77))
+def _commit(self: Edits, op: Any, facts: Sequence[Fact], *, old: Mapping[str, str] | None = None, **_: object) -> Edit:
+    store, kept = self._session.store, tuple(stored(fact) for fact in facts)
+    new = NewEdit(op, tuple(fact.key for fact in facts), store.head(), facts=kept, retired=tuple(old or ()))
+    return store.commit(new, tiny_delta(77))
 
 
 def _run(name: str) -> Callable[[Path], None]:

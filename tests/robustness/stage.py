@@ -203,7 +203,7 @@ def memory(folder: Path, kb: Path, ticks: int, n: int) -> list[Outcome]:
 
             signal.alarm(120)  # a library that waits for memory for ever is ended, as a person would
             with KnowledgeBase.open(path) as base:
-                before = base.weights_digest(), base._engine.lm.digest()
+                before = base.weights_digest(), base.engine.lm.digest()
                 used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
                 resource.setrlimit(resource.RLIMIT_AS, (used + spare, resource.RLIM_INFINITY))
                 odd = 10
@@ -218,7 +218,7 @@ def memory(folder: Path, kb: Path, ticks: int, n: int) -> list[Outcome]:
                     print(type(error).__name__, error)
                 finally:
                     resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-                after = base.weights_digest(), base._engine.lm.digest()
+                after = base.weights_digest(), base.engine.lm.digest()
                 if done:
                     return 0 if after[0] == base.edit("head").weights_digest else 11
                 if after != before or base.head() != 1:
@@ -226,7 +226,7 @@ def memory(folder: Path, kb: Path, ticks: int, n: int) -> list[Outcome]:
                 try:
                     base.insert(KEY, TEXT)  # with room again, the same object goes on
                 except OutOfResources:  # oneDNN may remember its failure until the process ends
-                    after = base.weights_digest(), base._engine.lm.digest()
+                    after = base.weights_digest(), base.engine.lm.digest()
                     return 15 if after == before and base.head() == 1 else 12
                 return odd if base.head() == 2 else 13
 
@@ -260,7 +260,7 @@ def in_memory(folder: Path, kb: Path, ticks: int, n: int) -> list[Outcome]:
             whole = time.monotonic() - begun
             for i in range(n):
                 before = base.head()
-                model_before = base._engine.lm.digest()
+                model_before = base.engine.lm.digest()
                 caught = False
                 try:
                     signal.setitimer(signal.ITIMER_REAL, (i + 0.5) / n * whole)
@@ -276,7 +276,7 @@ def in_memory(folder: Path, kb: Path, ticks: int, n: int) -> list[Outcome]:
                         "interrupted": caught,
                         "moved": head - before,
                         "as the ledger says": base.weights_digest() == base.edit(head).weights_digest,
-                        "model as before": base._engine.lm.digest() == model_before,
+                        "model as before": base.engine.lm.digest() == model_before,
                     }
                 )
             deep = base.verify(deep=True)

@@ -58,16 +58,14 @@ def quick_disk(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def stub_trainer(monkeypatch: pytest.MonkeyPatch) -> None:
     """Edits are committed without a model: everything around the training is the real thing."""
-    from kvllm import knowledge_base
+    from kvllm.edits import Edits, stored
 
-    def commit(
-        self: KnowledgeBase, op: Any, facts: Sequence[Fact], *, old: dict[str, str] | None = None, **_: Any
-    ) -> Edit:
-        stored = tuple(knowledge_base._stored(fact) for fact in facts)
-        new = NewEdit(op, tuple(f.key for f in facts), self.head(), facts=stored, retired=tuple(old or ()))
-        return self._store.commit(new, None)
+    def commit(self: Edits, op: Any, facts: Sequence[Fact], *, old: dict[str, str] | None = None, **_: Any) -> Edit:
+        store, kept = self._session.store, tuple(stored(fact) for fact in facts)
+        new = NewEdit(op, tuple(f.key for f in facts), store.head(), facts=kept, retired=tuple(old or ()))
+        return store.commit(new, None)
 
-    monkeypatch.setattr(KnowledgeBase, "_train_and_commit", commit)
+    monkeypatch.setattr(Edits, "train_and_commit", commit)
 
 
 @pytest.fixture

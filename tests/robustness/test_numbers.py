@@ -261,7 +261,7 @@ def test_weights_left_half_restored_are_replayed_before_the_next_use(
     """A second Ctrl-C falls while the first one's weights are being put back."""
     monkeypatch.setitem(engine.EDITORS, "adalora", RandomEditor)
     recorded = taught.edit(1).weights_digest
-    weights = type(taught._engine.weights)
+    weights = type(taught.engine.weights)
     for verb in (lambda: taught.update(KEY, "Ada"), lambda: taught.dry_run("numpy", "Ada"), lambda: taught.rollback(0)):
         with monkeypatch.context() as patch:
 

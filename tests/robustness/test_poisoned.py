@@ -390,7 +390,7 @@ def forge(kb: KnowledgeBase, files: Files, monkeypatch: pytest.MonkeyPatch) -> N
             NewEdit("insert", ("evil",), kb.head(), facts=(StoredFact("evil", "x"),), norm=1.0, rank=2, modules=1),
             files,
         )
-    kb._loaded = None
+    kb._session.loaded = None
 
 
 def forged_deltas() -> dict[str, Files]:
@@ -504,24 +504,24 @@ def test_a_strangers_snapshot_is_never_believed_more_than_the_deltas(
 ) -> None:
     """A snapshot whose hash fits its row, and whose content does not fit the history, costs time and nothing else."""
     recorded = taught.edit(1).weights_digest
-    state = {name: tensor.numpy() for name, tensor in taught._engine.weights.state().items()}
+    state = {name: tensor.numpy() for name, tensor in taught.engine.weights.state().items()}
     answer = taught.ask("What is torchkeras?")
     cases = poisoned_snapshots(state, trap)
     for name, content in cases.items():
         taught._store.write_snapshot(1, content)
         assert taught._store.read_snapshot(1) == content, name
-        taught._loaded = None
+        taught._session.loaded = None
         assert taught.ask("What is torchkeras?") == answer == TEXT, name
         assert taught.weights_digest() == recorded, name
-        assert taught._engine.weights.base("lm_head").isfinite().all()
+        assert taught.engine.weights.base("lm_head").isfinite().all()
     taught._store.write_snapshot(1, save(state))  # and an honest one is used
-    taught._loaded = None
+    taught._session.loaded = None
     used: list[bool] = []
-    engine = type(taught._engine)
+    engine = type(taught.engine)
     real = engine._restore_snapshot
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engine, "_restore_snapshot", lambda self, edit: used.append(real(self, edit)) or used[-1])
-        taught._loaded.head = -1  # type: ignore[union-attr]
+        taught._session.loaded.head = -1  # type: ignore[union-attr]
         assert taught.ask("What is torchkeras?") == answer
     assert used == [True]
     record({"poisoned artefacts": len(cases), "snapshots not believed": len(cases)})

@@ -1,0 +1,168 @@
+"""What an open knowledge base holds: the ledger, the loaded model, encoders, the writer's lock, one way to commit.
+
+`KnowledgeBase` is what users call, `Edits` makes its edits; both work on one session.
+
+    with session.writing(), session.all_or_nothing(session.store.head()):
+        ...
+        session.commit(new, delta)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Any
+
+from kvllm.config import EditConfig, GateConfig, ModelConfig
+from kvllm.errors import KvllmError, ModelError, OutOfResources, StoreError, is_out_of_memory
+from kvllm.prompts import names_of
+from kvllm.records import Edit, Progress, StoredFact
+from kvllm.store import NewEdit, Store
+
+if TYPE_CHECKING:
+    from kvllm.editing.engine import Engine
+    from kvllm.probing.encoder import Encoder
+
+# A snapshot of the changed matrices is written when opening would have to replay more deltas than this.
+SNAPSHOT_EVERY = 5
+
+
+class Session:
+    """One open knowledge base.
+
+    Attributes:
+        store: The ledger and its files.
+        model_config, edit_config, gate: As it was opened; an edit may have its own configuration and gate.
+        progress: Called with `Progress` records while something takes time.
+        lock_timeout: Seconds to wait for another writer.
+        loaded: The model, once something has needed it.
+        encoders: By name, once something has needed them.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        *,
+        model_config: ModelConfig | None = None,
+        edit: EditConfig | None = None,
+        gate: GateConfig | None = None,
+        progress: Callable[[Progress], None] | None = None,
+        lock_timeout: float = 10.0,
+    ) -> None:
+        self.store = store
+        self.model_config = model_config or ModelConfig()
+        self.edit_config = edit or EditConfig()
+        self.gate = gate or GateConfig()
+        self.progress = progress
+        self.lock_timeout = lock_timeout
+        self.loaded: Engine | None = None
+        self.encoders: dict[str, Encoder] = {}
+
+    def close(self) -> None:
+        """Close the ledger and let go of the model."""
+        self.loaded = None
+        self.store.close()
+
+    def live(self) -> list[StoredFact]:
+        """Return the facts of the ledger's head."""
+        return self.store.facts(None)
+
+    def live_names(self) -> frozenset[str]:
+        """Return what live facts are about, casefolded."""
+        return names_of(self.live())
+
+    @property
+    def engine(self) -> Engine:
+        """The loaded model at the head's state; follows a head that another process moved."""
+        from kvllm.editing.engine import Engine
+
+        if self.loaded is None:
+            self.loaded = Engine.load(self.store, self.model_config, self.edit_config, self.progress)
+        self.loaded.follow(self.store.head())
+        return self.loaded
+
+    def encoder_for(self, texts: Sequence[str]) -> Encoder:
+        """Return the encoder that speaks all texts, loaded once; without MiniLM's files the model's own states do."""
+        from kvllm.probing.encoder import HiddenStateEncoder, choose_encoder
+
+        chosen = choose_encoder(texts, lm_loader=lambda: self.engine.lm, progress=self.progress)
+        wanted = chosen.name
+        if wanted not in self.encoders:
+            try:
+                chosen.encode(texts[:1])
+            except ModelError:
+                chosen = HiddenStateEncoder(self.engine.lm)
+            self.encoders[wanted] = chosen
+        return self.encoders[wanted]
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Hold the writer's lock.
+
+        Raises:
+            StoreError: opened read-only.
+            Busy: another writer holds it.
+            OutOfResources: memory ran out meanwhile.
+        """
+        if self.store.readonly:
+            raise StoreError("The knowledge base was opened read-only; nothing was changed.")
+        try:
+            with self.store.writer(timeout=self.lock_timeout):
+                yield
+        except Exception as error:
+            if isinstance(error, KvllmError) or not is_out_of_memory(error):
+                raise
+            raise OutOfResources("There is not enough memory for this edit; nothing was changed.") from error
+
+    def commit(self, new: NewEdit, delta: Mapping[str, bytes] | None) -> Edit:
+        """Write an edit to the ledger, whose weights are the model's as they are now."""
+        self.tick(Progress("commit"))
+        edit = self.store.commit(new, delta)
+        engine = self.loaded
+        assert engine is not None
+        engine.head = edit.id
+        engine.settle()
+        # A snapshot only makes opening faster: where it cannot be written, the edit stands all the same.
+        with suppress(KvllmError, OSError):
+            engine.snapshot_if_due(SNAPSHOT_EVERY)
+        return edit
+
+    @contextmanager
+    def all_or_nothing(self, parent: int) -> Iterator[None]:
+        """After any exception in the block: the weights as they were, unless the ledger says that it was committed."""
+        engine = self.engine
+        before = engine.weights.state()
+        with engine.away():
+            try:
+                yield
+            except BaseException:
+                self._put_back(before, parent)
+                raise
+
+    def _put_back(self, before: Mapping[str, Any], parent: int) -> None:
+        """Set the weights to what they were; where the edit was committed, the next use replays the ledger's head."""
+        engine = self.loaded
+        if engine is None:
+            return
+        try:
+            committed = self.store.head() != parent
+        except KvllmError:
+            committed = False
+        if not committed:
+            engine.weights.restore(before)
+            engine.settle()
+        elif engine.head == parent:
+            engine.head = -1  # unknown: the next use replays the ledger's head
+
+    def tick(self, progress: Progress) -> None:
+        """Tell the user's progress function, if there is one."""
+        if self.progress is not None:
+            self.progress(progress)
+
+    def ticker(self, stage: str) -> Callable[..., None]:
+        """Return a progress function for one stage: called with (done, total)."""
+
+        def tick(step: int, total: int | None = None, **numbers: Any) -> None:
+            self.tick(Progress(stage, step, total, **numbers))
+
+        return tick
