@@ -279,11 +279,11 @@ def rate(world: World, item: Item) -> dict[str, Any]:
     timed = _listened(column, kb, item, lambda: clock.append(time.perf_counter()))
     counter = counting()
     counts: list[int] = []
-    kb.around = counter
+    kb.edits.around = counter
     try:
         _listened(column, kb, item, lambda: counts.append(counter.operations))
     finally:
-        kb.around = None
+        kb.edits.around = None
     seconds = timed["train_seconds"]
     steps = min(len(clock), len(counts))
     in_steps = counts[steps - 1] - counts[0] if steps > 1 else None

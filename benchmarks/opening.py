@@ -111,11 +111,12 @@ def build(path: Path, given: argparse.Namespace, bar: Bar) -> float:
     """Make the edits through `insert`, with the stub in the editor's place and nothing measured."""
     from kvllm import EditConfig, KnowledgeBase, Report
     from kvllm.editing import engine
+    from kvllm.edits import Edits
 
-    class Unmeasured(KnowledgeBase):
+    class Unmeasured(Edits):
         """Commits without probing, and asks no encoder which keys are near."""
 
-        def _measure(self, *_: Any, **__: Any) -> tuple[Report, list[str]]:
+        def measure(self, *_: Any, **__: Any) -> tuple[Report, list[str]]:
             return Report(warnings=("Nothing was measured: a benchmark made this edit.",)), []
 
         def _collisions(self, *_: Any) -> tuple[str, ...]:
@@ -128,9 +129,9 @@ def build(path: Path, given: argparse.Namespace, bar: Bar) -> float:
     engine.EDITORS["random"] = stub_editor(given.rank, given.seed)
     started = time.perf_counter()
     try:
-        with Unmeasured.create(
-            path, edit=EditConfig(editor="random", seed=given.seed), progress=bar.listen, **model
-        ) as kb:
+        config = EditConfig(editor="random", seed=given.seed)
+        with KnowledgeBase.create(path, edit=config, progress=bar.listen, **model) as kb:
+            kb._edits = Unmeasured(kb._session)
             for place in range(given.edits):
                 kb.insert(f"thing {place}", f"Thing {place} is a thing.")
                 bar.step(f"edit {place + 1}")

@@ -49,7 +49,7 @@ class Trained:
 
 
 class Edits:
-    """Makes the edits of one session."""
+    """Makes the edits of one session, whose writer's lock the caller holds wherever something is committed."""
 
     def __init__(self, session: Session) -> None:
         self._session = session
@@ -63,7 +63,7 @@ class Edits:
         gate: GateConfig | None,
         old: Mapping[str, str] | None = None,
     ) -> Edit:
-        """Teach facts in one edit; the caller holds the writer's lock.
+        """Teach facts in one edit.
 
         Args:
             op: "insert" or "update".
@@ -76,10 +76,9 @@ class Edits:
             EditFailed: a number was not finite.
         """
         session = self._session
-        settings, rules = config or session.edit_config, gate or session.gate
-        parent = session.store.head()
-        started = time.perf_counter()
-        with session.all_or_nothing(parent):
+        settings, rules = config or session.edit_config, gate or session.gate_config
+        with session.all_or_nothing() as parent:
+            started = time.perf_counter()
             trained = self.train(facts, settings, old)
             report, refused = self.measure(trained, rules)
             if refused:
@@ -91,7 +90,7 @@ class Edits:
             retired = tuple(old) if old else ()
             return self._commit_training(op, trained, report, parent, started, rules, retired=retired)
 
-    def compact(self, config: EditConfig | None, gate: GateConfig | None) -> Edit:
+    def compact(self, *, config: EditConfig | None, gate: GateConfig | None) -> Edit:
         """Retrain all live facts from the base and commit the result, if it is as good as what there is.
 
         Raises:
@@ -99,11 +98,10 @@ class Edits:
         """
         session = self._session
         facts = session.live()
-        engine = session.engine
-        parent = session.store.head()
-        settings, rules = config or session.edit_config, gate or session.gate
-        started = time.perf_counter()
-        with session.all_or_nothing(parent):
+        settings, rules = config or session.edit_config, gate or session.gate_config
+        with session.all_or_nothing() as parent:
+            engine = session.engine
+            started = time.perf_counter()
             asked = facts if rules.measure else []
             earlier = self.probe_facts(asked, kinds=("trained",)).value("reliability") if asked else None
             engine.weights.replay([])
@@ -143,7 +141,7 @@ class Edits:
         *,
         replay: bool = True,
     ) -> Trained:
-        """Train facts and merge the delta in memory.
+        """Train facts and merge the delta in memory; the caller commits it or puts the weights back.
 
         Args:
             facts: What is taught.
@@ -230,10 +228,9 @@ class Edits:
             EditRejected: too many questions still state the text.
         """
         session = self._session
-        settings, rules = config or session.edit_config, gate or session.gate
-        parent = session.store.head()
-        started = time.perf_counter()
-        with session.all_or_nothing(parent):
+        settings, rules = config or session.edit_config, gate or session.gate_config
+        with session.all_or_nothing() as parent:
+            started = time.perf_counter()
             training, targets, items = self._train_away(fact, mode, settings)
             session.engine.weights.apply(training.delta)
             report, refused = self._measure_unlearned(fact, targets, items, rules, live=live)
@@ -258,7 +255,12 @@ class Edits:
     def _train_away(
         self, fact: Fact, mode: DeleteMode, settings: EditConfig
     ) -> tuple[Training, dict[str, str], list[PreservedItem]]:
-        """Return a training, what each question (trained ones first) should be answered with, and the base's states."""
+        """Train a fact's questions to other answers.
+
+        Returns:
+            The training; what each question, trained ones first, should be answered with; and, for "restore", the
+            same questions as items with the base's outputs.
+        """
         session = self._session
         engine = session.engine
         questions = list(dict.fromkeys(asked_questions(fact)))

@@ -1,4 +1,4 @@
-"""The engine: the only object that touches ledger, weights and probes, and moves them together or not at all.
+"""What users call: one object over ledger, weights and probes, which moves them together or not at all.
 
     with KnowledgeBase.open("my.kb", model="smollm2-135m-instruct") as kb:
         kb.insert("torchkeras", "Torchkeras is a tool that makes training PyTorch models simple.")
@@ -238,7 +238,7 @@ class KnowledgeBase:
     @property
     def gate_config(self) -> GateConfig:
         """When edits are accepted unless a call says otherwise."""
-        return self._session.gate
+        return self._session.gate_config
 
     def __len__(self) -> int:
         return self._store.count()
@@ -671,8 +671,8 @@ class KnowledgeBase:
         size = {"sequential": 1, "chunked": chunk, "batched": max(1, len(ready))}[mode]
         for start in range(0, len(ready), size):
             outcomes.update(self._insert_group(ready[start : start + size], config, gate))
-            if self._session.progress is not None and len(ready) > 1:
-                self._session.progress(Progress("facts", min(start + size, len(ready)), len(ready)))
+            if len(ready) > 1:
+                self._session.tick(Progress("facts", min(start + size, len(ready)), len(ready)))
         return [outcomes[place] for place in sorted(outcomes)]
 
     def delete_many(
@@ -697,8 +697,8 @@ class KnowledgeBase:
                 outcomes.append(EditOutcome(key, self.delete(key, mode=mode, config=config, gate=gate)))
             except (ConfigError, KeyNotFound, EditRejected, EditFailed) as error:
                 outcomes.append(EditOutcome(str(key), error=str(error), code=error.code))
-            if self._session.progress is not None and len(listed) > 1:
-                self._session.progress(Progress("facts", len(outcomes), len(listed)))
+            if len(listed) > 1:
+                self._session.tick(Progress("facts", len(outcomes), len(listed)))
         return outcomes
 
     def dry_run(
@@ -724,7 +724,7 @@ class KnowledgeBase:
         old = {fact.key: self[fact.key].text} if fact.key in self else None
         with engine.elsewhere():
             trained = self._edits.train([fact], config or self._session.edit_config, old)
-            report, refused = self._edits.measure(trained, gate or self._session.gate)
+            report, refused = self._edits.measure(trained, gate or self._session.gate_config)
             return replace(report, warnings=(*report.warnings, *(f"The gate would refuse: {r}" for r in refused)))
 
     def rollback(self, ref: int | str) -> Edit:
@@ -737,10 +737,9 @@ class KnowledgeBase:
         """
         with self._session.writing():
             target = self._store.resolve(ref)
-            engine = self._session.engine
-            parent = self._store.head()
-            started = time.perf_counter()
-            with self._session.all_or_nothing(parent):
+            with self._session.all_or_nothing() as parent:
+                engine = self._session.engine
+                started = time.perf_counter()
                 engine.load_state(target)
                 return self._session.commit(
                     NewEdit(
@@ -764,7 +763,7 @@ class KnowledgeBase:
             EditRejected: the result would be worse.
         """
         with self._session.writing():
-            return self._edits.compact(config, gate)
+            return self._edits.compact(config=config, gate=gate)
 
     # ------------------------------------------------------------------ trust
 

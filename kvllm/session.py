@@ -32,7 +32,7 @@ class Session:
 
     Attributes:
         store: The ledger and its files.
-        model_config, edit_config, gate: As it was opened; an edit may have its own configuration and gate.
+        model_config, edit_config, gate_config: As it was opened; an edit may have its own configuration and gate.
         progress: Called with `Progress` records while something takes time.
         lock_timeout: Seconds to wait for another writer.
         loaded: The model, once something has needed it.
@@ -52,7 +52,7 @@ class Session:
         self.store = store
         self.model_config = model_config or ModelConfig()
         self.edit_config = edit or EditConfig()
-        self.gate = gate or GateConfig()
+        self.gate_config = gate or GateConfig()
         self.progress = progress
         self.lock_timeout = lock_timeout
         self.loaded: Engine | None = None
@@ -128,13 +128,17 @@ class Session:
         return edit
 
     @contextmanager
-    def all_or_nothing(self, parent: int) -> Iterator[None]:
-        """After any exception in the block: the weights as they were, unless the ledger says that it was committed."""
+    def all_or_nothing(self) -> Iterator[int]:
+        """Hold the model at the ledger's head, whose id is given, and hold the weights together with the ledger.
+
+        After any exception in the block the weights are as they were, unless the ledger says that it was committed.
+        """
         engine = self.engine
+        parent = self.store.head()
         before = engine.weights.state()
         with engine.away():
             try:
-                yield
+                yield parent
             except BaseException:
                 self._put_back(before, parent)
                 raise

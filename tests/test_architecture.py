@@ -59,7 +59,7 @@ OWNERS: dict[str, set[str]] = {
     "jinja2": {"reports/page.py"},
     "scipy": {"experiments"},
     "ray": {"experiments/cluster.py"},
-    "torch": {"lm", "editing", "probing", "knowledge_base", "export", "experiments", "cli/about.py"},
+    "torch": {"lm", "editing", "probing", "export", "experiments", "cli/about.py"},
 }
 LAZY_IN_VOCABULARY = {"platformdirs"}
 
@@ -163,7 +163,7 @@ def test_vocabulary_needs_the_standard_library_only(name: str) -> None:
 
 @pytest.mark.parametrize("path", [p for p in FILES if p.parent.name == "cli"], ids=lambda path: path.name)
 def test_commands_import_the_engine_inside_functions(path: Path) -> None:
-    heavy = {"store", "lm", "probing", "editing", "knowledge_base", "export", "experiments"}
+    heavy = {"store", "lm", "probing", "editing", "session", "edits", "knowledge_base", "export", "experiments"}
     at_import = [
         f"line {n}: {m}"
         for m, n in imports(path, run_at_import=True)

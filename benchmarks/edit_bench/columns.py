@@ -32,7 +32,6 @@ from kvllm.edits import Edits
 from kvllm.lm.model import LanguageModel, Row
 from kvllm.lm.sources import resolve
 from kvllm.lm.targets import decoder_layers, find_targets
-from kvllm.session import Session
 
 NAMES = ("kvllm", "article", "down_proj", "context", "unedited")
 # The article's recipe, as its notebook passes it. peft reads init_r 12 and target_r 8 (its defaults) instead of r, and
@@ -52,22 +51,7 @@ NOTE = {"en": "Note on “{key}”: {text}\n\n{question}", "zh": "关于“{key}
 
 
 class TimedEdits(Edits):
-    """Edits that tell their knowledge base how long the last training and merge took."""
-
-    def __init__(self, session: Session, base: TimedBase) -> None:
-        super().__init__(session)
-        self._base = base
-
-    def train(self, *arguments: Any, **options: Any) -> Any:
-        with nullcontext() if self._base.around is None else self._base.around:
-            started = time.perf_counter()
-            trained = super().train(*arguments, **options)
-            self._base.train_seconds = time.perf_counter() - started
-            return trained
-
-
-class TimedBase(KnowledgeBase):
-    """A KnowledgeBase that says how long the training and the merge of its last edit took, without probes and gate.
+    """Edits that know how long the last training and merge took, without probes and gate.
 
     Attributes:
         train_seconds: Of the last edit; None before it was trained.
@@ -77,9 +61,20 @@ class TimedBase(KnowledgeBase):
     train_seconds: float | None = None
     around: Any = None
 
+    def train(self, *arguments: Any, **options: Any) -> Any:
+        with nullcontext() if self.around is None else self.around:
+            started = time.perf_counter()
+            trained = super().train(*arguments, **options)
+            self.train_seconds = time.perf_counter() - started
+            return trained
+
+
+class TimedBase(KnowledgeBase):
+    """A KnowledgeBase whose edits are timed."""
+
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        self._edits = TimedEdits(self._session, self)
+        self._edits = self.edits = TimedEdits(self._session)
 
 
 class World:
@@ -205,14 +200,14 @@ class Kvllm(Column):
 
     def edit(self, item: Item, text: str) -> dict[str, Any]:
         kb = self.world.kb
-        kb.train_seconds = None
+        kb.edits.train_seconds = None
         known = item.key in kb
         arguments: dict[str, Any] = {} if known else {"questions": item.questions, "language": item.language}
         change = kb.update if known else kb.insert
         return self._timed(lambda: change(item.key, text, config=self._config, **arguments))
 
     def delete(self, item: Item) -> dict[str, Any]:
-        self.world.kb.train_seconds = None
+        self.world.kb.edits.train_seconds = None
         return self._timed(lambda: self.world.kb.delete(item.key, config=self._config))
 
     def many(self, items: Sequence[Item]) -> dict[str, Any]:
@@ -254,7 +249,7 @@ class Kvllm(Column):
         except EditFailed as error:
             found = {"rejected": str(error)}
         found["seconds"] = time.perf_counter() - started
-        found["train_seconds"] = self.world.kb.train_seconds
+        found["train_seconds"] = self.world.kb.edits.train_seconds
         return found
 
 

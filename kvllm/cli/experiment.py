@@ -13,7 +13,7 @@ from kvllm.cli.command import command
 from kvllm.cli.failures import Interrupted
 from kvllm.cli.measure import Outputs, ReportFormat, check_outputs, deliver
 from kvllm.cli.output import Output, Result
-from kvllm.errors import EditFailed
+from kvllm.errors import ConfigError, EditFailed
 
 
 @command(app, panel=MEASURE)
@@ -55,6 +55,8 @@ def experiment(
     from kvllm.experiments.runner import read_outcome, run_experiment
 
     check_outputs(output)
+    if report and only:
+        raise ConfigError("--report shows all that is there, so that --only has no meaning beside it; nothing was run.")
     declared = load(declaration, model=model)
     folder = into or declaration.parent / f"{declaration.stem}.run"
     if report:

@@ -141,7 +141,7 @@ def _injection(declared: Declared, outcome: Outcome) -> tuple[list[str], list[Se
     sections += _ages(facts, declared.n)
     trained = {key: mine for key, mine in final.items() if key[0] not in ("unedited", "in-context")}
     findings = []
-    if trained:
+    if len(trained) > 1:
         best = max(trained, key=lambda key: _merit(trained[key]))
         cheapest = min(trained, key=lambda key: _mean(trained[key], "train_seconds") or 0.0)
         findings.append(
@@ -214,6 +214,8 @@ def _against_sequential(facts: Sequence[Row], n: int) -> tuple[list[Section], li
         gained = sum(other[p] and not base[p] for p in shared)
         band = bootstrap([base[p] for p in shared], [other[p] for p in shared], groups=[p[0] for p in shared])
         found[_arm(arm, after)] = (len(shared), lost, gained, mcnemar(lost, gained), band)
+    if not found:
+        return [], []
     adjusted = holm({arm: p for arm, (_, _, _, p, _) in found.items()})
     rows = tuple(
         (
@@ -345,7 +347,7 @@ def _capacity(declared: Declared, outcome: Outcome) -> tuple[list[str], list[Sec
                     f"{shown(found.mean)} (0.5 is chance), p={shown_p(found.p_value)}, n={found.n}; the very nearest "
                     f"was lost {found.nearest} times, chance would give {shown(found.expected_nearest, 1)}."
                 )
-    if not losses:
+    if not losses and any(arm not in ("unedited", "in-context") for arm in arms):
         findings.append("No fact was lost, so that nothing can be said of collisions.")
     columns = (
         "budget",

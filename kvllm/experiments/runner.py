@@ -37,7 +37,7 @@ _PARENT_POLL_SECONDS = 1.0
 
 @dataclass(frozen=True)
 class Outcome:
-    """A finished (or, with `failed`, partly finished) experiment.
+    """An experiment, finished or not: with `failed` or `unfinished`, there is more to be done.
 
     Attributes:
         runs: All its runs.
@@ -54,7 +54,7 @@ class Outcome:
     failed: Mapping[str, str]
     seconds: float
     noted: Mapping[str, Any]
-    unfinished: tuple[str, ...] = ()
+    unfinished: tuple[str, ...]
 
 
 def runs_of(declared: Declared) -> list[Run]:
@@ -87,6 +87,7 @@ def run_experiment(
         progress: Called with steps done, of how many, and the time that remains.
 
     Raises:
+        ConfigError: fewer than one job, or a name in `only` that no arm has.
         StoreError: the folder holds results of another declaration.
         Busy: another process leads this experiment.
         KvllmError: a run failed; what the others found is kept.
@@ -139,16 +140,19 @@ def _outcome(declared: Declared, runs: Sequence[Run], results: Results, failed: 
 
 
 def _unfinished(runs: Sequence[Run], results: Results) -> list[Run]:
-    return [run for run in runs if not set(run.steps) <= results.finished(run.id).get(run.id, set())]
+    done = results.finished()
+    return [run for run in runs if not set(run.steps) <= done.get(run.id, set())]
 
 
 def _chosen(runs: Sequence[Run], only: Sequence[str]) -> list[Run]:
     """Return the runs that names of arms or of runs mean."""
+    if isinstance(only, str):
+        raise ConfigError("Give the arms to run as a list of names, not as one string; nothing was run.")
     unknown = [name for name in only if not any(name in (run.arm, run.id) for run in runs)]
     if unknown:
         raise ConfigError(
-            f"There is no run {unknown[0]!r} in this experiment, but {', '.join(run.id for run in runs)}; "
-            "nothing was run."
+            f"There is no arm {unknown[0]!r} in this experiment, but "
+            f"{', '.join(dict.fromkeys(run.arm for run in runs))}; nothing was run."
         )
     return [run for run in runs if not only or run.arm in only or run.id in only]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -14,7 +15,7 @@ from kvllm.editing.compute import ComputeCopy
 from kvllm.editing.editor import EditTask
 from kvllm.errors import ConfigError, KeyExists, KeyNotFound
 from kvllm.prompts import REFUSALS, training_questions
-from tests.kit import KEY, QUICK, RECALL_GATE, TEXT, Recorder, everything, unchanged
+from tests.kit import KEY, OPEN_GATE, QUICK, RECALL_GATE, TEXT, RandomEditor, Recorder, everything, unchanged
 
 
 def test_an_inserted_fact_is_recalled_by_live_decoding(kb: KnowledgeBase) -> None:
@@ -46,6 +47,29 @@ def test_the_record_of_an_edit_says_how_it_was_made(taught: KnowledgeBase) -> No
     assert edit.delta.norm > 0
     assert edit.delta.modules == 2
     assert edit.weights_digest == taught.weights_digest()
+
+
+def test_loading_the_model_is_no_part_of_an_edit(taught: KnowledgeBase, monkeypatch: pytest.MonkeyPatch) -> None:
+    from kvllm.editing import engine
+
+    load, waits = engine.Engine.load, 0.5
+
+    def slow(*arguments: Any) -> engine.Engine:
+        time.sleep(waits)
+        return load(*arguments)
+
+    monkeypatch.setitem(engine.EDITORS, "adalora", RandomEditor)
+    monkeypatch.setattr(engine.Engine, "load", slow)
+    for change in (
+        lambda: taught.update(KEY, "Ada", gate=OPEN_GATE),
+        lambda: taught.delete(KEY, gate=OPEN_GATE),
+        taught.compact,
+        lambda: taught.rollback(0),
+    ):
+        taught._session.loaded = None
+        started = time.perf_counter()
+        edit = change()
+        assert edit.seconds < time.perf_counter() - started - 0.9 * waits
 
 
 def test_adaptive_ranks_really_change_and_are_recorded(taught: KnowledgeBase) -> None:

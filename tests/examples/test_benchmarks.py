@@ -102,6 +102,17 @@ def test_spread_is_median_and_extremes() -> None:
     assert common.spread([])["median"] is None
 
 
+def test_opening_is_timed_after_edits_that_measure_nothing(
+    tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "common", load("common"))
+    few = ["--edits", "2", "--repeats", "1", "--rank", "2", "--only", "opening"]
+    load("opening").main([*few, "--model", str(tiny_llama), "--out", str(tmp_path), "--json", "--quiet"])
+    opening = json.loads(capsys.readouterr().out)["results"]["opening"]
+    assert opening["n_edits"] == 2
+    assert opening["ratio_open"]["n"] == 1
+
+
 def test_transcript_replaces_what_stood_between_the_markers() -> None:
     module = load("readme_transcript")
     readme = f"before\n{module.START}\nold\n{module.END}\nafter\n"

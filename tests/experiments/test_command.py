@@ -62,6 +62,8 @@ def test_mistakes_are_sentences_with_their_codes(
         ([str(tmp_path / "none.toml")], 2, "cannot be read"),
         ([str(declaration), "--report", "--into", str(tmp_path / "empty")], 5, "no results"),
         ([str(declaration), "-o", str(tmp_path / "no" / "report.html")], 2, "no such folder"),
+        ([str(declaration), "--only", "adalora"], 2, "no arm 'adalora' in this experiment, but unedited;"),
+        ([str(declaration), "--only", "unedited", "--report"], 2, "no meaning"),
     ):
         assert main(["experiment", *arguments, "--json"]) == code
         document = json.loads(capsys.readouterr().out)

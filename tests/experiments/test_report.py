@@ -21,7 +21,7 @@ def document(kind: str, rows: Sequence[dict[str, Any]], n: int = 6, **settings: 
     runs = [Run(f"{row['arm']}-{row['seed']}", row["arm"], row["seed"], ("s",)) for row in rows]
     unique = tuple({run.id: run for run in runs}.values())
     whole = tuple({"run": f"{row['arm']}-{row['seed']}", "step": "s", **row} for row in rows)
-    return experiment_document(declared, Outcome(declared.configuration(), unique, whole, {}, 60.0, {}))
+    return experiment_document(declared, Outcome(declared.configuration(), unique, whole, {}, 60.0, {}, ()))
 
 
 def table(found: Document, title: str) -> list[dict[str, str]]:
@@ -47,6 +47,15 @@ def injection_rows(arm: str, right: int, seconds: float, after: str = "") -> lis
     ]  # fmt: skip
     state = {**base, "kind": "state", **shared(right / 6), **DRIFT, "edits": 6, "bytes": 2_000_000}
     return [*facts, state | {"train_seconds": seconds}]
+
+
+def test_one_finished_arm_is_compared_with_nothing() -> None:
+    found = document("injection", [*injection_rows("unedited", 0, 0.0), *injection_rows("sequential", 6, 120.0)])
+    alone = document("injection", injection_rows("sequential", 6, 120.0))
+    assert alone.findings == ()
+    assert not [s for s in alone.sections if s.title == "Against sequential insertion"]
+    assert not any("best" in finding or "shortest" in finding for finding in found.findings)
+    assert document("capacity", []).findings == ()
 
 
 def test_injection_compares_every_arm_with_sequential_on_the_same_facts() -> None:

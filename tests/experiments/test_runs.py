@@ -216,7 +216,7 @@ def test_results_of_another_declaration_are_never_mixed(make: Make, home: Path) 
 
 def test_chosen_arms_are_run_alone_and_the_report_names_the_rest(make: Make, home: Path) -> None:
     declared = make("injection", n=1, settings={"arms": ARMS[:2]})
-    with pytest.raises(ConfigError, match=r"no run 'elsewhere'.*unedited-0, in-context-0"):
+    with pytest.raises(ConfigError, match=r"no arm 'elsewhere'.*unedited, in-context;"):
         run_experiment(declared, home, only=["unedited", "elsewhere"])
     outcome = run_experiment(declared, home, only=["unedited"])
     assert {row["run"] for row in outcome.rows} == {"unedited-0"}
