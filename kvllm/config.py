@@ -91,7 +91,8 @@ class EditConfig(_Validated):
             expects after each token stays as it was.
         replay: Older facts per step.
         orthogonality: Weight of AdaLoRA's penalty on the singular vectors.
-        energy_weight: Weight of what the change puts out on ordinary inputs, as a share of what the matrices do.
+        energy_weight: Weight of what the change puts out on ordinary inputs, as a share of what the matrices do; the
+            facts of one edit share it.
         input_ridge: Ridge of the input whitening, in units of the mean eigenvalue: smaller keeps the edit farther from
             directions that ordinary text uses; 0 trains in plain coordinates.
         preserve_stop: Training goes on (within max_steps) until the preserved answers' mean KL is below this, in nats.

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from itertools import accumulate
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch.nn import functional as F
@@ -43,6 +43,9 @@ _DRIFT_SMOOTHING = 0.5
 _TINY = 0.02  # peft's own spread of factors that no gradient has pointed
 _SCALES = (0.9, 0.8, 0.7, 0.6)  # of the trained delta, tried in turn
 _ENERGY_STEPS = 20  # at full weight
+# Of more rows than a step takes, some fall back at every step. From this share not yet recalled on, steps get smaller.
+_NEARLY = 0.1
+_SLOWEST = 0.2
 _STEPS_PER_TRIM = 8  # what is given back has to be fetched again
 _HEAD_TOKENS = 128  # answer tokens per vocabulary projection
 _GROUP_TOKENS = 512  # tokens per forward and backward pass, padding included
@@ -65,6 +68,7 @@ _TURN_WEIGHT = 4.0
 _TURN_MARGIN = 6.0
 
 Item = tuple[torch.Tensor, Row]
+T = TypeVar("T")
 
 
 class LowRankEditor(ABC):
@@ -124,11 +128,12 @@ class LowRankEditor(ABC):
         replay = list(zip(lower[len(task.rows) :], task.replay, strict=True))
         shared = _shared_ids([*task.rows, *task.replay], [*task.restore, *task.contrast, *pool.items])
         coordinates = self.coordinates(copy, pool, task)
-        start = _gradient_factors(copy, fact[:_MAX_ROWS], task.restore[:_MAX_ROWS], config, coordinates, shared)
+        start = _gradient_factors(copy, _some(fact), _some(task.restore), config, coordinates, shared)
         records: list[StepRecord] = []
         recalled = False
         with self.adapter(copy, config, start, coordinates) as adapter:
             drift: float | None = None
+            rates = [group["lr"] for group in adapter.optimizer.param_groups]
             stages = _RowStages(fact, task.restore, rng)
             for step in range(1, config.max_steps + 1):
                 rows, restored = stages.next(check=drift is None or drift <= config.preserve_stop)
@@ -175,7 +180,13 @@ class LowRankEditor(ABC):
                 if energy is not None:
                     # Held the longer, the less: what has not been learned by then needs more of ordinary directions.
                     (config.energy_weight * min(1.0, _ENERGY_STEPS / step) * energy).backward()
+                if stages.many:
+                    pace = min(1.0, max(_SLOWEST, (1.0 - stages.recall) / _NEARLY))
+                    for group, rate in zip(adapter.optimizer.param_groups, rates, strict=True):
+                        group["lr"] = rate * pace
                 adapter.step(step)
+                if stages.many:
+                    adapter.forget()
                 if step % _STEPS_PER_TRIM == 0:
                     give_back()
             # What is restored is not shrunk: it is to come all the way back, not just within the bound.
@@ -216,6 +227,10 @@ class Adapter(Protocol):
         Raises:
             EditFailed: one of them is not finite.
         """
+        ...
+
+    def forget(self) -> None:
+        """Begin the sum of the input factors' gradients anew."""
         ...
 
     def linear(self) -> list[torch.nn.Parameter]:
@@ -273,6 +288,9 @@ class _AdaLora:
         self._inputs.push()
         self._tuner.update_and_allocate(number)
 
+    def forget(self) -> None:
+        self._inputs.forget()
+
     def linear(self) -> list[torch.nn.Parameter]:
         return [module.lora_E[ADAPTER] for _, module in _factors(self._tuner)]
 
@@ -281,9 +299,11 @@ class _AdaLora:
 
 
 class _RowStages:
-    """Hands out rows, those not yet recalled first, and remembers which were last seen recalled.
+    """Hands out rows, those not yet recalled first, and remembers when each was last seen recalled.
 
-    When all are, it hands out all of them once more: `done` is what one sweep over every row has found.
+    When all are, it hands out all of them once more: `done` says that one sweep over every row, of one step as a rule,
+    found all recalled. Where more rows are trained than a step takes, the steps between count as well, and a sight is
+    good for as long as two sweeps take: one row that fails late costs its own repair and no new sweep.
     """
 
     def __init__(self, fact: list[Item], restore: Sequence[PreservedItem], rng: random.Random) -> None:
@@ -293,20 +313,29 @@ class _RowStages:
         self._n = len(fact) + len(restore)
         self._ok = [0.0] * self._n
         self._sizes = [len(row.ids) for _, row in fact] + [len(item.row.ids) for item in restore]
-        self._unchecked = set(range(self._n))
+        self.many = self._n > _MAX_ROWS
+        sweep = max(1, math.ceil(self._n / _MAX_ROWS), math.ceil(sum(self._sizes) / _MAX_ROW_TOKENS))
+        self._good_for = 2 * sweep if self.many else sweep
+        self._step = 0
+        self._seen = [-math.inf] * self._n  # the step at which a row was last seen recalled
         self._checking = False
         self._current: list[int] = []
         self._turns: dict[int, list[int]] = {}
 
     def next(self, *, check: bool) -> tuple[list[Item], list[PreservedItem]]:
-        """Return the rows of the next step; with `check`, and all rows recalled, those still to be looked at again."""
+        """Return the rows of the next step; with `check`, and all rows recalled, those not looked at for longest."""
+        self._step += 1
         pending = [i for i in range(self._n) if self._ok[i] < 1.0]
         rest = [i for i in range(self._n) if self._ok[i] >= 1.0]
         self._rng.shuffle(pending)
         self._rng.shuffle(rest)
         self._checking = check and not pending
         most = _MAX_ROWS if self._checking else min(_MAX_ROWS, max(_MIN_ROWS, self._n // 2), len(pending) + _EXTRA_ROWS)
-        queue = sorted(self._unchecked) if self._checking else pending + rest
+        if self._checking:
+            everyone = sorted(range(self._n), key=lambda i: self._seen[i])
+            queue = [i for i in everyone if self._step - self._seen[i] >= self._good_for] or everyone
+        else:
+            queue = pending + rest
         taken, tokens = 0, 0
         while taken < min(most, len(queue)):
             tokens += self._sizes[queue[taken]]
@@ -330,10 +359,11 @@ class _RowStages:
             self._ok[i] = self._share_leading(i, lead, margin)
         for i, kl in zip([i for i in self._current if i >= n_fact], restored_kl, strict=True):
             self._ok[i] = 1.0 if kl <= RESTORED_KL else RESTORED_KL / kl
-        if self._checking and all(self._ok[i] >= 1.0 for i in self._current):
-            self._unchecked -= set(self._current)
-        else:
-            self._unchecked = set(range(self._n))
+        for i in self._current:
+            if self._ok[i] >= 1.0 and (self._checking or self.many):
+                self._seen[i] = self._step
+            else:
+                self._seen[i] = -math.inf
 
     def lead(self, leads_per_row: Sequence[torch.Tensor], margin: float) -> bool:
         """Say whether all of the fact's rows, in order, meet the stop rule with these leads."""
@@ -355,7 +385,7 @@ class _RowStages:
 
     @property
     def done(self) -> bool:
-        return not self._unchecked
+        return all(self._step - seen < self._good_for for seen in self._seen)
 
 
 @dataclass(frozen=True)
@@ -594,6 +624,12 @@ def _choose_replay(replay: list[Item], n: int, rng: random.Random) -> list[Item]
     return rng.sample(near, n // 2) + rng.sample(replay, n - n // 2)
 
 
+def _some(rows: Sequence[T]) -> Sequence[T]:
+    """Return rows for one step, evenly spaced, so that every fact has a share."""
+    n = min(len(rows), _MAX_ROWS)
+    return [rows[i * len(rows) // n] for i in range(n)]
+
+
 def _gradient_factors(
     copy: ComputeCopy,
     fact: Sequence[Item],
@@ -681,9 +717,10 @@ class InputFactors:
     The optimizer moves Z; `push` writes P into the adapter, `pull` brings P's gradient back to Z. G is scaled so that
     the rows of P start as long as those of Z. Modules without coordinates are trained as they are.
 
-    P's gradient is the sum of all steps so far and is never cleared: Z follows what the steps have in common, not each
-    one's sample of preserved items (Xiao, "Dual Averaging Methods for Regularized Stochastic Learning and Online
-    Optimization", 2010). Cleared each step, the demo's edit takes fewer steps and does twice the damage.
+    P's gradient is the sum of all steps so far, unless `forget` clears it: Z follows what the steps have in common, not
+    each one's sample of preserved items (Xiao, "Dual Averaging Methods for Regularized Stochastic Learning and Online
+    Optimization", 2010). Cleared each step, the demo's edit takes fewer steps and does twice the damage. Of many facts
+    each step sees a few: there what earlier steps wanted is out of date, and is cleared.
     """
 
     def __init__(
@@ -733,6 +770,12 @@ class InputFactors:
             assert p.grad is not None  # checked to be there and finite before
             pulled = (p.grad @ g.T) * scale
             z.grad = pulled if z.grad is None else z.grad + pulled  # it may have the energy's
+
+    @torch.no_grad()
+    def forget(self) -> None:
+        """Clear the sum of P's gradients."""
+        for _, _, _, p in self._own.values():
+            p.grad = None
 
     def energy(self, outputs: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
         """Return what the change puts out on ordinary inputs, as a share of its matrix: tr(ΔW C ΔWᵀ) / ‖W‖².

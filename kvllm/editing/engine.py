@@ -307,7 +307,9 @@ class Engine:
             editor = EDITORS[config.editor]()
         except KeyError as error:
             raise ConfigError(f"There is no editor {config.editor!r}; use one of {', '.join(EDITORS)}.") from error
-        training = editor.train(copy, pool, task, config, on_step=on_step)
+        # What many facts put out on ordinary inputs adds up.
+        shared_out = replace(config, energy_weight=config.energy_weight / max(1, len(facts)))
+        training = editor.train(copy, pool, task, shared_out, on_step=on_step)
         check_finite(training.delta)
         check_norm(training.delta)
         return training

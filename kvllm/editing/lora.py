@@ -132,6 +132,9 @@ class _Lora:
         self.optimizer.step()
         self._inputs.push()
 
+    def forget(self) -> None:
+        self._inputs.forget()
+
     def linear(self) -> list[torch.nn.Parameter]:
         return [self._b[name] if self._b[name].requires_grad else a for name, a in self._a.items()]
 

@@ -290,6 +290,40 @@ def test_input_factors_follow_the_sum_of_all_gradients_so_far(own: LanguageModel
         seen.append(z.grad.clone())
     assert seen[0].any()
     assert torch.allclose(seen[1], 2 * seen[0])
+    inputs.forget()
+    z.grad = None
+    (p * torch.arange(8.0).view(2, 4)).sum().backward()
+    inputs.pull()
+    assert z.grad is not None
+    assert torch.allclose(z.grad, seen[0])
+
+
+def test_many_facts_are_learned_together_each_from_a_start_of_its_own(
+    copy: ComputeCopy, pool: PreservationPool, own: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    facts = [Fact("Halcyon", TEXT), Fact("Quill", "The furnace"), Fact("Berlin", "Ada leads it"), Fact("numpy", "Ada")]
+    rows = [own.row(q, f.text) for f in facts for q in training_questions(f)]
+    assert len(rows) > adalora._MAX_ROWS
+    assert {rows.index(row) * len(facts) // len(rows) for row in adalora._some(rows)} == set(range(len(facts)))
+    sums: list[float] = []
+    pull = adalora.InputFactors.pull
+
+    def pulled(self: adalora.InputFactors) -> None:
+        sums.append(max(float(p.grad.norm()) for _, _, _, p in self._own.values() if p.grad is not None))
+        pull(self)
+
+    monkeypatch.setattr(adalora.InputFactors, "pull", pulled)
+    whitening = {name: torch.eye(copy.model.get_submodule(name).weight.shape[1]) for name in copy.targets.names}
+    training = AdaLoraEditor().train(
+        copy, pool, EditTask(rows=rows, whitening=whitening), changed(max_steps=200, energy_weight=1.0)
+    )
+    assert sums[-1] < max(sums), "a sum of all steps would only grow while all rows pull alike"
+    AdaptedWeights(own.model).apply(training.delta)
+    right = [
+        float(leads(own.logits(states), torch.tensor(row.answer)).min()) > 0
+        for states, row in zip(own.answer_states(rows), rows, strict=True)
+    ]
+    assert sum(right) >= 0.8 * len(right)
 
 
 def test_nothing_is_run_once_where_rows_do_not_begin_alike(copy: ComputeCopy, own: LanguageModel) -> None:

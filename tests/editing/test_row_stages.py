@@ -1,0 +1,97 @@
+"""Which rows a step trains, and when all of them count as recalled. No model: leads are made up."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from kvllm.editing.adalora import _MAX_ROWS, Item, _RowStages
+from kvllm.lm.model import Row
+
+MARGIN = 0.5
+GOOD, BAD = torch.tensor([9.0, 9.0]), torch.tensor([9.0, -1.0])
+
+
+def stages(n: int, tokens: int = 6) -> _RowStages:
+    rows = [Row(tuple(range(tokens)), (i, i)) for i in range(n)]
+    items: list[Item] = [(torch.empty(0), row) for row in rows]
+    return _RowStages(items, [], random.Random(0))
+
+
+def step(of: _RowStages, recalled: Callable[[int], bool] = lambda row: True) -> list[int]:
+    """Hand out the rows of one step, say which of them are recalled, and return them all."""
+    rows, restored = of.next(check=True)
+    handed = [row.answer[0] for _, row in rows]
+    assert restored == []
+    of.saw([GOOD if recalled(row) else BAD for row in handed], [], MARGIN)
+    return handed
+
+
+def test_few_rows_are_done_when_one_step_finds_all_of_them_recalled() -> None:
+    found = stages(8)
+    seen: set[int] = set()
+    while len(seen) < 8:
+        seen |= set(step(found))
+        assert not found.done
+    assert step(found) == list(range(8))
+    assert found.done
+
+
+def test_few_rows_are_all_looked_at_again_after_one_failed() -> None:
+    found = stages(8)
+    while found.recall < 1.0:
+        step(found)
+    assert step(found, lambda row: row != 3) == list(range(8))
+    assert not found.done
+    assert 3 in step(found)
+    assert not found.done, "the others have not been looked at since"
+    assert step(found) == list(range(8))
+    assert found.done
+
+
+@pytest.mark.parametrize(("n", "tokens"), [(11, 200), (8, 400)])
+def test_long_rows_are_looked_at_in_steps_that_follow_each_other(n: int, tokens: int) -> None:
+    found = stages(n, tokens)
+    while found.recall < 1.0:
+        step(found)
+    looked: set[int] = set()
+    while not found.done:
+        fresh = set(step(found))
+        assert not fresh & looked
+        looked |= fresh
+    assert looked == set(range(n))
+
+
+def test_of_many_rows_a_late_failure_costs_its_own_repair_alone() -> None:
+    n = 20 * _MAX_ROWS
+    found, steps = stages(n), 0
+    failed: list[int] = []
+
+    def fails_late(row: int) -> bool:
+        # Row 300 is recalled when it is first seen, and once fails when all others are.
+        late = row == 300 and found.recall == 1.0 and not failed
+        failed.extend([row] * late)
+        return not late
+
+    while not found.done:
+        step(found, fails_late)
+        steps += 1
+        assert steps < 100
+    assert failed == [300] or not failed
+    assert steps <= 42, "one pass, one repair, and what two sweeps had seen before"
+
+
+def test_what_was_seen_long_ago_is_looked_at_again() -> None:
+    n = 4 * _MAX_ROWS
+    found = stages(n)
+    for _ in range(4):
+        step(found)
+    assert found.done
+    for _ in range(9):  # two sweeps and a step in which one row alone keeps failing
+        step(found, lambda row: row != 0)
+    assert not found.done
+    last = {row: place for place in range(6) for row in step(found)}
+    assert len(last) > 3 * _MAX_ROWS, "those seen longest ago come first"
