@@ -44,6 +44,7 @@ _TINY = 0.02  # peft's own spread of factors that no gradient has pointed
 _SCALES = (0.9, 0.8, 0.7, 0.6)  # of the trained delta, tried in turn
 _ENERGY_STEPS = 20  # at full weight
 # Of more rows than a step takes, some fall back at every step. From this share not yet recalled on, steps get smaller.
+_LEFT_OVER = 0.02  # share of many rows that need not meet the stop rule
 _NEARLY = 0.1
 _SLOWEST = 0.2
 _STEPS_PER_TRIM = 8  # what is given back has to be fetched again
@@ -302,8 +303,9 @@ class _RowStages:
     """Hands out rows, those not yet recalled first, and remembers when each was last seen recalled.
 
     When all are, it hands out all of them once more: `done` says that one sweep over every row, of one step as a rule,
-    found all recalled. Where more rows are trained than a step takes, the steps between count as well, and a sight is
-    good for as long as two sweeps take: one row that fails late costs its own repair and no new sweep.
+    found all recalled. Where more rows are trained than a step takes, every step looks at those not seen for longest,
+    too, and a sight is good for as long as two sweeps take: one row that fails late costs its own repair and no new
+    sweep, and a few may be left over.
     """
 
     def __init__(self, fact: list[Item], restore: Sequence[PreservedItem], rng: random.Random) -> None:
@@ -330,12 +332,14 @@ class _RowStages:
         self._rng.shuffle(pending)
         self._rng.shuffle(rest)
         self._checking = check and not pending
-        most = _MAX_ROWS if self._checking else min(_MAX_ROWS, max(_MIN_ROWS, self._n // 2), len(pending) + _EXTRA_ROWS)
+        most = _MAX_ROWS
+        if not self._checking and not self.many:
+            most = min(_MAX_ROWS, max(_MIN_ROWS, self._n // 2), len(pending) + _EXTRA_ROWS)
         if self._checking:
             everyone = sorted(range(self._n), key=lambda i: self._seen[i])
             queue = [i for i in everyone if self._step - self._seen[i] >= self._good_for] or everyone
         else:
-            queue = pending + rest
+            queue = pending + (sorted(rest, key=lambda i: self._seen[i]) if self.many else rest)
         taken, tokens = 0, 0
         while taken < min(most, len(queue)):
             tokens += self._sizes[queue[taken]]
@@ -385,7 +389,8 @@ class _RowStages:
 
     @property
     def done(self) -> bool:
-        return all(self._step - seen < self._good_for for seen in self._seen)
+        stale = sum(self._step - seen >= self._good_for for seen in self._seen)
+        return stale <= (_LEFT_OVER * self._n if self.many else 0)
 
 
 @dataclass(frozen=True)
