@@ -9,9 +9,10 @@ of the default model. The configuration in force is stored with each edit.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from kvllm.errors import ConfigError
 DEFAULT_MODEL = "smollm2-135m-instruct"
 DEFAULT_ENCODER = "minilm-l6"
 DTYPES = ("float32", "bfloat16", "float16")
+_FACTS_OF_MAX_STEPS = 4
 
 
 class _Validated:
@@ -80,7 +82,8 @@ class EditConfig(_Validated):
             target_rank.
         value_lr: Step of the singular values, as a share of the matrix's root-mean-square singular value.
         factor_lr: Step of the singular vectors' entries, as a share of their own root-mean-square size.
-        max_steps: Most optimizer steps; training stops earlier on recall.
+        max_steps: Most optimizer steps of an edit of up to four facts; more facts may take more in proportion. Training
+            stops earlier on recall.
         margin: By how many nats each target token must lead the runner-up before training stops.
         max_text_tokens: Longest text that is trained; longer ones are refused, never cut.
         preserve_weight: Weight of the preservation loss against the fact's own.
@@ -124,6 +127,12 @@ class EditConfig(_Validated):
     preserve_stop: float = 0.04
     dropout: float = 0.0
     seed: int = 0
+
+    def shared_among(self, facts: int) -> EditConfig:
+        """Return the configuration of an edit of so many facts: more steps, and of the energy's weight a share each."""
+        n = max(1, facts)
+        steps = math.ceil(self.max_steps * max(1.0, n / _FACTS_OF_MAX_STEPS))
+        return replace(self, max_steps=steps, energy_weight=self.energy_weight / n)
 
     def __post_init__(self) -> None:
         _need(len(self.depth) == 2, "depth is a pair of shares, e.g. (0.6, 0.9).")

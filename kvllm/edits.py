@@ -116,9 +116,7 @@ class Edits:
                     ),
                     None,
                 )
-            # Breadth first over many rows needs more steps than one fact; each step sees sixteen of them.
-            steps = max(settings.max_steps, 6 * len(facts))
-            trained = self.train(facts, replace(settings, max_steps=steps), None, replay=False)
+            trained = self.train(facts, settings, None, replay=False)
             report, refused = self.measure(trained, rules, since_base=True)
             now = report.value("reliability")
             if earlier is not None and now is not None and now < earlier:

@@ -298,17 +298,17 @@ class Engine:
             whitening=whitening,
         )
         show = tick("training") if tick is not None else None
+        # What many facts put out on ordinary inputs adds up, and so do the steps that each of them takes.
+        shared_out = config.shared_among(len(facts))
 
         def on_step(record: StepRecord) -> None:
             if show is not None:
-                show(record.step, config.max_steps, loss=record.loss, recall=record.recall, drift=record.drift)
+                show(record.step, shared_out.max_steps, loss=record.loss, recall=record.recall, drift=record.drift)
 
         try:
             editor = EDITORS[config.editor]()
         except KeyError as error:
             raise ConfigError(f"There is no editor {config.editor!r}; use one of {', '.join(EDITORS)}.") from error
-        # What many facts put out on ordinary inputs adds up.
-        shared_out = replace(config, energy_weight=config.energy_weight / max(1, len(facts)))
         training = editor.train(copy, pool, task, shared_out, on_step=on_step)
         check_finite(training.delta)
         check_norm(training.delta)

@@ -30,7 +30,7 @@ _ARMS: tuple[dict[str, Any], ...] = (
     {"name": "batched", "mode": "batched"},
     {"name": "sequential, bf16 sums", "mode": "sequential", "masters": "bfloat16"},
 )
-_KNOWN = {"name", "mode", "chunk", "compact", "masters", "edit", "steps_per_fact", "seeds"}
+_KNOWN = {"name", "mode", "chunk", "compact", "masters", "edit", "seeds"}
 
 
 def runs(declared: Declared) -> list[Run]:
@@ -73,6 +73,7 @@ def execute(run: Run, desk: Desk) -> None:
     arm = run.settings
     cases = declared.ordered(run.seed)
     mode = str(arm["mode"])
+    config = declared.edit_config(seed=run.seed, **dict(arm.get("edit", {})))
     with Bench(declared, desk.folder, masters=str(arm.get("masters", "float32")), progress=desk.progress) as bench:
         taught = 0
         for place, size in enumerate(_chunks(declared, arm), 1):
@@ -80,13 +81,13 @@ def execute(run: Run, desk: Desk) -> None:
             taught += size
             step = f"edit-{place:04}"
             if mode not in _UNTRAINED and desk.open(step):
-                desk.finish(step, _edit_rows(bench, chunk, taught, _config(declared, run, size)))
+                desk.finish(step, _edit_rows(bench, chunk, taught, config))
             reached = f"ask-{taught:04}"
             if reached in run.steps and desk.open(reached):
                 desk.finish(reached, _ask(bench, cases[:taught], mode, last=taught == declared.n))
         if arm.get("compact"):
             if desk.open("compact"):
-                desk.finish("compact", [_compact(bench, cases, _config(declared, run, 1))])
+                desk.finish("compact", [_compact(bench, cases, config)])
             if desk.open("ask-compact"):
                 desk.finish("ask-compact", _ask(bench, cases, mode, last=True, after="compact"))
 
@@ -122,13 +123,6 @@ def _chunks(declared: Declared, arm: Mapping[str, Any]) -> list[int]:
     if size < 1:
         raise ConfigError(f"A chunk holds at least one fact, not {size}; nothing was run.")
     return [min(size, n - start) for start in range(0, n, size)]
-
-
-def _config(declared: Declared, run: Run, facts: int) -> EditConfig:
-    """Return the configuration of an edit of so many facts: more facts may take more steps."""
-    config = declared.edit_config(seed=run.seed, **dict(run.settings.get("edit", {})))
-    steps = max(config.max_steps, int(run.settings.get("steps_per_fact", 6)) * facts)
-    return declared.edit_config(seed=run.seed, **{**dict(run.settings.get("edit", {})), "max_steps": steps})
 
 
 def _edit_rows(bench: Bench, chunk: Sequence[Case], taught: int, config: EditConfig) -> list[dict[str, Any]]:
