@@ -87,10 +87,10 @@ def test_of_many_rows_a_late_failure_costs_its_own_repair_alone() -> None:
 def test_a_few_of_many_rows_may_be_left_over_and_the_others_are_looked_at_meanwhile() -> None:
     n = 4 * _MAX_ROWS
     found = stages(n)
-    for _ in range(5):
-        step(found, lambda row: row != 0)
+    for _ in range(6):
+        step(found, lambda row: row > 2)
     assert found.done
-    handed = [step(found, lambda row: row > 1) for _ in range(12)]
+    handed = [step(found, lambda row: row > 3) for _ in range(12)]
     assert not found.done
-    assert all({0, 1} <= set(rows) for rows in handed[2:])
-    assert {row for rows in handed[-5:] for row in rows} == set(range(n))
+    assert all({0, 1, 2, 3} <= set(rows) for rows in handed[3:])
+    assert {row for rows in handed[-6:] for row in rows} == set(range(n))
