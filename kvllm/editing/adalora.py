@@ -44,7 +44,7 @@ _TINY = 0.02  # peft's own spread of factors that no gradient has pointed
 _SCALES = (0.9, 0.8, 0.7, 0.6)  # of the trained delta, tried in turn
 _ENERGY_STEPS = 20  # at full weight
 # Of more rows than a step takes, some fall back at every step. From this share not yet recalled on, steps get smaller.
-_LEFT_OVER = 0.05  # share of many rows that need not meet the stop rule: most of them are recalled all the same
+_LEFT_OVER = 0.05  # share of many rows that need no margin, as long as they are recalled
 _NEARLY = 0.1
 _SLOWEST = 0.2
 _STEPS_PER_TRIM = 8  # what is given back has to be fetched again
@@ -305,7 +305,7 @@ class _RowStages:
     When all are, it hands out all of them once more: `done` says that one sweep over every row, of one step as a rule,
     found all recalled. Where more rows are trained than a step takes, every step looks at those not seen for longest,
     too, and a sight is good for as long as two sweeps take: one row that fails late costs its own repair and no new
-    sweep, and a few may be left over.
+    sweep, and a few may be left without their margin.
     """
 
     def __init__(self, fact: list[Item], restore: Sequence[PreservedItem], rng: random.Random) -> None:
@@ -314,6 +314,7 @@ class _RowStages:
         self._rng = rng
         self._n = len(fact) + len(restore)
         self._ok = [0.0] * self._n
+        self._right = [False] * self._n  # recalled when last seen, if without the margin
         self._sizes = [len(row.ids) for _, row in fact] + [len(item.row.ids) for item in restore]
         self.many = self._n > _MAX_ROWS
         sweep = max(1, math.ceil(self._n / _MAX_ROWS), math.ceil(sum(self._sizes) / _MAX_ROW_TOKENS))
@@ -361,8 +362,10 @@ class _RowStages:
                 wrong = (lead < 0).nonzero().view(-1)[:_TURNS].tolist()
                 self._turns[i] = sorted({0, *wrong})
             self._ok[i] = self._share_leading(i, lead, margin)
+            self._right[i] = bool((lead > 0).all())
         for i, kl in zip([i for i in self._current if i >= n_fact], restored_kl, strict=True):
             self._ok[i] = 1.0 if kl <= RESTORED_KL else RESTORED_KL / kl
+            self._right[i] = kl <= RESTORED_KL
         for i in self._current:
             if self._ok[i] >= 1.0 and (self._checking or self.many):
                 self._seen[i] = self._step
@@ -390,7 +393,7 @@ class _RowStages:
     @property
     def done(self) -> bool:
         stale = sum(self._step - seen >= self._good_for for seen in self._seen)
-        return stale <= (_LEFT_OVER * self._n if self.many else 0)
+        return stale <= (_LEFT_OVER * self._n if self.many else 0) and all(self._right)
 
 
 @dataclass(frozen=True)
