@@ -82,11 +82,7 @@ class Edits:
             trained = self.train(facts, settings, old)
             report, refused = self.measure(trained, rules)
             if refused:
-                raise EditRejected(
-                    f"The {op} of {names_shown(facts)} was rejected: {'; '.join(refused)}; nothing was changed.",
-                    report=report,
-                    reasons=refused,
-                )
+                raise _rejected(f"The {op} of {names_shown(facts)}", report, refused)
             retired = tuple(old) if old else ()
             return self._commit_training(op, trained, report, parent, started, rules, retired=retired)
 
@@ -122,11 +118,7 @@ class Edits:
             if earlier is not None and now is not None and now < earlier:
                 refused.append(f"reliability over the live facts would fall from {earlier:.3f} to {now:.3f}")
             if refused:
-                raise EditRejected(
-                    f"Compacting was rejected: {'; '.join(refused)}; nothing was changed.",
-                    report=report,
-                    reasons=refused,
-                )
+                raise _rejected("Compacting", report, refused)
             return self._commit_training(
                 "compact", trained, report, parent, started, rules, retired=tuple(f.key for f in facts)
             )
@@ -233,11 +225,7 @@ class Edits:
             session.engine.weights.apply(training.delta)
             report, refused = self._measure_unlearned(fact, targets, items, rules, live=live)
             if refused:
-                raise EditRejected(
-                    f"The delete of {fact.key!r} was rejected: {'; '.join(refused)}; nothing was changed.",
-                    report=report,
-                    reasons=refused,
-                )
+                raise _rejected(f"The delete of {fact.key!r}", report, refused)
             return self._commit_training(
                 "delete",
                 Trained((), training, settings),
@@ -414,6 +402,12 @@ class Edits:
         from kvllm.probing.keys import order_by_nearness
 
         return order_by_nearness(self._session.store, fact, others, self._session.encoder_for)
+
+
+def _rejected(what: str, report: Report, reasons: list[str]) -> EditRejected:
+    return EditRejected(
+        f"{what} was rejected: {'; '.join(reasons)}; nothing was changed.", report=report, reasons=reasons
+    )
 
 
 def names_shown(facts: Sequence[Fact]) -> str:

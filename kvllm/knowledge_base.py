@@ -78,21 +78,11 @@ class KnowledgeBase:
     hide behind an equals sign.
     """
 
-    def __init__(
-        self,
-        store: Store,
-        *,
-        model_config: ModelConfig | None = None,
-        edit: EditConfig | None = None,
-        gate: GateConfig | None = None,
-        progress: Callable[[Progress], None] | None = None,
-        lock_timeout: float = 10.0,
-    ) -> None:
-        self._session = Session(
-            store, model_config=model_config, edit=edit, gate=gate, progress=progress, lock_timeout=lock_timeout
-        )
-        self._edits = Edits(self._session)
-        self._store = store
+    def __init__(self, session: Session) -> None:
+        """Take over an open session; users call `open` or `create`."""
+        self._session = session
+        self._edits = Edits(session)
+        self._store = session.store
 
     # ------------------------------------------------------------------ opening
 
@@ -152,7 +142,7 @@ class KnowledgeBase:
                     f"This knowledge base was made in {made_in}, and {dtype} would give other weights; "
                     f"leave the dtype out, or make a new knowledge base."
                 )
-            return cls(
+            session = Session(
                 store,
                 model_config=ModelConfig(dtype=made_in, device=device or "auto"),
                 edit=edit or _stored_config(store, "edit", EditConfig),
@@ -160,6 +150,7 @@ class KnowledgeBase:
                 progress=progress,
                 lock_timeout=lock_timeout,
             )
+            return cls(session)
         except BaseException:
             store.close()
             raise
@@ -197,7 +188,10 @@ class KnowledgeBase:
         if gate is not None:
             settings["gate"] = gate.to_dict()
         store = Store.create(path, _base_record(files, _absolute_model(model)), settings)
-        return cls(store, model_config=config, edit=edit, gate=gate, progress=progress, lock_timeout=lock_timeout)
+        session = Session(
+            store, model_config=config, edit=edit, gate=gate, progress=progress, lock_timeout=lock_timeout
+        )
+        return cls(session)
 
     def close(self) -> None:
         """Close the ledger and let go of the model."""

@@ -2,9 +2,9 @@
 
 `KnowledgeBase` is what users call, `Edits` makes its edits; both work on one session.
 
-    with session.writing(), session.all_or_nothing(session.store.head()):
+    with session.writing(), session.all_or_nothing() as parent:
         ...
-        session.commit(new, delta)
+        session.commit(NewEdit(op="insert", parent=parent, ...), delta)
 """
 
 from __future__ import annotations

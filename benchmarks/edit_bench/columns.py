@@ -32,6 +32,7 @@ from kvllm.edits import Edits
 from kvllm.lm.model import LanguageModel, Row
 from kvllm.lm.sources import resolve
 from kvllm.lm.targets import decoder_layers, find_targets
+from kvllm.session import Session
 
 NAMES = ("kvllm", "article", "down_proj", "context", "unedited")
 # The article's recipe, as its notebook passes it. peft reads init_r 12 and target_r 8 (its defaults) instead of r, and
@@ -72,9 +73,9 @@ class TimedEdits(Edits):
 class TimedBase(KnowledgeBase):
     """A KnowledgeBase whose edits are timed."""
 
-    def __init__(self, *arguments: Any, **options: Any) -> None:
-        super().__init__(*arguments, **options)
-        self._edits = self.edits = TimedEdits(self._session)
+    def __init__(self, session: Session) -> None:
+        super().__init__(session)
+        self._edits = self.edits = TimedEdits(session)
 
 
 class World:
@@ -489,7 +490,10 @@ def discard(folder: Path) -> None:
 def described(name: str, world: World) -> dict[str, Any]:
     """Return what a reader needs to repeat a column."""
     settings: dict[str, dict[str, Any]] = {
-        "kvllm": {"edit": world.config.to_dict(), "gate": world.gate.to_dict()},
+        **{
+            mine: {"edit": config.to_dict(), "gate": world.gate.to_dict()}
+            for mine, config in {"kvllm": world.config, **world.variants}.items()
+        },
         "article": {
             "peft": {**ARTICLE, "init_r": 12, "target_r": 8, "target_modules": list(ARTICLE_MODULES)},
             "optimizer": f"AdamW, lr {ARTICLE_LR}",
@@ -504,9 +508,5 @@ def described(name: str, world: World) -> dict[str, Any]:
         },
         "context": {"note": NOTE["en"], "near_enough": world.near, "searched": "the keys of all items of the run"},
         "unedited": {},
-        **{
-            variant: {"edit": config.to_dict(), "gate": world.gate.to_dict()}
-            for variant, config in world.variants.items()
-        },
     }
     return json.loads(json.dumps(settings[name]))  # type: ignore[no-any-return]

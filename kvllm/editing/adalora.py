@@ -44,9 +44,9 @@ _TINY = 0.02  # peft's own spread of factors that no gradient has pointed
 _SCALES = (0.9, 0.8, 0.7, 0.6)  # of the trained delta, tried in turn
 _ENERGY_STEPS = 20  # at full weight
 # Of more rows than a step takes, some fall back at every step. From this share not yet recalled on, steps get smaller.
-_LEFT_OVER = 0.05  # share of many rows that need no margin, as long as they are recalled
 _NEARLY = 0.1
 _SLOWEST = 0.2
+_LEFT_OVER = 0.05  # share of many rows that need no margin, as long as they are recalled
 _STEPS_PER_TRIM = 8  # what is given back has to be fetched again
 _HEAD_TOKENS = 128  # answer tokens per vocabulary projection
 _GROUP_TOKENS = 512  # tokens per forward and backward pass, padding included

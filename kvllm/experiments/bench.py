@@ -33,6 +33,7 @@ from kvllm.probing.scorers import score_statement
 from kvllm.probing.suites import DriftSuite, Probe, drift_suite
 from kvllm.prompts import key_question
 from kvllm.records import Edit, ProbeKind, Progress, Report
+from kvllm.session import Session
 from kvllm.store import Store
 
 UNMEASURED = GateConfig(min_reliability=None, max_drift_kl=None, max_ppl_ratio=None, min_erasure=None, measure=False)
@@ -58,7 +59,7 @@ class Bench:
             shutil.rmtree(path, ignore_errors=True)  # killed while it was being made
             KnowledgeBase.create(path, model=declared.model, dtype=declared.dtype, device=declared.device).close()
         model = ModelConfig(dtype=declared.dtype, device=declared.device, masters=masters)
-        self.kb = KnowledgeBase(Store.open(path), model_config=model, gate=UNMEASURED, progress=progress)
+        self.kb = KnowledgeBase(Session(Store.open(path), model_config=model, gate=UNMEASURED, progress=progress))
         self._encoder: Encoder | None = None
 
     def __enter__(self) -> Bench:

@@ -13,6 +13,7 @@ from kvllm.editing.engine import Engine
 from kvllm.errors import ConfigError
 from kvllm.prompts import training_questions
 from kvllm.records import Fact
+from kvllm.session import Session
 from kvllm.store import Store
 from tests.kit import KEY, OPEN_GATE, QUICK, TEXT, Recorder
 
@@ -38,7 +39,7 @@ def test_rounded_sums_are_replayed_as_they_were(make_kb: Callable[..., Knowledge
     path = kb.path
     kb.close()
     config = ModelConfig(device="cpu", masters="bfloat16")
-    with KnowledgeBase(Store.open(path, readonly=True), model_config=config) as rounded:
+    with KnowledgeBase(Session(Store.open(path, readonly=True), model_config=config)) as rounded:
         assert edit.delta is not None
         # Not through the knowledge base: it would follow the head, whose digest is that of exact sums.
         engine = Engine.load(rounded._store, config, QUICK, None)

@@ -151,8 +151,8 @@ FAULTS = (
     fault(
         "no gate",
         "kvllm.edits",
-        '            if refused:\n                raise EditRejected(\n                    f"The {op} of',
-        '            if False:\n                raise EditRejected(\n                    f"The {op} of',
+        '            if refused:\n                raise _rejected(f"The {op} of',
+        '            if False:\n                raise _rejected(f"The {op} of',
         f"{REFUSALS}test_a_rejected_edit_changes_nothing",
     ),
     fault(
