@@ -129,10 +129,19 @@ class EditConfig(_Validated):
     seed: int = 0
 
     def shared_among(self, facts: int) -> EditConfig:
-        """Return the configuration of an edit of so many facts: more steps, and of the energy's weight a share each."""
+        """Return the configuration of an edit of so many facts: more steps, and what holds them back shared out.
+
+        The loss is a mean over facts, what they do elsewhere adds up: of the energy's weight each has a share. The
+        preserved answers' weight falls with the root of their number, so that many facts may cost more than one, and
+        each less than it would alone.
+        """
         n = max(1, facts)
-        steps = math.ceil(self.max_steps * max(1.0, n / _FACTS_OF_MAX_STEPS))
-        return replace(self, max_steps=steps, energy_weight=self.energy_weight / n)
+        return replace(
+            self,
+            max_steps=math.ceil(self.max_steps * max(1.0, n / _FACTS_OF_MAX_STEPS)),
+            energy_weight=self.energy_weight / n,
+            preserve_weight=self.preserve_weight / math.sqrt(n),
+        )
 
     def __post_init__(self) -> None:
         _need(len(self.depth) == 2, "depth is a pair of shares, e.g. (0.6, 0.9).")

@@ -73,7 +73,8 @@ def test_the_cache_lies_where_the_environment_says(monkeypatch: pytest.MonkeyPat
 
 
 def test_many_facts_get_more_steps_and_share_the_energy() -> None:
-    config = EditConfig(max_steps=100, energy_weight=30.0)
+    config = EditConfig(max_steps=100, energy_weight=30.0, preserve_weight=32.0)
     assert [config.shared_among(n).max_steps for n in (0, 1, 4, 5, 64)] == [100, 100, 100, 125, 1600]
     assert [config.shared_among(n).energy_weight for n in (0, 1, 4, 60)] == [30.0, 30.0, 7.5, 0.5]
+    assert [config.shared_among(n).preserve_weight for n in (0, 1, 4, 64)] == [32.0, 32.0, 16.0, 4.0]
     assert config.shared_among(1) == config

@@ -340,7 +340,10 @@ class _RowStages:
             everyone = sorted(range(self._n), key=lambda i: self._seen[i])
             queue = [i for i in everyone if self._step - self._seen[i] >= self._good_for] or everyone
         else:
-            queue = pending + (sorted(rest, key=lambda i: self._seen[i]) if self.many else rest)
+            if self.many:  # rows of one fact are neighbours: of each fact as many as of the next
+                pending = self._spread(sorted(pending), most)
+                rest.sort(key=lambda i: self._seen[i])
+            queue = pending + rest
         taken, tokens = 0, 0
         while taken < min(most, len(queue)):
             tokens += self._sizes[queue[taken]]
@@ -352,6 +355,14 @@ class _RowStages:
         rows = [self._fact[i] for i in self._current if i < n_fact]
         restored = [self._restore[i - n_fact] for i in self._current if i >= n_fact]
         return rows, restored
+
+    def _spread(self, places: Sequence[int], n: int) -> list[int]:
+        """Draw n of some places at even distances, in random order: all of them where there are no more."""
+        n = min(n, len(places))
+        start = self._rng.random()
+        drawn = [places[int((i + start) * len(places) / n)] for i in range(n)]
+        self._rng.shuffle(drawn)
+        return drawn
 
     def saw(self, leads_per_row: list[torch.Tensor], restored_kl: list[float], margin: float) -> None:
         """Note what the rows handed out last were measured at: leads of the fact's rows, KL of the restored ones."""

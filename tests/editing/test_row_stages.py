@@ -65,6 +65,17 @@ def test_long_rows_are_looked_at_in_steps_that_follow_each_other(n: int, tokens:
     assert looked == set(range(n))
 
 
+def test_of_many_rows_a_step_draws_at_even_distances() -> None:
+    # Rows of one fact stand together: with 8 rows each, no step has more than one fact's share of 16 rows and a bit.
+    facts, each = 12, 8
+    found = stages(facts * each)
+    for _ in range(5):
+        handed = sorted(step(found, lambda row: False))
+        per_fact = [sum(row // each == fact for row in handed) for fact in range(facts)]
+        assert len(set(handed)) == _MAX_ROWS
+        assert min(per_fact) >= 1 and max(per_fact) <= 2
+
+
 def test_of_many_rows_a_late_failure_costs_its_own_repair_alone() -> None:
     n = 20 * _MAX_ROWS
     found, steps = stages(n), 0
