@@ -17,6 +17,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import accumulate
 from typing import Any, Protocol, TypeVar
 
@@ -24,13 +25,13 @@ import torch
 from torch.nn import functional as F
 
 from kvllm.config import EditConfig
-from kvllm.editing.compute import ComputeCopy
+from kvllm.editing.compute import WIDTHS, ComputeCopy, padded, rounded_up
 from kvllm.editing.delta import Factors, check_finite, fold_singular_values, is_transposed
 from kvllm.editing.editor import EditTask, StepRecord, Training, leads
 from kvllm.editing.inputs import Coordinates, edit_coordinates
 from kvllm.editing.preservation import PreservationPool, PreservedItem
 from kvllm.errors import EditFailed, OutOfResources, is_out_of_memory
-from kvllm.lm.decoding import MIN_OPENING, Opening
+from kvllm.lm.decoding import MIN_OPENING, of_like_length
 from kvllm.lm.model import Row, shared_length
 from kvllm.memory import give_back
 from kvllm.metrics import RESTORED_KL
@@ -50,6 +51,7 @@ _LEFT_OVER = 0.05  # share of many rows that need no margin, as long as they are
 _STEPS_PER_TRIM = 8  # what is given back has to be fetched again
 _HEAD_TOKENS = 128  # answer tokens per vocabulary projection
 _GROUP_TOKENS = 512  # tokens per forward and backward pass, padding included
+_PASS = 200  # what a pass costs beside its tokens, in tokens
 # A step trains half of the rows, within these bounds: they are paraphrases, and a whole pass costs twice as much. All
 # are looked at again before training ends, in as few steps as these bounds allow.
 _MIN_ROWS = 6
@@ -504,15 +506,14 @@ def _measure(copy: ComputeCopy, parts: Sequence[_Part], shared: Sequence[int]) -
         bool(shared) and part.row.ids[: len(shared)] == opening.ids and len(part.row.prompt) > len(shared)
         for part in parts
     ]
-    groups: list[tuple[Opening | None, list[int]]] = []
-    for follows in (True, False):
-        places = [i for i, does in enumerate(behind) if does is follows]
-        lengths = [len(parts[i].row.ids) - follows * len(shared) for i in places]
-        groups += [(opening if follows else None, [places[i] for i in group]) for group in _groups(lengths)]
-    for start, group in groups:
+    lengths = [len(part.row.ids) - follows * len(shared) for part, follows in zip(parts, behind, strict=True)]
+    for group in _groups(lengths):
         # Targets first, base outputs after, so that each kind is one stretch of tokens for the vocabulary projection.
         ordered = sorted(group, key=lambda i: parts[i].output is not None)
-        states = copy.answer_states([(parts[i].lower, parts[i].row) for i in ordered], start)  # (answer tokens, hidden)
+        follows = [behind[i] for i in ordered]
+        before = opening if any(follows) else None
+        # (answer tokens, hidden)
+        states = copy.answer_states([(parts[i].lower, parts[i].row) for i in ordered], before, follows)
         leaf = states.detach().requires_grad_(torch.is_grad_enabled())
         at = 0
         for kind in (False, True):
@@ -537,24 +538,26 @@ def _measure_head(copy: ComputeCopy, states: torch.Tensor, parts: Sequence[_Part
     hundred tokens at a time, turned into a gradient at once and dropped.
     """
     sizes = [len(part.row.answer) for part in parts]
-    ids = torch.tensor([token for part in parts for token in part.row.answer], device=states.device)
+    device = states.device
+    ids = torch.tensor([token for part in parts for token in part.row.answer], device=device)
     weights = torch.cat([part.weights for part in parts])
     outputs = [part.output for part in parts if part.output is not None]
-    base = torch.cat(outputs).to(states.device) if outputs else None
+    base = torch.cat(outputs).to(device) if outputs else None
     losses, found = [], []
     for a in range(0, len(ids), _HEAD_TOKENS):
-        end = a + _HEAD_TOKENS
-        logits = copy.logits(states[a:end])
+        n = min(_HEAD_TOKENS, len(ids) - a)
+        few = partial(padded, n=rounded_up(n, _HEAD_TOKENS // 4))
+        logits, targets = copy.logits(few(states[a : a + n])), few(ids[a : a + n])
         if base is None:
-            per_token = F.cross_entropy(logits, ids[a:end], reduction="none")
-            found.append(leads(logits.detach(), ids[a:end]))
+            per_token = F.cross_entropy(logits, targets, reduction="none")
+            found.append(leads(logits.detach()[:n], targets[:n]))
         else:
             with torch.no_grad():
-                before = torch.log_softmax(copy.logits(base[a:end]), -1)
+                before = torch.log_softmax(copy.logits(few(base[a : a + n])), -1)
             per_token = (before.exp() * (before - torch.log_softmax(logits, -1))).sum(-1)
         if states.requires_grad:
-            (per_token * weights[a:end]).sum().backward()
-        losses.append(per_token.detach())
+            (per_token * few(weights[a : a + n])).sum().backward()
+        losses.append(per_token.detach()[:n])
     split = torch.cat(losses).split(sizes)
     led = torch.cat(found).split(sizes) if found else [None] * len(parts)
     return [_Measured(loss, lead) for loss, lead in zip(split, led, strict=True)]
@@ -569,16 +572,10 @@ def _shared_ids(rows: Sequence[Row], items: Sequence[PreservedItem]) -> tuple[in
 
 
 def _groups(lengths: Sequence[int]) -> list[list[int]]:
-    """Split sequences into groups of like length, so that little is padded, of at most _GROUP_TOKENS with padding."""
-    groups: list[list[int]] = []
-    for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
-        group = groups[-1] if groups else []
-        fits = bool(group) and lengths[i] * (len(group) + 1) <= _GROUP_TOKENS and lengths[i] <= 1.5 * lengths[group[0]]
-        if fits:
-            group.append(i)
-        else:
-            groups.append([i])
-    return groups
+    """Split sequences into passes that cost least in all, of at most _GROUP_TOKENS with padding."""
+    order = sorted(range(len(lengths)), key=lambda i: lengths[i])
+    parts = of_like_length([rounded_up(lengths[i], WIDTHS) for i in order], pass_cost=_PASS, most=_GROUP_TOKENS)
+    return [order[part] for part in parts]
 
 
 def _token_weights(n: int, turns: Sequence[int], device: torch.device) -> torch.Tensor:

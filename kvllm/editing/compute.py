@@ -23,6 +23,9 @@ from kvllm.lm.decoding import Opening
 from kvllm.lm.model import LanguageModel, Row
 from kvllm.lm.targets import Targets, decoder_layers
 
+# On a CPU each new shape of a bf16 product is compiled, which takes as long as a dozen products: few widths recur.
+WIDTHS = 8
+
 
 class _StatesReady(Exception):
     """Stops a forward pass once the wanted states are caught."""
@@ -39,6 +42,16 @@ class _Passthrough(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         return hidden_states
+
+
+def rounded_up(n: int, step: int) -> int:
+    """Return the multiple of `step` that n fits into."""
+    return -(-n // step) * step
+
+
+def padded(rows: torch.Tensor, n: int) -> torch.Tensor:
+    """Return n rows: the given ones, (rows, ...), and zeros."""
+    return torch.cat([rows, rows.new_zeros(n - len(rows), *rows.shape[1:])]) if n > len(rows) else rows
 
 
 def compute_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
@@ -170,27 +183,36 @@ class ComputeCopy:
         with self.precision():
             return self._lm.opening(ids)
 
-    def answer_states(self, items: Sequence[tuple[torch.Tensor, Row]], opening: Opening | None = None) -> torch.Tensor:
+    def answer_states(
+        self,
+        items: Sequence[tuple[torch.Tensor, Row]],
+        opening: Opening | None = None,
+        follows: Sequence[bool] | None = None,
+    ) -> torch.Tensor:
         """Run the upper layers and return the last hidden states that predict each answer token.
 
         Args:
             items: Lower states (seq, hidden) and the row they belong to.
-            opening: What all rows begin with, at these weights: it is attended to and not run again, and no gradient
-                flows through it.
+            opening: What rows begin with, at these weights: it is attended to and not run again, and no gradient flows
+                through it.
+            follows: Which rows begin with the opening: all by default. The others neither attend to it nor are moved
+                by it.
 
         Returns:
             (answer tokens of all items in order, hidden), with gradient if enabled.
         """
-        start = len(opening or ())
-        width = max(states.shape[0] for states, _ in items) - start
-        # Right-padded: causal attention keeps padding from every real position, so no mask is needed.
+        length = len(opening or ())
+        starts = [length if follows is None or follows[place] else 0 for place in range(len(items))]
         device = self.lm.device  # cached states come from a file
+        width = max(states.shape[0] - start for (states, _), start in zip(items, starts, strict=True))
+        width = rounded_up(width, WIDTHS)
+        # Right-padded: causal attention keeps padding from every real position.
         batch = torch.stack(
-            [nn.functional.pad(s[start:].to(device), (0, 0, 0, width + start - s.shape[0])) for s, _ in items]
+            [padded(states[start:].to(device), width) for (states, _), start in zip(items, starts, strict=True)]
         )
-        hidden = self._upper(batch, opening)  # (batch, seq, hidden)
+        hidden = self._upper(batch, opening, starts)  # (batch, seq, hidden)
         picked = []
-        for place, (_, row) in enumerate(items):
+        for place, ((_, row), start) in enumerate(zip(items, starts, strict=True)):
             first = len(row.prompt) - 1 - start
             picked.append(hidden[place, first : first + len(row.answer)])
         return torch.cat(picked)
@@ -203,18 +225,28 @@ class ComputeCopy:
         cap = getattr(self.model.config.get_text_config(), "final_logit_softcapping", None)
         return torch.tanh(logits / cap) * cap if cap else logits
 
-    def _upper(self, batch: torch.Tensor, opening: Opening | None) -> torch.Tensor:
+    def _upper(self, batch: torch.Tensor, opening: Opening | None, starts: Sequence[int]) -> torch.Tensor:
+        """Run the layers from the lowest adapted one on, over a batch (batch, seq, hidden).
+
+        Args:
+            batch: What enters them.
+            opening: What comes before.
+            starts: At which position each row starts: behind the opening, or at 0, to attend to itself only.
+        """
+
         def inject(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             # Families that scale embeddings inside their forward would scale these too: put the exact states back.
             if args:
                 return (batch, *args[1:]), kwargs
             return args, {**kwargs, "hidden_states": batch}
 
-        cached = {"past_key_values": opening.for_rows(len(batch))} if opening else {}
+        more: dict[str, Any] = {"past_key_values": opening.for_rows(len(batch))} if opening else {}
+        if opening and min(starts) < len(opening):  # all else needs no mask
+            more |= self._lm.placed(starts, len(opening), batch.shape[1])
         with self._without_lower_layers() as first, self.precision():
             handle = first.register_forward_pre_hook(inject, with_kwargs=True)
             try:
-                output = self.model.get_decoder()(inputs_embeds=batch, use_cache=bool(opening), **cached)
+                output = self.model.get_decoder()(inputs_embeds=batch, use_cache=bool(opening), **more)
             finally:
                 handle.remove()
         hidden: torch.Tensor = output.last_hidden_state

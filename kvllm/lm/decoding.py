@@ -315,11 +315,18 @@ class Decoding:
         return found
 
 
-def of_like_length(lengths: Sequence[int]) -> list[slice]:
-    """Return the partition of rising lengths whose passes, each padded to its longest, cost least in all."""
+def of_like_length(lengths: Sequence[int], *, pass_cost: int = _PASS, most: int | None = None) -> list[slice]:
+    """Return the partition of rising lengths whose passes, each padded to its longest, cost least in all.
+
+    Args:
+        lengths: In tokens.
+        pass_cost: What a pass costs beside its tokens, in tokens.
+        most: Tokens of a pass, padding included; a longer sequence is a pass of its own.
+    """
     best, cuts = [0], [0]
     for end in range(1, len(lengths) + 1):
-        cost, cut = min((best[start] + _PASS + (end - start) * lengths[end - 1], start) for start in range(end))
+        fitting = [s for s in range(end) if s == end - 1 or most is None or (end - s) * lengths[end - 1] <= most]
+        cost, cut = min((best[start] + pass_cost + (end - start) * lengths[end - 1], start) for start in fitting)
         best.append(cost)
         cuts.append(cut)
     parts, end = [], len(lengths)

@@ -526,6 +526,19 @@ class LanguageModel:
             yield batch, stacked, torch.cat(targets), torch.tensor(owner, device=stacked.device)
             give_back()
 
+    def placed(self, starts: Sequence[int], past: int, width: int) -> dict[str, torch.Tensor]:
+        """Return mask and positions for a batch of `width` columns behind `past` cached ones, as the model takes them.
+
+        Args:
+            starts: First position of each row: `past`, or 0 for a row that begins anew and must not see the cache.
+            past: Cached columns.
+            width: New columns, right-padded.
+        """
+        first = torch.tensor(starts, device=self.device)[:, None]
+        seen = torch.cat([(first > 0).expand(-1, past), first.new_ones(len(starts), width).bool()], dim=-1).long()
+        positions = first + torch.arange(width, device=self.device)
+        return {"attention_mask": seen} | ({"position_ids": positions} if self._takes_positions else {})
+
     def last_states(
         self, ids: torch.Tensor, mask: torch.Tensor, cache: Any = None, *, positions: torch.Tensor | None = None
     ) -> torch.Tensor:

@@ -259,9 +259,9 @@ def test_what_chats_begin_with_is_run_once_and_changes_no_loss(
     read: list[int] = []
     answer_states = copy.answer_states
 
-    def reading(items: Any, opening: Any = None) -> torch.Tensor:
-        read.append(sum(len(row.ids) for _, row in items) - len(items) * (len(opening) if opening else 0))
-        return answer_states(items, opening)
+    def reading(items: Any, opening: Any, follows: list[bool]) -> torch.Tensor:
+        read.append(sum(len(row.ids) for _, row in items) - sum(follows) * len(opening or ()))
+        return answer_states(items, opening, follows)
 
     monkeypatch.setattr(copy, "answer_states", reading)
     found = []

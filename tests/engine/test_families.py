@@ -13,7 +13,7 @@ from kvllm import Fact, KnowledgeBase
 from kvllm.config import ModelConfig
 from kvllm.editing import compute
 from kvllm.editing.compute import ComputeCopy
-from kvllm.lm.model import LanguageModel, shared_length
+from kvllm.lm.model import LanguageModel, Row, shared_length
 from kvllm.lm.targets import find_targets
 from kvllm.prompts import training_questions
 from tests.kit import KEY, QUICK
@@ -90,6 +90,24 @@ def test_an_opening_that_is_run_once_gives_the_same_outputs_and_gradients_behind
     # The answers read the last adapted matrix at their own places only: nothing of it is lost.
     assert torch.allclose(gradient, rest, atol=2e-3 * float(gradient.abs().max()))
     assert len(copy.opening(())) == 0
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rows_that_follow_an_opening_and_rows_that_do_not_are_run_in_one_batch(
+    folder: Callable[[str], Path], family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compute, "compute_dtype", lambda device, dtype: dtype)
+    lm = LanguageModel.load(folder(family), ModelConfig(device="cpu"))
+    rows = [lm.row("What is torchkeras?", "Ada leads"), lm.row("What is the furnace?", "The furnace of Berlin")]
+    opening_ids = rows[0].prompt[: shared_length([row.prompt for row in rows])]
+    ids = lm.text_ids("The furnace of Berlin and of numpy leads")
+    rows.insert(1, Row(tuple(ids[:2]), tuple(ids[2:])))
+    copy = ComputeCopy(lm, find_targets(lm.model, depth=(0.5, 1.0), modules="mlp-out"))
+    items = list(zip(copy.lower_states([row.ids for row in rows]), rows, strict=True))
+    with torch.no_grad():
+        together = copy.answer_states(items, copy.opening(opening_ids), [True, False, True])
+        alone = torch.cat([copy.answer_states([item]) for item in items])
+    assert torch.allclose(together, alone, atol=2e-4), float((together - alone).abs().max())
 
 
 @pytest.mark.parametrize("family", ["gpt2", "neox", "opt", "bloom", "qwen3", "gemma3"])
