@@ -86,13 +86,15 @@ class EditConfig(_Validated):
             stops earlier on recall.
         margin: By how many nats each target token must lead the runner-up before training stops.
         max_text_tokens: Longest text that is trained; longer ones are refused, never cut.
-        preserve_weight: Weight of the preservation loss against the fact's own.
+        preserve_weight: Weight of the preservation loss against the fact's own; of an edit of n facts, divided by the
+            root of n.
         preserve_tokens: Preserved tokens of each base answer.
         neighbours, others, texts: Neighbour questions, other prompts and raw texts per step.
         contrasts: How many of a step's neighbours are the fact's own questions about other names, where it has such.
         recited: Other questions per step that are answered with a fact's own text, where that is short: what the model
             expects after each token stays as it was.
-        replay: Older facts per step.
+        replay: Older facts' questions per step. Before training ends, all those at hand are looked at, and what is
+            broken is trained back; 0 leaves older facts alone.
         orthogonality: Weight of AdaLoRA's penalty on the singular vectors.
         energy_weight: Weight of what the change puts out on ordinary inputs, as a share of what the matrices do; the
             facts of one edit share it.

@@ -48,6 +48,7 @@ _ENERGY_STEPS = 20  # at full weight
 _NEARLY = 0.1
 _SLOWEST = 0.2
 _LEFT_OVER = 0.05  # share of many rows that need no margin, as long as they are recalled
+_REPAIR_STEPS = 16  # of an edit, for older facts that it has broken
 _STEPS_PER_TRIM = 8  # what is given back has to be fetched again
 _HEAD_TOKENS = 128  # answer tokens per vocabulary projection
 _GROUP_TOKENS = 512  # tokens per forward and backward pass, padding included
@@ -126,23 +127,29 @@ class LowRankEditor(ABC):
         on_step: Callable[[StepRecord], None] | None,
     ) -> Training:
         rng = random.Random(task.seed)
-        lower = copy.lower_states([row.ids for row in (*task.rows, *task.replay)])
+        older_rows = task.replay if config.replay else ()
+        lower = copy.lower_states([row.ids for row in (*task.rows, *older_rows)])
         fact = list(zip(lower[: len(task.rows)], task.rows, strict=True))
-        replay = list(zip(lower[len(task.rows) :], task.replay, strict=True))
-        shared = _shared_ids([*task.rows, *task.replay], [*task.restore, *task.contrast, *pool.items])
+        replay = list(zip(lower[len(task.rows) :], older_rows, strict=True))
+        shared = _shared_ids([*task.rows, *older_rows], [*task.restore, *task.contrast, *pool.items])
         coordinates = self.coordinates(copy, pool, task)
         start = _gradient_factors(copy, _some(fact), _some(task.restore), config, coordinates, shared)
         records: list[StepRecord] = []
         recalled = False
         with self.adapter(copy, config, start, coordinates) as adapter:
             drift: float | None = None
+            # Older rows that no longer hold when this edit is in: they are brought back before it ends.
+            lost: list[Item] = []
+            repaired: list[Item] = []
+            repairs = 0
             rates = [group["lr"] for group in adapter.optimizer.param_groups]
             stages = _RowStages(fact, task.restore, rng)
             for step in range(1, config.max_steps + 1):
                 rows, restored = stages.next(check=drift is None or drift <= config.preserve_stop)
                 kept = _choose_preserved(pool, task, config, rng)
                 recited = rng.sample(list(task.recited), min(config.recited, len(task.recited)))
-                older = _choose_replay(replay, config.replay, rng)
+                older = lost or _choose_replay(replay, config.replay, rng)
+                repairs += bool(lost)
                 adapter.optimizer.zero_grad(set_to_none=True)
                 losses = _backward_losses(
                     copy,
@@ -175,9 +182,13 @@ class LowRankEditor(ABC):
                 if on_step is not None:
                     on_step(record)
                 # The state that was just measured is the one to keep: stop before another step changes it.
-                if stages.done and (drift is None or drift <= config.preserve_stop) and losses.replay_ok:
-                    recalled = True
-                    break
+                if stages.done and (drift is None or drift <= config.preserve_stop):
+                    if not lost or losses.replay_ok:  # as far as is known, all older facts hold: look
+                        lost = _lost(copy, replay, shared)
+                        repaired += lost
+                    if not lost or repairs >= _REPAIR_STEPS:
+                        recalled = True
+                        break
                 if penalty is not None:
                     (config.orthogonality * penalty).backward()
                 if energy is not None:
@@ -194,7 +205,7 @@ class LowRankEditor(ABC):
                     give_back()
             # What is restored is not shrunk: it is to come all the way back, not just within the bound.
             shrinks = recalled and not task.restore
-            scale = _shrink(copy, adapter, stages, fact, config.margin, shared) if shrinks else 1.0
+            scale = _shrink(copy, adapter, stages, fact, repaired, config.margin, shared) if shrinks else 1.0
             delta, ranks = adapter.fold()
         check_finite(delta)
         return Training(
@@ -591,22 +602,23 @@ def _shrink(
     adapter: Adapter,
     stages: _RowStages,
     fact: Sequence[Item],
+    repaired: Sequence[Item],
     margin: float,
     shared: Sequence[int],
 ) -> float:
-    """Scale the delta down as far as every row still meets the stop rule, and return the factor.
+    """Scale the delta down as far as every row still meets the stop rule and repaired ones hold; return the factor.
 
     What an edit does elsewhere falls with the square of its size, and the last steps go past the margins.
     """
     values = adapter.linear()
     trained = [value.detach().clone() for value in values]
-    device = copy.lm.device
-    parts = [_Part(lower, row, torch.ones(len(row.answer), device=device)) for lower, row in fact]
+    parts = _parts([*fact, *repaired], copy.lm.device)
 
     def holds(scale: float) -> bool:
         for value, full in zip(values, trained, strict=True):
             value.copy_(full * scale)
-        return stages.lead([m.leads for m in _measure(copy, parts, shared) if m.leads is not None], margin)
+        found = [m.leads for m in _measure(copy, parts, shared) if m.leads is not None]
+        return stages.lead(found[: len(fact)], margin) and all(bool((led >= 0).all()) for led in found[len(fact) :])
 
     found = 1.0
     for scale in _SCALES:
@@ -630,6 +642,19 @@ def _choose_preserved(
         excluded=task.excluded,
     )
     return [*rng.sample(list(task.contrast), n), *drawn]
+
+
+def _parts(items: Sequence[Item], device: torch.device) -> list[_Part]:
+    """Return items to be measured, not trained."""
+    return [_Part(lower, row, torch.ones(len(row.answer), device=device)) for lower, row in items]
+
+
+@torch.no_grad()
+def _lost(copy: ComputeCopy, replay: Sequence[Item], shared: Sequence[int]) -> list[Item]:
+    """Return the older rows that are not recited any more, the likeliest to collide first: at most a step's rows."""
+    measured = _measure(copy, _parts(replay, copy.lm.device), shared)
+    broken = [m.leads is not None and bool((m.leads < 0).any()) for m in measured]
+    return [item for item, is_broken in zip(replay, broken, strict=True) if is_broken][:_MAX_ROWS]
 
 
 def _choose_replay(replay: list[Item], n: int, rng: random.Random) -> list[Item]:

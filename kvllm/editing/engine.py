@@ -38,8 +38,10 @@ from kvllm.prompts import asked_questions, language_of, training_questions
 from kvllm.records import Fact, Metric, Progress, Report, StoredFact
 from kvllm.store import Store
 
-_REPLAYED_FACTS = 24
-_QUESTIONS_PER_REPLAYED_FACT = 2
+# Of an edit's older facts: the nearest, with some questions each, and others at random, with one.
+_REPLAYED_NEAR = 24
+_QUESTIONS_PER_NEAR_FACT = 2
+_REPLAYED_OTHERS = 72
 _CONTRASTS = 16
 _MOST_CONTRASTS = 64
 _RECITED_TOKENS = 8  # longer texts have a beginning of their own, and are not learned against this
@@ -280,15 +282,9 @@ class Engine:
         copy = self._prepare(config)
         trained = live | {name.casefold() for f in facts for name in (f.key, *f.aliases, *training_questions(f))}
         rows = [self.lm.row(q, f.text) for f in facts for q in asked_questions(f)]
-        # Half of a replayed fact's rows: its questions in rotation, so that over edits all of them are seen.
-        older = [
-            self.lm.row(q, f.text)
-            for place, f in enumerate(replay[:_REPLAYED_FACTS])
-            for q in _rotated(asked_questions(f), self.head + place)[:_QUESTIONS_PER_REPLAYED_FACT]
-        ]
         task = EditTask(
             rows=rows,
-            replay=older,
+            replay=self._older(replay, config.seed),
             restore=restore,
             language=language or (facts[0].language or language_of(facts[0].key) if facts else "en"),
             excluded=trained,
@@ -313,6 +309,18 @@ class Engine:
         check_finite(training.delta)
         check_norm(training.delta)
         return training
+
+    def _older(self, facts: Sequence[StoredFact], seed: int) -> list[Row]:
+        """Return rows of older facts, nearest first; their questions in rotation, so that over edits all are seen."""
+        others = list(facts[_REPLAYED_NEAR:])
+        others = random.Random(f"{seed}/{self.head}").sample(others, min(_REPLAYED_OTHERS, len(others)))
+        return [
+            self.lm.row(question, fact.text)
+            for place, fact in enumerate([*facts[:_REPLAYED_NEAR], *others])
+            for question in _rotated(asked_questions(fact), self.head + place)[
+                : _QUESTIONS_PER_NEAR_FACT if place < _REPLAYED_NEAR else 1
+            ]
+        ]
 
     def _contrast(
         self, copy: ComputeCopy, facts: Sequence[Fact], config: EditConfig, excluded: frozenset[str]

@@ -342,6 +342,36 @@ def test_older_facts_are_replayed(
     assert own.generate(["Who leads Halcyon?"]) == ["Ada"]
 
 
+OLDER = [("Who leads Halcyon?", "Ada"), ("What is numpy?", "A furnace"), ("Who reads Latin?", "Nobody in Berlin")]
+
+
+def test_an_edit_ends_when_every_older_fact_at_hand_is_recited(
+    copy: ComputeCopy, pool: PreservationPool, task: EditTask, own: LanguageModel
+) -> None:
+    older = [own.row(question, answer) for question, answer in OLDER]
+    quick = changed(max_steps=120, replay=1)
+    training = AdaLoraEditor().train(copy, pool, EditTask(rows=task.rows, replay=older), quick)
+    assert training.recalled
+    AdaptedWeights(own.model).apply(training.delta)
+    assert own.generate([question for question, _ in OLDER]) == [answer for _, answer in OLDER]
+    # Without replay they are nobody's business.
+    alone = AdaLoraEditor().train(copy, pool, EditTask(rows=task.rows, replay=older), changed(max_steps=120, replay=0))
+    assert alone.recalled
+    assert alone.steps < training.steps
+
+
+def test_older_facts_that_cannot_be_brought_back_do_not_hold_up_an_edit_for_long(
+    copy: ComputeCopy, pool: PreservationPool, task: EditTask, own: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    older = [own.row("Who leads Halcyon?", "Ada")]
+    plain = AdaLoraEditor().train(copy, pool, EditTask(rows=task.rows, replay=older), changed(max_steps=120))
+    monkeypatch.setattr(adalora, "_REPAIR_STEPS", 3)
+    monkeypatch.setattr(adalora, "_lost", lambda copy, replay, shared: list(replay))
+    never = AdaLoraEditor().train(copy, pool, EditTask(rows=task.rows, replay=older), changed(max_steps=120))
+    assert never.recalled
+    assert never.steps == plain.steps + 3
+
+
 @pytest.mark.parametrize("settings", [{"value_lr": 1e30, "factor_lr": 1e30}, {"factor_lr": 1e38}])
 def test_absurd_rates_are_refused_as_not_finite(
     copy: ComputeCopy, pool: PreservationPool, task: EditTask, own: LanguageModel, settings: dict[str, float]
