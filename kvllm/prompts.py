@@ -86,14 +86,22 @@ QUESTION_TEMPLATES: dict[str, tuple[str, ...]] = {
         "{q}请简短回答。",
     ),
 }
-# Where a question names something, these stand for half of the dresses: what is asked for must lie in the name and the
-# rest of the words ({rest}: those without the words that only make a question), not in their order.
-NAME_TEMPLATES = (
-    "{name}: {rest}?",
-    "{rest} {name}",
-    "{name} {rest}",
-    "I have a question about {name}: {rest}?",
-)
+# Where a key is a question or a description and names something, these stand for half of the templates: what is asked
+# for must lie in the name and the rest of the words ({rest}: without those that only make a question), not their order.
+NAME_TEMPLATES: dict[str, tuple[str, ...]] = {
+    "en": (
+        "{name}: {rest}?",
+        "{rest} {name}",
+        "{name} {rest}",
+        "I have a question about {name}: {rest}?",
+    ),
+    "zh": (
+        "{name}：{rest}？",
+        "{rest}，{name}",
+        "{name}有多少{rest}？",
+        "我想问问{name}，{rest}呢？",
+    ),
+}
 HELD_OUT_QUESTION_TEMPLATES: dict[str, tuple[str, ...]] = {
     "en": (
         "Quick question: {q}",
@@ -114,7 +122,10 @@ HELD_OUT_QUESTION_TEMPLATES: dict[str, tuple[str, ...]] = {
 }
 
 _ALIAS_ROWS = 3
+_SHORTEST_LOWERED = 5
 _DRESSES_BESIDE_NAMES = (0, 1, 2, 5)
+_TEMPLATES_BESIDE_NAMES = {"en": (0, 1, 4, 7), "zh": (0, 1, 2, 6)}
+_LOWERED = 4  # the English template that is written without capitals, and so is its key
 
 # A run of words with capitals or digits; small words may stand between them, not at its ends.
 _WORD = r"(?:[^\W\d_]*[A-ZÀ-ÖØ-Þ\d][\w’'./-]*)"
@@ -217,10 +228,16 @@ def training_questions(fact: Fact) -> tuple[str, ...]:
     language = fact.language or language_of(fact.key)
     if is_question(fact.key):
         dressed = [_dress(template, fact.key) for template in QUESTION_TEMPLATES[language]]
-        named = _named_questions(fact.key) if language == "en" else []
+        named = _named_questions(fact.key, language) if language == "en" else []
         beside = [dressed[i] for i in _DRESSES_BESIDE_NAMES] if named else []
         return _unique([*beside, *named, *dressed])[: len(dressed)]
     rows = [template.format_map({"key": fact.key}) for template in TRAINING_TEMPLATES[language]]
+    if language == "en":
+        rows[_LOWERED] = TRAINING_TEMPLATES[language][_LOWERED].format_map({"key": _typed_carelessly(fact.key)})
+    # Of a description, such as "parcel number of Siskin meadow", the words may come in another order.
+    named = _named_questions(fact.key, language) if language == "zh" or len(fact.key.split()) > 2 else []
+    if named:
+        rows = list(_unique([*(rows[i] for i in _TEMPLATES_BESIDE_NAMES[language]), *named, *rows]))[: len(rows)]
     for alias in fact.aliases:
         templates = TRAINING_TEMPLATES[language_of(alias)][:_ALIAS_ROWS]
         rows += [template.format_map({"key": alias}) for template in templates]
@@ -311,8 +328,14 @@ def name_place(name: str) -> re.Pattern[str]:
     return re.compile(found if language_of(name) == "zh" else rf"(?<!\w){found}(?!\w)")
 
 
-def _named_questions(question: str) -> list[str]:
-    """Return a question put as its name and what is asked about it; nothing where it does not name one thing."""
+def _typed_carelessly(key: str) -> str:
+    """Return a key without capitals; acronyms and very short keys would be other words."""
+    acronym = any(len(word) > 1 and word.isupper() for word in key.split())
+    return key if acronym or len(key) < _SHORTEST_LOWERED else key.lower()
+
+
+def _named_questions(question: str, language: str) -> list[str]:
+    """Return a question or description as its name and what is asked about it; nothing where it does not name one."""
     names = names_in(question, question)
     parts = name_place(names[0]).split(question) if len(names) == 1 else []
     if len(parts) != 2:
@@ -330,8 +353,8 @@ def _named_questions(question: str) -> list[str]:
         before.pop()
     while after and after[0].casefold() in _ARTICLES:
         after.pop(0)
-    values = {"name": names[0], "rest": " ".join([*before, *after])}
-    return [template.format_map(values) for template in NAME_TEMPLATES] if values["rest"] else []
+    values = {"name": names[0], "rest": " ".join([*before, *after]).removeprefix("的")}
+    return [template.format_map(values) for template in NAME_TEMPLATES[language]] if values["rest"] else []
 
 
 def _dress(template: str, question: str) -> str:

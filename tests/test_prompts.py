@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
 
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 
 from kvllm.errors import ConfigError
 from kvllm.prompts import (
+    _OPENERS,
     HELD_OUT_QUESTION_TEMPLATES,
     HELD_OUT_TEMPLATES,
     QUESTION_TEMPLATES,
@@ -122,8 +124,36 @@ def test_trained_and_held_out_questions_are_disjoint(
 def test_every_question_about_an_entity_names_it(key: str) -> None:
     fact = Fact(cleaned(key), "text")
     assume(not is_question(fact.key))
-    for question in (*training_questions(fact), *held_out_questions(fact)):
-        assert fact.key in question
+    assert all(fact.key in question for question in held_out_questions(fact))
+    # One of the trained ones is without capitals, and of a description the words may come in another order.
+    words = [word for word in re.findall(r"\w+", fact.key.casefold()) if word not in _OPENERS]
+    for question in training_questions(fact):
+        assert all(word in question.casefold() for word in words)
+
+
+@pytest.mark.parametrize(
+    ("key", "named"),
+    [
+        ("Siskin meadow parcel number", ("Siskin: meadow parcel number?", "meadow parcel number Siskin")),
+        ("松涛站的海拔", ("松涛站：海拔？", "海拔，松涛站")),
+        ("Dr. Ada Lindqvist", ()),
+        ("Ludlow restart", ()),
+        ("torchkeras", ()),
+    ],
+)
+def test_a_description_is_also_trained_as_its_name_and_the_rest(key: str, named: tuple[str, ...]) -> None:
+    trained = training_questions(Fact(key, "text"))
+    assert len(trained) == 8
+    assert set(named) <= set(trained)
+    assert len(set(trained) & {t.format(key=key) for t in TRAINING_TEMPLATES[language_of(key)]}) >= 3
+
+
+@pytest.mark.parametrize(
+    ("key", "typed"),
+    [("Halcyon Robotics", "halcyon robotics"), ("WHO", "WHO"), ("US dollar", "US dollar"), ("Ada", "Ada")],
+)
+def test_one_row_is_typed_without_capitals_unless_it_would_be_another_word(key: str, typed: str) -> None:
+    assert f"what does {typed} mean" in training_questions(Fact(key, "text"))
 
 
 def test_template_lists_are_disjoint_and_as_long_as_promised() -> None:
