@@ -22,6 +22,8 @@ DEFAULT_MODEL = "smollm2-135m-instruct"
 DEFAULT_ENCODER = "minilm-l6"
 DTYPES = ("float32", "bfloat16", "float16")
 _FACTS_OF_MAX_STEPS = 4
+_FACTS_OF_RANK = 8
+_WIDTHS_PER_RANK = 4  # a matrix's smaller side is at least so many times the rank that many facts ask for
 
 
 class _Validated:
@@ -79,7 +81,7 @@ class EditConfig(_Validated):
         depth: The adapted band of decoder layers, as shares of the depth.
         modules: Which matrices of those layers; see `kvllm.lm.targets.MODULE_KINDS`.
         init_rank, target_rank: AdaLoRA's rank per matrix before and (on average) after allocation; LoRA's is
-            target_rank.
+            target_rank. For edits of up to eight facts; more have more in proportion, up to a quarter of the width.
         value_lr: Step of the singular values, as a share of the matrix's root-mean-square singular value.
         factor_lr: Step of the singular vectors' entries, as a share of their own root-mean-square size.
         max_steps: Most optimizer steps of an edit of up to four facts; more facts may take more in proportion. Training
@@ -130,16 +132,26 @@ class EditConfig(_Validated):
     dropout: float = 0.0
     seed: int = 0
 
-    def shared_among(self, facts: int) -> EditConfig:
-        """Return the configuration of an edit of so many facts: more steps, and what holds them back shared out.
+    def shared_among(self, facts: int, width: int | None = None) -> EditConfig:
+        """Return the configuration of an edit of so many facts: more steps and directions, less that holds each back.
 
         The loss is a mean over facts, what they do elsewhere adds up: of the energy's weight each has a share. The
         preserved answers' weight falls with the root of their number, so that many facts may cost more than one, and
-        each less than it would alone.
+        each less than it would alone. Up to eight facts share the ranks, more have more in proportion: in too few
+        directions facts get in each other's way, and are known by their trained questions only.
+
+        Args:
+            facts: Facts of the edit.
+            width: Smaller side of the smallest adapted matrix; ranks do not grow beyond a quarter of it.
         """
         n = max(1, facts)
+        grown = max(1.0, n / _FACTS_OF_RANK)
+        if width is not None:
+            grown = max(1.0, min(grown, width / _WIDTHS_PER_RANK / self.init_rank))
         return replace(
             self,
+            init_rank=math.floor(self.init_rank * grown),
+            target_rank=math.floor(self.target_rank * grown),
             max_steps=math.ceil(self.max_steps * max(1.0, n / _FACTS_OF_MAX_STEPS)),
             energy_weight=self.energy_weight / n,
             preserve_weight=self.preserve_weight / math.sqrt(n),

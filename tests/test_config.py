@@ -77,4 +77,8 @@ def test_many_facts_get_more_steps_and_share_the_energy() -> None:
     assert [config.shared_among(n).max_steps for n in (0, 1, 4, 5, 64)] == [100, 100, 100, 125, 1600]
     assert [config.shared_among(n).energy_weight for n in (0, 1, 4, 60)] == [30.0, 30.0, 7.5, 0.5]
     assert [config.shared_among(n).preserve_weight for n in (0, 1, 4, 64)] == [32.0, 32.0, 16.0, 4.0]
-    assert config.shared_among(1) == config
+    ranks = [(shared.init_rank, shared.target_rank) for shared in map(config.shared_among, (0, 1, 8, 12, 64))]
+    assert ranks == [(12, 8), (12, 8), (12, 8), (18, 12), (96, 64)]
+    # Never beyond a quarter of the width, and never less than what one fact has.
+    assert [config.shared_among(64, width).init_rank for width in (16, 200, 4096)] == [12, 50, 96]
+    assert config.shared_among(1, 16) == config.shared_among(1) == config

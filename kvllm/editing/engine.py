@@ -294,8 +294,8 @@ class Engine:
             whitening=whitening,
         )
         show = tick("training") if tick is not None else None
-        # What many facts put out on ordinary inputs adds up, and so do the steps that each of them takes.
-        shared_out = config.shared_among(len(facts))
+        width = min(min(copy.model.get_submodule(name).weight.shape) for name in copy.targets.names)
+        shared_out = config.shared_among(len(facts), width)
 
         def on_step(record: StepRecord) -> None:
             if show is not None:
