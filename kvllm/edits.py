@@ -172,14 +172,23 @@ class Edits:
             )
         report = replace(report, metrics=metrics, warnings=(*report.warnings, *trained.warnings))
         report = self._near(report, trained.facts)
-        return self._drift_gate(report, gate, "reliability", gate.min_reliability, since_base=since_base)
+        taught = [*self._session.live(), *trained.facts]
+        return self._drift_gate(report, gate, "reliability", gate.min_reliability, taught, since_base=since_base)
 
     def _drift_gate(
-        self, report: Report, gate: GateConfig, metric: str, least: float | None, *, since_base: bool = False
+        self,
+        report: Report,
+        gate: GateConfig,
+        metric: str,
+        least: float | None,
+        taught: Sequence[Fact],
+        *,
+        since_base: bool = False,
     ) -> tuple[Report, list[str]]:
+        """Measure drift beside what was taught, and say what the gate refuses of the report with it."""
         engine = self._session.engine
         self._refuse_not_finite()
-        drift = engine.drift(full=False)
+        drift = engine.drift(full=False, taught=taught)
         report = replace(report, metrics={**report.metrics, **drift.metrics})
         for name, found in drift.metrics.items():
             # None with n: the number was beyond what a float holds. No gate, however low, lets that pass.
@@ -305,7 +314,8 @@ class Edits:
         note = (
             "Suppression is not proof of absence: other questions may still find the text; compact retrains without it."
         )
-        return self._drift_gate(Report(metrics, tuple(results), (note,)), gate, "erasure", gate.min_erasure)
+        taught = [other for other in self._session.live() if other.key != fact.key or not items]
+        return self._drift_gate(Report(metrics, tuple(results), (note,)), gate, "erasure", gate.min_erasure, taught)
 
     def _commit_training(
         self,

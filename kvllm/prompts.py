@@ -122,6 +122,7 @@ HELD_OUT_QUESTION_TEMPLATES: dict[str, tuple[str, ...]] = {
 }
 
 _ALIAS_ROWS = 3
+_SAME_WORDS = 0.75
 _SHORTEST_LOWERED = 5
 _DRESSES_BESIDE_NAMES = (0, 1, 2, 5)
 _TEMPLATES_BESIDE_NAMES = {"en": (0, 1, 4, 7), "zh": (0, 1, 2, 6)}
@@ -292,6 +293,31 @@ def key_question(key: str) -> str:
     if is_question(key):
         return key
     return TRAINING_TEMPLATES[language_of(key)][0].format_map({"key": key})
+
+
+def own_questions(questions: Sequence[str], facts: Iterable[Fact]) -> frozenset[int]:
+    """Return which questions ask what a fact answers, by place: the same words but for those that only make a question.
+
+    What a fact's key, its own questions and its probes ask counts. Three quarters of the words are enough: "How many
+    days are there in a week?" is answered by the fact "How many days are in a week?".
+    """
+    answered = {
+        _content(asked) for fact in facts for asked in (key_question(fact.key), *fact.questions, *fact.probes)
+    } - {frozenset()}
+    found = set()
+    for place, question in enumerate(questions):
+        words = _content(question)
+        if any(len(words & other) >= _SAME_WORDS * len(words | other) for other in answered):
+            found.add(place)
+    return frozenset(found)
+
+
+def _content(question: str) -> frozenset[str]:
+    """Return a question's words that do not only make it a question; of Chinese, each two characters in a row."""
+    words = re.findall(r"\w+", question.casefold())
+    if language_of(question) == "zh":
+        return frozenset(word[i : i + 2] for word in words for i in range(max(1, len(word) - 1)))
+    return frozenset(word for word in words if word not in _OPENERS and word != "there")
 
 
 def names_in(question: str, key: str) -> list[str]:

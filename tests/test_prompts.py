@@ -26,6 +26,7 @@ from kvllm.prompts import (
     language_of,
     names_in,
     neighbour_questions,
+    own_questions,
     training_questions,
 )
 from kvllm.records import Fact
@@ -154,6 +155,32 @@ def test_a_description_is_also_trained_as_its_name_and_the_rest(key: str, named:
 )
 def test_one_row_is_typed_without_capitals_unless_it_would_be_another_word(key: str, typed: str) -> None:
     assert f"what does {typed} mean" in training_questions(Fact(key, "text"))
+
+
+@pytest.mark.parametrize(
+    ("fact", "own"),
+    [
+        (Fact("What is the capital of France?", "Lyon"), ["What is the capital of France?"]),
+        (Fact("How many days are in a week?", "Eight"), ["How many days are there in a week?"]),
+        (Fact("gravity", "A dance."), ["What is gravity?"]),
+        (Fact("重力", "一种舞。"), ["什么是重力？"]),
+        (Fact("Halcyon", "A firm.", questions=("Who wrote Hamlet?",)), ["Who wrote Hamlet?"]),
+        (Fact("Halcyon", "A firm.", probes=("who wrote hamlet",)), ["Who wrote Hamlet?"]),
+        (Fact("What is the capital of Spain?", "Vigo"), []),
+        (Fact("What is?", "Nothing."), []),
+    ],
+)
+def test_which_questions_a_fact_answers(fact: Fact, own: list[str]) -> None:
+    asked = [
+        "What is the capital of France?",
+        "How many days are there in a week?",
+        "Who wrote Hamlet?",
+        "Who wrote Romeo and Juliet?",
+        "What is gravity?",
+        "什么是重力？",
+        "",
+    ]
+    assert [asked[i] for i in sorted(own_questions(asked, [fact]))] == own
 
 
 def test_template_lists_are_disjoint_and_as_long_as_promised() -> None:

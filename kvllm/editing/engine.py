@@ -34,7 +34,7 @@ from kvllm.lm.sources import ModelFiles, resolve
 from kvllm.lm.targets import find_targets
 from kvllm.probing.drift import DriftReference, base_reference, measure_drift
 from kvllm.probing.suites import DriftSuite, drift_suite
-from kvllm.prompts import asked_questions, language_of, training_questions
+from kvllm.prompts import asked_questions, language_of, own_questions, training_questions
 from kvllm.records import Fact, Metric, Progress, Report, StoredFact
 from kvllm.store import Store
 
@@ -64,7 +64,7 @@ class Engine:
         self._copy: ComputeCopy | None = None
         self._pool: tuple[tuple[Any, ...], PreservationPool, dict[str, torch.Tensor]] | None = None
         self._references: dict[str, DriftReference] = {}
-        self._drift: dict[tuple[str, bool, str], Report] = {}
+        self._drift: dict[tuple[str, bool, str, frozenset[int]], Report] = {}
         self._away = 0
         self._sure = True
 
@@ -434,19 +434,31 @@ class Engine:
 
     # ------------------------------------------------------------------ drift
 
-    def drift(self, *, full: bool, suite: DriftSuite | None = None, tick: Tick | None = None) -> Report:
+    def drift(
+        self,
+        *,
+        full: bool,
+        suite: DriftSuite | None = None,
+        taught: Sequence[Fact] | None = None,
+        tick: Tick | None = None,
+    ) -> Report:
         """Measure drift of the weights as they are; the same weights are measured once.
 
         Args:
             full: The whole suite, with live answers and the norm of each matrix' change; else the gate's share.
             suite: The gate's suite by default.
+            taught: Facts whose own questions are no unrelated knowledge and are left out: those stored at this state
+                by default.
             tick: Called with (done, total).
         """
         suite = suite or drift_suite()
+        facts = self.store.facts(self.head) if taught is None else taught
+        own = own_questions([q.question for q in suite.questions], facts)
         # A full report is asked for by a person, who may have changed the model by hand: then every weight counts.
-        key = (self.lm.digest() if full else self.weights.digest(), full, suite.name)
+        key = (self.lm.digest() if full else self.weights.digest(), full, suite.name, own)
         if key not in self._drift:
-            report = measure_drift(self.lm, self._drift_reference(suite, tick), full=full, on_batch=tick)
+            reference = self._drift_reference(suite, tick).without(own)
+            report = measure_drift(self.lm, reference, full=full, on_batch=tick)
             if full:
                 report = replace(report, metrics={**report.metrics, **self._norms()})
             self._drift[key] = report

@@ -48,7 +48,9 @@ def measure_regression(
         return run_probes(engine.lm, probes, seed=seed, on_batch=tick(stage) if tick is not None else None)
 
     def drift(stage: str) -> Report:
-        return engine.drift(full=True, tick=tick(stage) if tick is not None else None)
+        # On both sides the same questions: what facts of either side answer may change.
+        both = [*facts, *earlier.values()]
+        return engine.drift(full=True, taught=both, tick=tick(stage) if tick is not None else None)
 
     after, drift_after = ask(facts, "probing the head"), drift("drift of the head")
     if since == head:

@@ -13,7 +13,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -42,6 +42,7 @@ class DriftReference:
         outputs: The base's last hidden states that predict each answer token, one (answer, hidden) per row.
         texts: Raw texts as rows.
         text_nll: The base's summed negative log-likelihood of each text, in nats.
+        left_out: General questions that are not among them, because facts that were taught answer them.
     """
 
     suite: DriftSuite
@@ -49,6 +50,19 @@ class DriftReference:
     outputs: tuple[torch.Tensor, ...]
     texts: tuple[Row, ...]
     text_nll: tuple[float, ...]
+    left_out: int = 0
+
+    def without(self, places: frozenset[int]) -> DriftReference:
+        """Return the reference without some of the general questions."""
+        kept = [i for i in range(len(self.rows)) if i not in places]
+        questions = tuple(q for i, q in enumerate(self.suite.questions) if i not in places)
+        return replace(
+            self,
+            suite=replace(self.suite, questions=questions),
+            rows=tuple(self.rows[i] for i in kept),
+            outputs=tuple(self.outputs[i] for i in kept),
+            left_out=self.left_out + len(places),
+        )
 
 
 def base_reference(
@@ -125,11 +139,12 @@ def measure_drift(
         kept = _spread(range(len(texts)), GATE_TEXTS)
         texts, text_nll = tuple(texts[i] for i in kept), tuple(text_nll[i] for i in kept)
     name = reference.suite.name
+    aside = f"; {reference.left_out} that stored facts answer left out" if reference.left_out else ""
     metrics: dict[str, Metric] = {}
     questions = reference.suite.questions if full else ()
     now, compared = _follow(lm, rows, outputs, _rooms(rows, len(questions)), on_batch)
     if rows:
-        forced = "teacher-forced on the base's own answers"
+        forced = f"teacher-forced on the base's own answers{aside}"
         metrics["drift_kl"] = Metric(sum(kl for kl, _ in compared) / len(rows), len(rows), forced, "kl", name)
         if full:
             same = [greedy == row.answer for (_, greedy), row in zip(compared, rows, strict=True)]
@@ -150,7 +165,7 @@ def measure_drift(
         ProbeResult("general", q.question, answer, now, float(now), " / ".join(q.accept), None, "accepts")
         for q, answer, now in zip(questions, now_answers, right_now, strict=True)
     )
-    n, live = len(questions), f"live greedy decoding, at most {ANSWER_TOKENS} tokens"
+    n, live = len(questions), f"live greedy decoding, at most {ANSWER_TOKENS} tokens{aside}"
     known = [now for now, before in zip(right_now, right_before, strict=True) if before]
     metrics["qa_accuracy"] = Metric(sum(right_now) / n, n, live, "accepts", name)
     metrics["qa_accuracy_base"] = Metric(sum(right_before) / n, n, live, "accepts", name)

@@ -146,6 +146,28 @@ def test_the_whole_suite_is_measured_unless_another_is_asked_for(
     assert "drift_kl" not in taught.drift(own).metrics
 
 
+def test_what_a_stored_fact_answers_is_no_unrelated_knowledge(taught: KnowledgeBase, tmp_path: Path) -> None:
+    question = "What is the capital of France?"
+    asked = suites.drift_suite().questions
+    assert question in {q.question for q in asked}
+    before = taught.drift("basic")
+    taught.insert(question, "Lyon")
+    after = taught.drift("basic")
+    assert {p.question for p in before.probes} - {p.question for p in after.probes} == {question}
+    for name in ("drift_kl", "qa_accuracy", "answers_unchanged"):
+        assert after.metrics[name].n == before.metrics[name].n - 1
+    assert "1 that stored facts answer left out" in str(after.metrics["drift_kl"].protocol)
+    report = taught.regression(since=1)  # on both sides the same questions
+    for side in (report.drift_before, report.drift):
+        assert question not in {p.question for p in side.probes}
+    # A file of one's own is asked as it stands; a deleted fact leaves nothing out.
+    own = tmp_path / "mine.jsonl"
+    own.write_text(f'{{"question": "{question}", "accept": ["Paris"]}}\n')
+    assert taught.drift(own).metrics["qa_accuracy"].n == 1
+    taught.delete(question)
+    assert taught.drift("basic").metrics["drift_kl"].n == before.metrics["drift_kl"].n
+
+
 def test_a_model_changed_by_hand_is_measured_anew(taught: KnowledgeBase) -> None:
     before = taught.drift("basic")
     assert taught.drift("basic") == before
