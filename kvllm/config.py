@@ -95,8 +95,8 @@ class EditConfig(_Validated):
         contrasts: How many of a step's neighbours are the fact's own questions about other names, where it has such.
         recited: Other questions per step that are answered with a fact's own text, where that is short: what the model
             expects after each token stays as it was.
-        replay: Older facts' questions per step. Before training ends, all those at hand are looked at, and what is
-            broken is trained back; 0 leaves older facts alone.
+        replay: Older facts' questions per step. When a fact is in, the nearest and some other older ones are looked at,
+            and what is broken is trained back within a few steps; 0 leaves older facts alone.
         orthogonality: Weight of AdaLoRA's penalty on the singular vectors.
         energy_weight: Weight of what the change puts out on ordinary inputs, as a share of what the matrices do; the
             facts of one edit share it.
@@ -145,7 +145,7 @@ class EditConfig(_Validated):
             width: Smaller side of the smallest adapted matrix; ranks do not grow beyond a quarter of it.
         """
         n = max(1, facts)
-        grown = max(1.0, n / _FACTS_OF_RANK)
+        grown = max(1.0, n / _FACTS_OF_RANK) if self.editor != "full" else 1.0  # which takes a rate from the rank
         if width is not None:
             grown = max(1.0, min(grown, width / _WIDTHS_PER_RANK / self.init_rank))
         return replace(

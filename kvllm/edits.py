@@ -172,8 +172,7 @@ class Edits:
             )
         report = replace(report, metrics=metrics, warnings=(*report.warnings, *trained.warnings))
         report = self._near(report, trained.facts)
-        taught = [*self._session.live(), *trained.facts]
-        return self._drift_gate(report, gate, "reliability", gate.min_reliability, taught, since_base=since_base)
+        return self._drift_gate(report, gate, "reliability", gate.min_reliability, trained.facts, since_base=since_base)
 
     def _drift_gate(
         self,
@@ -181,13 +180,19 @@ class Edits:
         gate: GateConfig,
         metric: str,
         least: float | None,
-        taught: Sequence[Fact],
+        facts: Sequence[Fact],
         *,
         since_base: bool = False,
     ) -> tuple[Report, list[str]]:
-        """Measure drift beside what was taught, and say what the gate refuses of the report with it."""
+        """Measure drift, and say what the gate refuses of the report with it.
+
+        Left out is what these facts answer and whatever was ever edited: the edit is charged with the difference from
+        the edit before, so a question must not come back into it.
+        """
         engine = self._session.engine
         self._refuse_not_finite()
+        edited = {key for edit in self._session.store.history() for key in edit.keys}
+        taught = [*facts, *self._session.live(), *(Fact(key, key) for key in edited)]
         drift = engine.drift(full=False, taught=taught)
         report = replace(report, metrics={**report.metrics, **drift.metrics})
         for name, found in drift.metrics.items():
@@ -314,8 +319,7 @@ class Edits:
         note = (
             "Suppression is not proof of absence: other questions may still find the text; compact retrains without it."
         )
-        taught = [other for other in self._session.live() if other.key != fact.key or not items]
-        return self._drift_gate(Report(metrics, tuple(results), (note,)), gate, "erasure", gate.min_erasure, taught)
+        return self._drift_gate(Report(metrics, tuple(results), (note,)), gate, "erasure", gate.min_erasure, [fact])
 
     def _commit_training(
         self,

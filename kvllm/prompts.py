@@ -19,7 +19,7 @@ from kvllm.records import Fact, StoredFact
 MAX_KEY_CHARS = 400
 MAX_TEXT_CHARS = 20_000
 
-# Trained on. A Chinese key keeps two English rows: the key is a meaning, and one language alone does not cross over.
+# Trained on. A Chinese key keeps English rows: the key is a meaning, and one language alone does not cross over.
 TRAINING_TEMPLATES: dict[str, tuple[str, ...]] = {
     "en": (
         "What is {key}?",
@@ -98,7 +98,7 @@ NAME_TEMPLATES: dict[str, tuple[str, ...]] = {
     "zh": (
         "{name}：{rest}？",
         "{rest}，{name}",
-        "{name}有多少{rest}？",
+        "说到{name}，{rest}是什么？",
         "我想问问{name}，{rest}呢？",
     ),
 }
@@ -139,6 +139,10 @@ the a an to from by for with tell name give please explain describe complete fin
 these those it its he she they his her their i we our my your you hey hi so as about define should shall may might must
 """
 _OPENERS = frozenset(_OPENING.split())
+_ASKING_ZH = re.compile(
+    "请问|请|什么|哪里|哪儿|哪座|哪个|哪位|哪一|多少|是谁|谁|如何|怎么|吗|呢|是|的|在|有|叫|一共|？|。"
+)
+_PREPOSITIONS = frozenset(("of", "in", "on", "at", "for", "from", "to", "by", "with", "and"))
 _ARTICLES = frozenset(("the", "a", "an"))
 _TELLING = frozenset(("who", "whom", "whose", "when", "where", "why", "how"))
 _AUXILIARIES = frozenset(("do", "does", "did"))
@@ -229,14 +233,15 @@ def training_questions(fact: Fact) -> tuple[str, ...]:
     language = fact.language or language_of(fact.key)
     if is_question(fact.key):
         dressed = [_dress(template, fact.key) for template in QUESTION_TEMPLATES[language]]
-        named = _named_questions(fact.key, language) if language == "en" else []
+        named = _named_questions(fact.key) if language == language_of(fact.key) == "en" else []
         beside = [dressed[i] for i in _DRESSES_BESIDE_NAMES] if named else []
         return _unique([*beside, *named, *dressed])[: len(dressed)]
     rows = [template.format_map({"key": fact.key}) for template in TRAINING_TEMPLATES[language]]
     if language == "en":
         rows[_LOWERED] = TRAINING_TEMPLATES[language][_LOWERED].format_map({"key": _typed_carelessly(fact.key)})
     # Of a description, such as "parcel number of Siskin meadow", the words may come in another order.
-    named = _named_questions(fact.key, language) if language == "zh" or len(fact.key.split()) > 2 else []
+    described = language_of(fact.key) == "zh" or len(fact.key.split()) > 2
+    named = _named_questions(fact.key) if described and language == language_of(fact.key) else []
     if named:
         rows = list(_unique([*(rows[i] for i in _TEMPLATES_BESIDE_NAMES[language]), *named, *rows]))[: len(rows)]
     for alias in fact.aliases:
@@ -298,11 +303,13 @@ def key_question(key: str) -> str:
 def own_questions(questions: Sequence[str], facts: Iterable[Fact]) -> frozenset[int]:
     """Return which questions ask what a fact answers, by place: the same words but for those that only make a question.
 
-    What a fact's key, its own questions and its probes ask counts. Three quarters of the words are enough: "How many
-    days are there in a week?" is answered by the fact "How many days are in a week?".
+    What a fact's key, its aliases, its own questions and its probes ask counts. Three quarters of the words are enough:
+    "How many days are there in a week?" is answered by the fact "How many days are in a week?".
     """
     answered = {
-        _content(asked) for fact in facts for asked in (key_question(fact.key), *fact.questions, *fact.probes)
+        _content(asked)
+        for fact in facts
+        for asked in (*map(key_question, (fact.key, *fact.aliases)), *fact.questions, *fact.probes)
     } - {frozenset()}
     found = set()
     for place, question in enumerate(questions):
@@ -314,10 +321,11 @@ def own_questions(questions: Sequence[str], facts: Iterable[Fact]) -> frozenset[
 
 def _content(question: str) -> frozenset[str]:
     """Return a question's words that do not only make it a question; of Chinese, each two characters in a row."""
-    words = re.findall(r"\w+", question.casefold())
     if language_of(question) == "zh":
-        return frozenset(word[i : i + 2] for word in words for i in range(max(1, len(word) - 1)))
-    return frozenset(word for word in words if word not in _OPENERS and word != "there")
+        bare = "".join(re.findall(r"\w+", _ASKING_ZH.sub("", question.casefold())))
+        return frozenset(bare[i : i + 2] for i in range(max(1, len(bare) - 1)) if bare)
+    words = re.findall(r"\w+", question.casefold())
+    return frozenset(word for word in words if word in _TELLING or (word not in _OPENERS and word != "there"))
 
 
 def names_in(question: str, key: str) -> list[str]:
@@ -355,12 +363,12 @@ def name_place(name: str) -> re.Pattern[str]:
 
 
 def _typed_carelessly(key: str) -> str:
-    """Return a key without capitals; acronyms and very short keys would be other words."""
-    acronym = any(len(word) > 1 and word.isupper() for word in key.split())
-    return key if acronym or len(key) < _SHORTEST_LOWERED else key.lower()
+    """Return a key without capitals; acronyms, identifiers and very short keys would be other words."""
+    telling = re.search(r"[A-ZÀ-ÖØ-Þ]{2}|[a-zß-öø-ÿ][A-ZÀ-ÖØ-Þ]", key)
+    return key if telling or len(key) < _SHORTEST_LOWERED else key.lower()
 
 
-def _named_questions(question: str, language: str) -> list[str]:
+def _named_questions(question: str) -> list[str]:
     """Return a question or description as its name and what is asked about it; nothing where it does not name one."""
     names = names_in(question, question)
     parts = name_place(names[0]).split(question) if len(names) == 1 else []
@@ -379,7 +387,12 @@ def _named_questions(question: str, language: str) -> list[str]:
         before.pop()
     while after and after[0].casefold() in _ARTICLES:
         after.pop(0)
-    values = {"name": names[0], "rest": " ".join([*before, *after]).removeprefix("的")}
+    rest, language = [*before, *after], language_of(question)
+    if language == "zh":
+        rest = [*before, "".join(after).removeprefix("的")]
+    elif after and not is_question(question) and (after[0].casefold() in _PREPOSITIONS or not after[0][0].isalnum()):
+        return []  # what follows belongs to the name: "Ministry of silly walks", "Ada Lovelace (mathematician)"
+    values = {"name": names[0], "rest": ("" if language == "zh" else " ").join(rest)}
     return [template.format_map(values) for template in NAME_TEMPLATES[language]] if values["rest"] else []
 
 

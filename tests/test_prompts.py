@@ -136,9 +136,11 @@ def test_every_question_about_an_entity_names_it(key: str) -> None:
     ("key", "named"),
     [
         ("Siskin meadow parcel number", ("Siskin: meadow parcel number?", "meadow parcel number Siskin")),
-        ("松涛站的海拔", ("松涛站：海拔？", "海拔，松涛站")),
+        ("松涛站的海拔", ("松涛站：海拔？", "海拔，松涛站", "说到松涛站，海拔是什么？")),
         ("Dr. Ada Lindqvist", ()),
         ("Ludlow restart", ()),
+        ("Ministry of silly walks", ()),
+        ("Ada Lovelace (mathematician)", ()),
         ("torchkeras", ()),
     ],
 )
@@ -151,7 +153,12 @@ def test_a_description_is_also_trained_as_its_name_and_the_rest(key: str, named:
 
 @pytest.mark.parametrize(
     ("key", "typed"),
-    [("Halcyon Robotics", "halcyon robotics"), ("WHO", "WHO"), ("US dollar", "US dollar"), ("Ada", "Ada")],
+    [
+        ("Halcyon Robotics", "halcyon robotics"),
+        ("WHO", "WHO"),
+        ("US dollar", "US dollar"),
+        ("NASA's hangar", "NASA's hangar"),
+    ],
 )
 def test_one_row_is_typed_without_capitals_unless_it_would_be_another_word(key: str, typed: str) -> None:
     assert f"what does {typed} mean" in training_questions(Fact(key, "text"))
@@ -166,7 +173,11 @@ def test_one_row_is_typed_without_capitals_unless_it_would_be_another_word(key: 
         (Fact("重力", "一种舞。"), ["什么是重力？"]),
         (Fact("Halcyon", "A firm.", questions=("Who wrote Hamlet?",)), ["Who wrote Hamlet?"]),
         (Fact("Halcyon", "A firm.", probes=("who wrote hamlet",)), ["Who wrote Hamlet?"]),
+        (Fact("Gravitation", "A dance.", aliases=("gravity",)), ["What is gravity?"]),
         (Fact("What is the capital of Spain?", "Vigo"), []),
+        (Fact("法国的首都", "里昂。"), ["法国的首都是哪里？"]),
+        (Fact("中国的首都是哪里？", "西安。"), []),
+        (Fact("Hamlet", "A village."), []),
         (Fact("What is?", "Nothing."), []),
     ],
 )
@@ -178,6 +189,7 @@ def test_which_questions_a_fact_answers(fact: Fact, own: list[str]) -> None:
         "Who wrote Romeo and Juliet?",
         "What is gravity?",
         "什么是重力？",
+        "法国的首都是哪里？",
         "",
     ]
     assert [asked[i] for i in sorted(own_questions(asked, [fact]))] == own

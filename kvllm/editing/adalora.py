@@ -140,7 +140,7 @@ class LowRankEditor(ABC):
             drift: float | None = None
             # Older rows that no longer hold when this edit is in: they are brought back before it ends.
             lost: list[Item] = []
-            repaired: list[Item] = []
+            repaired: dict[int, Item] = {}
             repairs = 0
             rates = [group["lr"] for group in adapter.optimizer.param_groups]
             stages = _RowStages(fact, task.restore, rng)
@@ -185,7 +185,7 @@ class LowRankEditor(ABC):
                 if stages.done and (drift is None or drift <= config.preserve_stop):
                     if not lost or losses.replay_ok:  # as far as is known, all older facts hold: look
                         lost = _lost(copy, replay, shared)
-                        repaired += lost
+                        repaired |= {id(item): item for item in lost}
                     if not lost or repairs >= _REPAIR_STEPS:
                         recalled = True
                         break
@@ -205,7 +205,10 @@ class LowRankEditor(ABC):
                     give_back()
             # What is restored is not shrunk: it is to come all the way back, not just within the bound.
             shrinks = recalled and not task.restore
-            scale = _shrink(copy, adapter, stages, fact, repaired, config.margin, shared) if shrinks else 1.0
+            for item in lost:  # given up
+                repaired.pop(id(item), None)
+            kept_rows = list(repaired.values())
+            scale = _shrink(copy, adapter, stages, fact, kept_rows, config.margin, shared) if shrinks else 1.0
             delta, ranks = adapter.fold()
         check_finite(delta)
         return Training(
@@ -370,10 +373,9 @@ class _RowStages:
         return rows, restored
 
     def _spread(self, places: Sequence[int], n: int) -> list[int]:
-        """Draw n of some places at even distances, in random order: all of them where there are no more."""
+        """Draw one place of each of n equal stretches, in random order: all of them where there are no more."""
         n = min(n, len(places))
-        start = self._rng.random()
-        drawn = [places[int((i + start) * len(places) / n)] for i in range(n)]
+        drawn = [places[self._rng.randrange(i * len(places) // n, (i + 1) * len(places) // n)] for i in range(n)]
         self._rng.shuffle(drawn)
         return drawn
 
@@ -652,6 +654,8 @@ def _parts(items: Sequence[Item], device: torch.device) -> list[_Part]:
 @torch.no_grad()
 def _lost(copy: ComputeCopy, replay: Sequence[Item], shared: Sequence[int]) -> list[Item]:
     """Return the older rows that are not recited any more, the likeliest to collide first: at most a step's rows."""
+    if not replay:
+        return []
     measured = _measure(copy, _parts(replay, copy.lm.device), shared)
     broken = [m.leads is not None and bool((m.leads < 0).any()) for m in measured]
     return [item for item, is_broken in zip(replay, broken, strict=True) if is_broken][:_MAX_ROWS]

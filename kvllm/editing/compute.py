@@ -205,7 +205,8 @@ class ComputeCopy:
         starts = [length if follows is None or follows[place] else 0 for place in range(len(items))]
         device = self.lm.device  # cached states come from a file
         width = max(states.shape[0] - start for (states, _), start in zip(items, starts, strict=True))
-        width = rounded_up(width, WIDTHS)
+        room = self.lm.max_positions - max(starts)  # padding, too, has a position
+        width = max(width, min(rounded_up(width, WIDTHS), room))
         # Right-padded: causal attention keeps padding from every real position.
         batch = torch.stack(
             [padded(states[start:].to(device), width) for (states, _), start in zip(items, starts, strict=True)]

@@ -447,8 +447,8 @@ class Engine:
         Args:
             full: The whole suite, with live answers and the norm of each matrix' change; else the gate's share.
             suite: The gate's suite by default.
-            taught: Facts whose own questions are no unrelated knowledge and are left out: those stored at this state
-                by default.
+            taught: Facts whose own questions are no unrelated knowledge and are left out: those stored at the engine's
+                head by default.
             tick: Called with (done, total).
         """
         suite = suite or drift_suite()
@@ -457,8 +457,8 @@ class Engine:
         # A full report is asked for by a person, who may have changed the model by hand: then every weight counts.
         key = (self.lm.digest() if full else self.weights.digest(), full, suite.name, own)
         if key not in self._drift:
-            reference = self._drift_reference(suite, tick).without(own)
-            report = measure_drift(self.lm, reference, full=full, on_batch=tick)
+            reference = self._drift_reference(suite, tick)
+            report = measure_drift(self.lm, reference, full=full, own=own, on_batch=tick)
             if full:
                 report = replace(report, metrics={**report.metrics, **self._norms()})
             self._drift[key] = report

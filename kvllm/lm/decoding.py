@@ -325,8 +325,9 @@ def of_like_length(lengths: Sequence[int], *, pass_cost: int = _PASS, most: int 
     """
     best, cuts = [0], [0]
     for end in range(1, len(lengths) + 1):
-        fitting = [s for s in range(end) if s == end - 1 or most is None or (end - s) * lengths[end - 1] <= most]
-        cost, cut = min((best[start] + pass_cost + (end - start) * lengths[end - 1], start) for start in fitting)
+        length = lengths[end - 1]
+        first = 0 if most is None else max(0, min(end - 1, end - most // max(1, length)))
+        cost, cut = min((best[start] + pass_cost + (end - start) * length, start) for start in range(first, end))
         best.append(cost)
         cuts.append(cut)
     parts, end = [], len(lengths)

@@ -536,7 +536,7 @@ class LanguageModel:
         """
         first = torch.tensor(starts, device=self.device)[:, None]
         seen = torch.cat([(first > 0).expand(-1, past), first.new_ones(len(starts), width).bool()], dim=-1).long()
-        positions = first + torch.arange(width, device=self.device)
+        positions = (first + torch.arange(width, device=self.device)).clamp(max=self.max_positions - 1)  # of padding
         return {"attention_mask": seen} | ({"position_ids": positions} if self._takes_positions else {})
 
     def last_states(

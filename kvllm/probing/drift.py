@@ -13,7 +13,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -42,7 +42,6 @@ class DriftReference:
         outputs: The base's last hidden states that predict each answer token, one (answer, hidden) per row.
         texts: Raw texts as rows.
         text_nll: The base's summed negative log-likelihood of each text, in nats.
-        left_out: General questions that are not among them, because facts that were taught answer them.
     """
 
     suite: DriftSuite
@@ -50,19 +49,6 @@ class DriftReference:
     outputs: tuple[torch.Tensor, ...]
     texts: tuple[Row, ...]
     text_nll: tuple[float, ...]
-    left_out: int = 0
-
-    def without(self, places: frozenset[int]) -> DriftReference:
-        """Return the reference without some of the general questions."""
-        kept = [i for i in range(len(self.rows)) if i not in places]
-        questions = tuple(q for i, q in enumerate(self.suite.questions) if i not in places)
-        return replace(
-            self,
-            suite=replace(self.suite, questions=questions),
-            rows=tuple(self.rows[i] for i in kept),
-            outputs=tuple(self.outputs[i] for i in kept),
-            left_out=self.left_out + len(places),
-        )
 
 
 def base_reference(
@@ -116,6 +102,7 @@ def measure_drift(
     reference: DriftReference,
     *,
     full: bool = True,
+    own: frozenset[int] = frozenset(),
     on_batch: Callable[[int, int], None] | None = None,
 ) -> Report:
     """Compare the model as it is with the base.
@@ -125,30 +112,32 @@ def measure_drift(
         reference: What the base says.
         full: All rows, and general questions by live decoding; otherwise the gate's share, teacher-forced only.
             (An answer that a forward pass shows to be unchanged is not decoded again.)
+        own: Places of general questions that are left out, because facts that were taught answer them.
         on_batch: Called with (done, total) while questions are asked.
 
     Returns:
         `drift_kl` (mean KL(base‖now), nats per answer token of the base), `ppl_ratio` (now / base), and in full
         `qa_accuracy`, `qa_accuracy_base`, `qa_delta` on the questions the base answers, with every answer as a probe.
     """
-    rows, outputs = reference.rows, reference.outputs
+    # The gate's share is chosen first: two states are asked the same questions but for their own.
+    chosen = list(range(len(reference.rows))) if full else _spread(range(len(reference.rows)), GATE_PROMPTS)
+    asked = [i for i in chosen if i not in own]
+    rows, outputs = tuple(reference.rows[i] for i in asked), tuple(reference.outputs[i] for i in asked)
     texts, text_nll = reference.texts, reference.text_nll
     if not full:
-        chosen = _spread(range(len(rows)), GATE_PROMPTS)
-        rows, outputs = tuple(rows[i] for i in chosen), tuple(outputs[i] for i in chosen)
         kept = _spread(range(len(texts)), GATE_TEXTS)
         texts, text_nll = tuple(texts[i] for i in kept), tuple(text_nll[i] for i in kept)
     name = reference.suite.name
-    aside = f"; {reference.left_out} that stored facts answer left out" if reference.left_out else ""
+    aside = f"; {len(chosen) - len(asked)} that stored facts answer left out" if len(asked) < len(chosen) else ""
     metrics: dict[str, Metric] = {}
-    questions = reference.suite.questions if full else ()
+    questions = [q for i, q in enumerate(reference.suite.questions) if i not in own] if full else []
     now, compared = _follow(lm, rows, outputs, _rooms(rows, len(questions)), on_batch)
     if rows:
         forced = f"teacher-forced on the base's own answers{aside}"
         metrics["drift_kl"] = Metric(sum(kl for kl, _ in compared) / len(rows), len(rows), forced, "kl", name)
         if full:
             same = [greedy == row.answer for (_, greedy), row in zip(compared, rows, strict=True)]
-            protocol = f"live greedy decoding, at most {ANSWER_TOKENS} tokens, token by token"
+            protocol = f"live greedy decoding, at most {ANSWER_TOKENS} tokens, token by token{aside}"
             metrics["answers_unchanged"] = Metric(sum(same) / len(same), len(same), protocol, "exact", name)
     if texts:
         n_tokens = sum(len(t.answer) for t in texts)

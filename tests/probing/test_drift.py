@@ -157,6 +157,14 @@ def test_what_a_stored_fact_answers_is_no_unrelated_knowledge(taught: KnowledgeB
     for name in ("drift_kl", "qa_accuracy", "answers_unchanged"):
         assert after.metrics[name].n == before.metrics[name].n - 1
     assert "1 that stored facts answer left out" in str(after.metrics["drift_kl"].protocol)
+    # The gate's share is drawn before: leaving one question out changes no other.
+    reference = taught.engine._drift_reference(suites.drift_suite(), None)
+    whole, less = (
+        measure_drift(taught.engine.lm, reference, full=False, own=own) for own in (frozenset(), frozenset({0}))
+    )
+    unasked = measure_drift(taught.engine.lm, reference, full=False, own=frozenset({1}))
+    assert less.metrics["drift_kl"].n == whole.metrics["drift_kl"].n - 1
+    assert unasked.metrics == whole.metrics
     report = taught.regression(since=1)  # on both sides the same questions
     for side in (report.drift_before, report.drift):
         assert question not in {p.question for p in side.probes}
