@@ -647,7 +647,7 @@ class KnowledgeBase:
             config, gate: For these edits.
 
         Returns:
-            One outcome per fact, in order. Where the gate refuses a batch, its facts are tried one by one.
+            One outcome per fact, in order. Where the gate refuses a batch, its halves are tried, down to single facts.
         """
         if mode not in ("sequential", "batched", "chunked"):
             raise ConfigError(f"insert_many knows sequential, batched and chunked, not {mode!r}; nothing was changed.")
