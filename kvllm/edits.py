@@ -191,7 +191,7 @@ class Edits:
         """
         engine = self._session.engine
         self._refuse_not_finite()
-        edited = {key for edit in self._session.store.history() for key in edit.keys}
+        edited = {key for edit in self._session.store.history(light=True) for key in edit.keys}
         taught = [*facts, *self._session.live(), *(Fact(key, key) for key in edited)]
         drift = engine.drift(full=False, taught=taught)
         report = replace(report, metrics={**report.metrics, **drift.metrics})

@@ -451,15 +451,15 @@ class KnowledgeBase:
 
             check_tasks(lm_eval)
         mistakes: list[str] = []
-        own = suite is not None and suite != "basic"
+        taught: Sequence[Fact] | None = None  # those that are stored
         if suite is None:
             chosen = whole_drift_suite()
         elif suite == "basic":
             chosen = drift_suite()
         else:
             chosen, mistakes = read_suite(suite)
+            taught = ()  # what stands in a file of the user's own is asked
         engine = self._session.engine
-        taught = () if own else None  # what stands in a file of the user's own is asked
         report = engine.drift(full=True, suite=chosen, taught=taught, tick=self._session.ticker("drift"))
         if lm_eval:
             from kvllm.probing.harness import compare_tasks

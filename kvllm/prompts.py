@@ -139,9 +139,7 @@ the a an to from by for with tell name give please explain describe complete fin
 these those it its he she they his her their i we our my your you hey hi so as about define should shall may might must
 """
 _OPENERS = frozenset(_OPENING.split())
-_ASKING_ZH = re.compile(
-    "请问|请|什么|哪里|哪儿|哪座|哪个|哪位|哪一|多少|是谁|谁|如何|怎么|吗|呢|是|的|在|有|叫|一共|？|。"
-)
+_ASKING_ZH = re.compile("请问|请|什么|哪里|哪儿|哪座|哪个|哪位|哪一|多少|谁|如何|怎么|吗|呢|是|的|在|有|叫|一共")
 _PREPOSITIONS = frozenset(("of", "in", "on", "at", "for", "from", "to", "by", "with", "and"))
 _ARTICLES = frozenset(("the", "a", "an"))
 _TELLING = frozenset(("who", "whom", "whose", "when", "where", "why", "how"))

@@ -205,10 +205,9 @@ class LowRankEditor(ABC):
                     give_back()
             # What is restored is not shrunk: it is to come all the way back, not just within the bound.
             shrinks = recalled and not task.restore
-            for item in lost:  # given up
-                repaired.pop(id(item), None)
-            kept_rows = list(repaired.values())
-            scale = _shrink(copy, adapter, stages, fact, kept_rows, config.margin, shared) if shrinks else 1.0
+            given_up = set(map(id, lost))
+            back = [item for place, item in repaired.items() if place not in given_up]
+            scale = _shrink(copy, adapter, stages, fact, back, config.margin, shared) if shrinks else 1.0
             delta, ranks = adapter.fold()
         check_finite(delta)
         return Training(
@@ -614,13 +613,12 @@ def _shrink(
     """
     values = adapter.linear()
     trained = [value.detach().clone() for value in values]
-    parts = _parts([*fact, *repaired], copy.lm.device)
 
     def holds(scale: float) -> bool:
         for value, full in zip(values, trained, strict=True):
             value.copy_(full * scale)
-        found = [m.leads for m in _measure(copy, parts, shared) if m.leads is not None]
-        return stages.lead(found[: len(fact)], margin) and all(bool((led >= 0).all()) for led in found[len(fact) :])
+        led = _leads_now(copy, [*fact, *repaired], shared)
+        return stages.lead(led[: len(fact)], margin) and all(bool((each >= 0).all()) for each in led[len(fact) :])
 
     found = 1.0
     for scale in _SCALES:
@@ -646,9 +644,11 @@ def _choose_preserved(
     return [*rng.sample(list(task.contrast), n), *drawn]
 
 
-def _parts(items: Sequence[Item], device: torch.device) -> list[_Part]:
-    """Return items to be measured, not trained."""
-    return [_Part(lower, row, torch.ones(len(row.answer), device=device)) for lower, row in items]
+def _leads_now(copy: ComputeCopy, items: Sequence[Item], shared: Sequence[int]) -> list[torch.Tensor]:
+    """Return by how much each item's target tokens lead at the weights of now, in nats: (answer tokens,) an item."""
+    device = copy.lm.device
+    parts = [_Part(lower, row, torch.ones(len(row.answer), device=device)) for lower, row in items]
+    return [m.leads for m in _measure(copy, parts, shared) if m.leads is not None]
 
 
 @torch.no_grad()
@@ -656,9 +656,8 @@ def _lost(copy: ComputeCopy, replay: Sequence[Item], shared: Sequence[int]) -> l
     """Return the older rows that are not recited any more, the likeliest to collide first: at most a step's rows."""
     if not replay:
         return []
-    measured = _measure(copy, _parts(replay, copy.lm.device), shared)
-    broken = [m.leads is not None and bool((m.leads < 0).any()) for m in measured]
-    return [item for item, is_broken in zip(replay, broken, strict=True) if is_broken][:_MAX_ROWS]
+    measured = zip(replay, _leads_now(copy, replay, shared), strict=True)
+    return [item for item, led in measured if bool((led < 0).any())][:_MAX_ROWS]
 
 
 def _choose_replay(replay: list[Item], n: int, rng: random.Random) -> list[Item]:

@@ -44,12 +44,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     return get
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_cached_lower_layers_give_the_outputs_of_the_whole_model(
-    folder: Callable[[str], Path], family: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def lm(folder: Callable[[str], Path], family: str, monkeypatch: pytest.MonkeyPatch) -> LanguageModel:
+    """A model of the test's family, whose compute copies have its own precision."""
     monkeypatch.setattr(compute, "compute_dtype", lambda device, dtype: dtype)
-    lm = LanguageModel.load(folder(family), ModelConfig(device="cpu"))
+    return LanguageModel.load(folder(family), ModelConfig(device="cpu"))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_cached_lower_layers_give_the_outputs_of_the_whole_model(lm: LanguageModel) -> None:
     rows = [lm.row("What is torchkeras?", "Ada leads"), lm.row("Who?", "The furnace of Berlin and of numpy")]
     for depth in ((0.0, 1.0), (0.5, 1.0)):
         copy = ComputeCopy(lm, find_targets(lm.model, depth=depth, modules="mlp-out"))
@@ -66,11 +69,7 @@ def test_cached_lower_layers_give_the_outputs_of_the_whole_model(
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_an_opening_that_is_run_once_gives_the_same_outputs_and_gradients_behind_it(
-    folder: Callable[[str], Path], family: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(compute, "compute_dtype", lambda device, dtype: dtype)
-    lm = LanguageModel.load(folder(family), ModelConfig(device="cpu"))
+def test_an_opening_that_is_run_once_gives_the_same_outputs_and_gradients_behind_it(lm: LanguageModel) -> None:
     rows = [lm.row("What is torchkeras?", "Ada leads"), lm.row("What is the furnace?", "The furnace of Berlin")]
     shared = shared_length([row.prompt for row in rows])
     assert shared > 1
@@ -93,11 +92,7 @@ def test_an_opening_that_is_run_once_gives_the_same_outputs_and_gradients_behind
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_rows_that_follow_an_opening_and_rows_that_do_not_are_run_in_one_batch(
-    folder: Callable[[str], Path], family: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(compute, "compute_dtype", lambda device, dtype: dtype)
-    lm = LanguageModel.load(folder(family), ModelConfig(device="cpu"))
+def test_rows_that_follow_an_opening_and_rows_that_do_not_are_run_in_one_batch(lm: LanguageModel) -> None:
     rows = [lm.row("What is torchkeras?", "Ada leads"), lm.row("What is the furnace?", "The furnace of Berlin")]
     opening_ids = rows[0].prompt[: shared_length([row.prompt for row in rows])]
     ids = lm.text_ids("The furnace of Berlin and of numpy leads")
