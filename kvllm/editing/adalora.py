@@ -138,25 +138,20 @@ class LowRankEditor(ABC):
         recalled = False
         with self.adapter(copy, config, start, coordinates) as adapter:
             drift: float | None = None
-            # Older rows that no longer hold when this edit is in: they are brought back before it ends.
-            lost: list[Item] = []
-            repaired: dict[int, Item] = {}
-            repairs = 0
+            older = _OlderRows(replay, config.replay, rng)
             rates = [group["lr"] for group in adapter.optimizer.param_groups]
             stages = _RowStages(fact, task.restore, rng)
             for step in range(1, config.max_steps + 1):
                 rows, restored = stages.next(check=drift is None or drift <= config.preserve_stop)
                 kept = _choose_preserved(pool, task, config, rng)
                 recited = rng.sample(list(task.recited), min(config.recited, len(task.recited)))
-                older = lost or _choose_replay(replay, config.replay, rng)
-                repairs += bool(lost)
                 adapter.optimizer.zero_grad(set_to_none=True)
                 losses = _backward_losses(
                     copy,
                     rows,
                     restored,
                     kept,
-                    older,
+                    older.next(),
                     recited,
                     preserve_weight=config.preserve_weight,
                     turns=stages.turns,
@@ -183,11 +178,8 @@ class LowRankEditor(ABC):
                     on_step(record)
                 # The state that was just measured is the one to keep: stop before another step changes it.
                 if stages.done and (drift is None or drift <= config.preserve_stop):
-                    if not lost or losses.replay_ok:  # as far as is known, all older facts hold: look
-                        lost = _lost(copy, replay, shared)
-                        repaired |= {id(item): item for item in lost}
-                    if not lost or repairs >= _REPAIR_STEPS:
-                        recalled = True
+                    recalled = older.let_go(losses.replay_ok, partial(_leads_now, copy, shared=shared))
+                    if recalled:
                         break
                 if penalty is not None:
                     (config.orthogonality * penalty).backward()
@@ -205,9 +197,7 @@ class LowRankEditor(ABC):
                     give_back()
             # What is restored is not shrunk: it is to come all the way back, not just within the bound.
             shrinks = recalled and not task.restore
-            given_up = set(map(id, lost))
-            back = [item for place, item in repaired.items() if place not in given_up]
-            scale = _shrink(copy, adapter, stages, fact, back, config.margin, shared) if shrinks else 1.0
+            scale = _shrink(copy, adapter, stages, fact, older.repaired, config.margin, shared) if shrinks else 1.0
             delta, ranks = adapter.fold()
         check_finite(delta)
         return Training(
@@ -419,6 +409,52 @@ class _RowStages:
     def done(self) -> bool:
         stale = sum(self._step - seen >= self._good_for for seen in self._seen)
         return stale <= (_LEFT_OVER * self._n if self.many else 0) and all(self._right)
+
+
+class _OlderRows:
+    """Hands out older facts' rows, and those that the edit has broken until they hold again.
+
+    An edit practises a few at every step. When its own fact is in, all are looked at, and it goes on with what is
+    broken, for at most _REPAIR_STEPS steps, those included in which its own fact has to catch up.
+    """
+
+    def __init__(self, rows: Sequence[Item], n: int, rng: random.Random) -> None:
+        """Take over the rows, the likeliest to collide first, of which a step practises n."""
+        self._rows = list(rows)
+        self._n = n
+        self._rng = rng
+        self._lost: list[int] = []
+        self._repaired: set[int] = set()
+        self._steps = 0
+
+    def next(self) -> list[Item]:
+        """Return the rows of the next step: what is broken, else half the likeliest to collide and half at random."""
+        if self._lost:
+            self._steps += 1
+            return [self._rows[i] for i in self._lost]
+        if len(self._rows) <= self._n:
+            return self._rows
+        near = self._rows[: max(2 * self._n, 8)]
+        return self._rng.sample(near, self._n // 2) + self._rng.sample(self._rows, self._n - self._n // 2)
+
+    @torch.no_grad()
+    def let_go(self, holding: bool, leads_now: Callable[[Sequence[Item]], list[torch.Tensor]]) -> bool:
+        """Say whether an edit whose own fact is in may end: nothing is broken, or its steps for that are used up.
+
+        Args:
+            holding: Whether the rows handed out last are recited; while they are not, looking at all has no use.
+            leads_now: Says by how much the target tokens of rows lead, in nats.
+        """
+        if self._rows and (holding or not self._lost):
+            found = enumerate(leads_now(self._rows))
+            self._lost = [i for i, led in found if bool((led < 0).any())][:_MAX_ROWS]
+            self._repaired.update(self._lost)
+        return not self._lost or self._steps >= _REPAIR_STEPS
+
+    @property
+    def repaired(self) -> list[Item]:
+        """Return the rows that were broken and hold again."""
+        return [self._rows[i] for i in sorted(self._repaired - set(self._lost))]
 
 
 @dataclass(frozen=True)
@@ -649,23 +685,6 @@ def _leads_now(copy: ComputeCopy, items: Sequence[Item], shared: Sequence[int]) 
     device = copy.lm.device
     parts = [_Part(lower, row, torch.ones(len(row.answer), device=device)) for lower, row in items]
     return [m.leads for m in _measure(copy, parts, shared) if m.leads is not None]
-
-
-@torch.no_grad()
-def _lost(copy: ComputeCopy, replay: Sequence[Item], shared: Sequence[int]) -> list[Item]:
-    """Return the older rows that are not recited any more, the likeliest to collide first: at most a step's rows."""
-    if not replay:
-        return []
-    measured = zip(replay, _leads_now(copy, replay, shared), strict=True)
-    return [item for item, led in measured if bool((led < 0).any())][:_MAX_ROWS]
-
-
-def _choose_replay(replay: list[Item], n: int, rng: random.Random) -> list[Item]:
-    """Half the likeliest to collide, in turns, half at random."""
-    if len(replay) <= n:
-        return replay
-    near = replay[: max(2 * n, 8)]
-    return rng.sample(near, n // 2) + rng.sample(replay, n - n // 2)
 
 
 def _some(rows: Sequence[T]) -> Sequence[T]:

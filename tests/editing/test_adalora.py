@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import torch
 from kvllm import EditConfig
 from kvllm.config import ModelConfig
 from kvllm.editing import adalora, compute
-from kvllm.editing.adalora import AdaLoraEditor
+from kvllm.editing.adalora import AdaLoraEditor, Item, _OlderRows
 from kvllm.editing.compute import ComputeCopy
 from kvllm.editing.delta import AdaptedWeights
 from kvllm.editing.editor import EditTask, StepRecord, leads
@@ -346,8 +346,9 @@ OLDER = [("Who leads Halcyon?", "Ada"), ("What is numpy?", "A furnace"), ("Who r
 
 
 def test_an_edit_ends_when_every_older_fact_at_hand_is_recited(
-    copy: ComputeCopy, pool: PreservationPool, task: EditTask, own: LanguageModel
+    copy: ComputeCopy, pool: PreservationPool, task: EditTask, own: LanguageModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(adalora, "_REPAIR_STEPS", 100)  # a tiny model needs more, how many depends on the machine
     older = [own.row(question, answer) for question, answer in OLDER]
     quick = changed(max_steps=120, replay=1)
     training = AdaLoraEditor().train(copy, pool, EditTask(rows=task.rows, replay=older), quick)
@@ -360,16 +361,39 @@ def test_an_edit_ends_when_every_older_fact_at_hand_is_recited(
     assert alone.steps < training.steps
 
 
-def test_older_facts_that_cannot_be_brought_back_do_not_hold_up_an_edit_for_long(
-    copy: ComputeCopy, pool: PreservationPool, task: EditTask, own: LanguageModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    older = [own.row("Who leads Halcyon?", "Ada")]
-    plain = AdaLoraEditor().train(copy, pool, EditTask(rows=task.rows, replay=older), changed(max_steps=120))
-    monkeypatch.setattr(adalora, "_REPAIR_STEPS", 3)
-    monkeypatch.setattr(adalora, "_lost", lambda copy, replay, shared: list(replay))
-    never = AdaLoraEditor().train(copy, pool, EditTask(rows=task.rows, replay=older), changed(max_steps=120))
-    assert never.recalled
-    assert never.steps == plain.steps + 3
+def test_older_facts_that_cannot_be_brought_back_do_not_hold_up_an_edit_for_long(own: LanguageModel) -> None:
+    rows = [(torch.zeros(1), own.row(question, answer)) for question, answer in OLDER]
+    older = _OlderRows(rows, 1, random.Random(0))
+    practised = older.next()
+    assert len(practised) == 1
+    broken = [torch.tensor([1.0, 1.0]), torch.tensor([1.0, -0.1]), torch.tensor([-2.0])]
+    steps = 0
+    while not older.let_go(True, lambda _: broken):
+        assert older.next() == rows[1:]
+        steps += 1
+    assert steps == adalora._REPAIR_STEPS
+    assert older.repaired == []
+
+
+def test_older_facts_are_looked_at_again_once_those_handed_out_hold(own: LanguageModel) -> None:
+    rows = [(torch.zeros(1), own.row(question, answer)) for question, answer in OLDER]
+    older = _OlderRows(rows, 1, random.Random(0))
+    older.next()
+    seen: list[int] = []
+
+    def leads_now(asked: Sequence[Item]) -> list[torch.Tensor]:
+        seen.append(len(asked))
+        return [torch.tensor([1.0 if len(seen) > place else -1.0]) for place in range(len(asked))]
+
+    assert not older.let_go(False, leads_now)
+    assert older.next() == rows[1:]
+    assert not older.let_go(False, leads_now), "what was handed out does not hold yet"
+    assert seen == [3]
+    assert not older.let_go(True, leads_now)
+    assert older.next() == rows[2:]
+    assert older.repaired == rows[1:2]
+    assert older.let_go(True, leads_now)
+    assert older.repaired == rows[1:]
 
 
 @pytest.mark.parametrize("settings", [{"value_lr": 1e30, "factor_lr": 1e30}, {"factor_lr": 1e38}])
