@@ -124,6 +124,7 @@ HELD_OUT_QUESTION_TEMPLATES: dict[str, tuple[str, ...]] = {
 _ALIAS_ROWS = 3
 _SAME_WORDS = 0.75
 _SHORTEST_LOWERED = 5
+_MOST_COMPOSED = 4  # characters that NFC makes one of, at most
 _DRESSES_BESIDE_NAMES = (0, 1, 2, 5)
 _TEMPLATES_BESIDE_NAMES = {"en": (0, 1, 4, 7), "zh": (0, 1, 2, 6)}
 _LOWERED = 4  # the English template that is written without capitals, and so is its key
@@ -405,6 +406,8 @@ def _dress(template: str, question: str) -> str:
 def _clean(value: object, name: str, limit: int) -> str:
     if not isinstance(value, str):
         raise ConfigError(f"The {name} must be text, not {type(value).__name__}; nothing was changed.")
+    if len(value) > limit and len(value.strip()) > _MOST_COMPOSED * limit:  # whatever it is, it need not be read
+        raise ConfigError(f"The {name} has {len(value):,} characters, the limit is {limit:,}; nothing was changed.")
     if any(0xD800 <= ord(ch) <= 0xDFFF for ch in value):
         raise ConfigError(f"The {name} contains a lone surrogate, which is not valid Unicode; nothing was changed.")
     if "\x00" in value:

@@ -93,6 +93,13 @@ def test_texts_may_hold_line_breaks_and_tabs() -> None:
             clean_text(bad)
 
 
+def test_a_text_of_any_length_is_refused_at_once_and_one_that_composes_to_the_limit_is_taken() -> None:
+    with pytest.raises(ConfigError, match=r"50,000,000 characters, the limit is 20,000"):
+        clean_text("\ud8ff" * 50_000_000)
+    assert clean_text("\u03b1\u0313\u0300\u0345" * 20_000) == "\u1f82" * 20_000
+    assert clean_text(" " * 100_000 + "a") == "a"
+
+
 def test_a_fact_is_cleaned_in_every_part() -> None:
     fact = clean_fact(Fact(" cafe\u0301 ", " a ", (" b", "b", "café"), ("q ",), (), None, ("t", "t")))
     assert fact == Fact("café", "a", ("b",), ("q",), (), None, ("t",))
