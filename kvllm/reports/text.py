@@ -2,7 +2,7 @@
 
 Keys, texts and answers are untrusted: none of them may set a colour, open a link, mention a user or end a tag.
 
-    markdown("a|b <i> [x](y)")       # 'a&#124;b &lt;i&gt; &#91;x&#93;&#40;y&#41;'
+    markdown("a|b <i> [x](y)")       # 'a&#124;b &lt;i&gt; &#91;x&#93;(y)'
 """
 
 from __future__ import annotations
@@ -14,9 +14,16 @@ from typing import Any
 
 # Invisible characters that reorder or hide what follows: as dangerous on a terminal as an escape sequence.
 _UNSEEN = frozenset("\u061c\u200e\u200f\u2028\u2029\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\ufeff")
-# Everything that Markdown may read as more than itself: also `:` and `.` (bare links), `@` and `#` (mentions).
+# Everything that Markdown may read as more than itself: also `:` and `.` (bare links), `@` and `#` (mentions) ...
 _MARKDOWN = re.compile(r"[!-/:-@\[-`{-~]")
-_PLAIN = frozenset(",?'\"%/+")
+_PLAIN = frozenset(",;?'\"%/(")
+# ... but not where it means nothing to anybody, so that a report can be read as it lies in a repository, too.
+_HARMLESS = re.compile(
+    r"(?<=\d)[.-](?=\d)"  # 0.5, 2026-11-23
+    r"|(?<=[^\W\d])[.:](?=\s|$)"  # the end of a word, but not of a number that begins a list
+    r"|(?<=\w)-(?=[^\W\d])|(?<=[^\W_])_(?=[^\W_])"  # within a word, but not the issue GH-1
+    r"|(?<!\d)\)|(?<=\S)\+|\+(?=\S)"
+)
 
 
 def neutral(text: str, *, keep: str = "\n\t") -> str:
@@ -37,7 +44,7 @@ def markdown(text: str) -> str:
 
 def _reference(match: re.Match[str]) -> str:
     ch = match.group()
-    if ch in _PLAIN:
+    if ch in _PLAIN or _HARMLESS.match(match.string, match.start()):
         return ch
     return {"<": "&lt;", ">": "&gt;", "&": "&amp;"}.get(ch, f"&#{ord(ch)};")
 

@@ -11,6 +11,8 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
 from kvllm.metrics import shown, shown_p
@@ -223,6 +225,30 @@ def test_markdown_shows_a_text_as_it_is(text: str) -> None:
         MarkdownIt("commonmark").enable(["table", "strikethrough"]).render(f"| x |\n| --- |\n| {markdown(text)} |\n")
     ).cells[1][0]
     assert found == neutral(text.replace("\n", " ⏎ "), keep="").strip()
+
+
+# What Markdown and its dialects know, and words around it.
+MARKS = st.lists(
+    st.sampled_from([*"!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~", "a", "b1", "7", "www", "http", "://", "x.org", " ", "中"]),
+    max_size=12,
+).map("".join)
+
+
+@given(MARKS)
+@example("a_b_c d_e")
+@example("1) a. b: c-d (e) 0.5")
+@example("(x)[y](http://a.b) www.a.b")
+@example("+")
+@example("a: - b")
+def test_markdown_shows_any_marks_as_they_are(text: str) -> None:
+    shown_text = " ".join(text.split())
+    cell = f"| x |\n| --- |\n| {markdown(shown_text)} |\n"
+    for reader in (MarkdownIt("commonmark").enable(["table", "strikethrough"]), MarkdownIt("gfm-like")):
+        for source in (cell, markdown(shown_text)):
+            kinds = {child.type for token in reader.parse(source) for child in token.children or ()}
+            assert kinds <= {"text"}, source
+        assert Page(reader.render(cell)).cells[1][0] == shown_text
+        assert squeezed(Page(reader.render(markdown(shown_text))).text) == squeezed(shown_text)
 
 
 def test_xml_carries_every_text_and_nothing_that_xml_forbids() -> None:
