@@ -247,10 +247,11 @@ def _run_in_processes(
     declared: Declared, waiting: Sequence[Run], home: Path, results: Results, meter: _Meter, jobs: int
 ) -> dict[str, str]:
     """Keep `jobs` workers busy; a broken pool is made anew with what is left."""
-    from multiprocessing import get_context
+    from multiprocessing import active_children, get_context
 
     failed: dict[str, str] = {}
     deaths = 0
+    others = set(active_children())
     left = list(waiting)
     while left:
         finished = sum(map(len, results.finished().values()))
@@ -279,6 +280,11 @@ def _run_in_processes(
                     f"Workers of the experiment were killed {deaths} times without finishing a step, perhaps for want "
                     f"of memory; what was finished is kept. Go on with fewer jobs."
                 ) from broken
+        except BaseException:
+            # Whoever interrupts does not wait for runs of hours: a step that is cut off is worked out again.
+            for worker in set(active_children()) - others:
+                worker.terminate()
+            raise
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
     return failed

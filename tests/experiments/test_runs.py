@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -373,6 +374,35 @@ def test_processes_side_by_side_give_the_rows_of_one_and_outlive_a_killed_worker
     assert (tmp_path / "killed").exists()
     side = read_outcome(declared, home)
     assert without_times(side.rows) == without_times(run_experiment(declared, tmp_path / "alone").rows)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no SIGTERM")
+def test_an_interrupted_leader_waits_for_no_worker(make: Make, home: Path, tmp_path: Path, elsewhere: None) -> None:
+    declared = make("injection", n=2, settings={"arms": ARMS[3:5]}, edit={"max_steps": 8})
+    script = tmp_path / "experiment.py"
+    # Every worker takes its time after its first step; the leader alone is told to stop.
+    fuse = (
+        "import os, signal, time, kvllm.experiments.desk as desk\n"
+        "finish = desk.Desk.finish\n"
+        "def slowly(self, step, rows):\n"
+        "    finish(self, step, rows)\n"
+        f"    open({str(tmp_path / 'worker')!r} + str(os.getpid()), 'w').close()\n"
+        "    time.sleep(600)\n"
+        "desk.Desk.finish = slowly\n"
+        "signal.signal(signal.SIGTERM, signal.default_int_handler if __name__ == '__main__' else signal.SIG_DFL)\n"
+    )
+    script.write_text(fuse + _script(_plain(declared), tmp_path, home, 2), encoding="utf-8")
+    leader = subprocess.Popen([sys.executable, str(script)], stderr=subprocess.DEVNULL)
+    workers: list[int] = []
+    while len(workers) < 2 and leader.poll() is None:
+        time.sleep(0.1)
+        workers = [int(path.name.removeprefix("worker")) for path in tmp_path.glob("worker*")]
+    leader.terminate()
+    assert leader.wait(timeout=60) != 0
+    for worker in workers:
+        with pytest.raises(ProcessLookupError):
+            os.kill(worker, 0)
+    assert len(read_outcome(declared, home).rows) > 0
 
 
 @pytest.mark.skipif("KVLLM_CAMPAIGN" not in os.environ, reason="starts a cluster; set KVLLM_CAMPAIGN=1")
