@@ -1,7 +1,7 @@
 """What a user can configure, as frozen dataclasses validated at the door. Standard library only.
 
 Every default is a rule that carries to other models (shares of depth, norms relative to the matrix), not a constant
-of the default model. The configuration in force is stored with each edit.
+of the default model. The configuration asked for is stored with each edit, and what several facts made of it.
 
     EditConfig(max_steps=60)          # fine
     EditConfig(depth=(0.9, 0.2))      # ConfigError: ... must grow

@@ -81,6 +81,7 @@ class Training:
         ranks: Rank per module after AdaLoRA's allocation.
         records: One per step.
         scale: What the trained delta was multiplied with in the end.
+        in_force: Settings that differed from those asked for, because several facts shared them.
         kept: For editors whose outcome cannot be merged: the tensors of the adapter; then `delta` is empty.
     """
 
@@ -90,6 +91,7 @@ class Training:
     ranks: Mapping[str, int] = field(default_factory=dict)
     records: tuple[StepRecord, ...] = ()
     scale: float = 1.0
+    in_force: Mapping[str, Any] = field(default_factory=dict)
     kept: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     def summary(self) -> dict[str, Any]:
@@ -99,6 +101,7 @@ class Training:
             "recalled": self.recalled,
             "ranks": dict(self.ranks),
             "scale": self.scale,
+            "in_force": dict(self.in_force),
             "losses": [round(r.loss, 5) for r in self.records],
             "drifts": [None if r.drift is None else round(r.drift, 5) for r in self.records],
         }

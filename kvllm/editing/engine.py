@@ -308,7 +308,8 @@ class Engine:
         training = editor.train(copy, pool, task, shared_out, on_step=on_step)
         check_finite(training.delta)
         check_norm(training.delta)
-        return training
+        asked = config.to_dict()
+        return replace(training, in_force={k: v for k, v in shared_out.to_dict().items() if v != asked[k]})
 
     def _older(self, facts: Sequence[StoredFact], seed: int) -> list[Row]:
         """Return rows of older facts, nearest first; their questions in rotation, so that over edits all are seen."""

@@ -39,6 +39,7 @@ def test_the_record_of_an_edit_says_how_it_was_made(taught: KnowledgeBase) -> No
     assert training["losses"][-1] < training["losses"][0]
     assert training["recalled"] is True
     assert edit.config["edit"] == QUICK.to_dict()
+    assert training["in_force"] == {}
     assert edit.config["gate"]["min_reliability"] is None
     assert edit.config["environment"]["device"] == "cpu"
     assert edit.seed == QUICK.seed
@@ -239,6 +240,13 @@ def test_many_facts_in_one_edit(kb: KnowledgeBase) -> None:
     assert {o.edit.id for o in outcomes if o.edit} == {1}
     edit = kb.edit(1)
     assert (edit.key, edit.keys) == (None, (KEY, "numpy", "Halcyon"))
+    assert edit.config["edit"] == QUICK.to_dict()
+    shared = QUICK.shared_among(3)
+    assert shared.preserve_weight != QUICK.preserve_weight
+    assert edit.config["training"]["in_force"] == {
+        "energy_weight": shared.energy_weight,
+        "preserve_weight": shared.preserve_weight,
+    }
     assert edit.report.value("reliability") is not None
 
 
