@@ -16,13 +16,22 @@ import kvllm
 from kvllm.experiments.declared import Declared
 from kvllm.experiments.runner import Outcome, in_words
 from kvllm.experiments.statistics import Loss, correlation, fit_retention, paired_p, rank_test
-from kvllm.metrics import RECALLED_SHARE, mean, shown, shown_p
+from kvllm.metrics import mean, shown, shown_p
 from kvllm.paired import bootstrap, holm, mcnemar, wilson
 from kvllm.reports.document import Document, Origin, Section, Table
 from kvllm.reports.plots import lines_plot
 
 SCHEMA = "kvllm-experiment/1"
 Row = Mapping[str, Any]
+_UNTRAINED = ("unedited", "in-context")
+_SAME = 1e-9
+# Share → its counts in a fact's row.
+_NAMES = {
+    "recalled": ("trained_right", "trained"),
+    "generalized": ("paraphrases_right", "paraphrases"),
+    "leak": ("leaked", "neighbours"),
+    "unchanged": ("unchanged", "neighbours"),
+}
 _TITLES = {
     "injection": "Many facts: one by one, in chunks, or all at once?",
     "capacity": "Is there a limit, and who collides?",
@@ -30,12 +39,13 @@ _TITLES = {
     "editors": "The fine-tuning methods on one task",
 }
 _RECALLED = (
-    "recalled: share of the asked trained questions whose live answer states the fact, with its 95 % Wilson interval"
+    "recalled: share of the asked trained questions whose live answer states the fact, with a 95 % Wilson interval of "
+    "as many draws as there are facts, whose questions stand and fall together"
 )
 _COLUMNS_NOTE = (
-    f"{_RECALLED}; generalized: the same on paraphrases never trained on; leak: share of neighbour questions that "
-    "recite the fact; unchanged: share of neighbour answers that are the unedited model's, word for word. In-context: "
-    "the unedited model with the nearest fact's text in the prompt."
+    f"{_RECALLED}; generalized: the same on paraphrases never trained on, with its interval; leak: share of neighbour "
+    "questions that recite the fact; unchanged: share of neighbour answers that are the unedited model's, word for "
+    "word. In-context: the unedited model with the nearest fact's text in the prompt."
 )
 
 
@@ -118,28 +128,37 @@ def _injection(declared: Declared, outcome: Outcome) -> tuple[list[str], list[Se
     keys = list(dict.fromkeys((row["arm"], row["after"]) for row in last))
     final = {key: [row for row in last if (row["arm"], row["after"]) == key] for key in keys}
     rows = []
+    steps = _steps_per_fact(outcome.rows, declared.n)
     for (arm, after), mine in final.items():
-        edits = max(1, round(_mean(mine, "edits") or 0))
+        edits = round(_mean(mine, "edits") or 0)
+        live = _mean(mine, "live_bytes")
         rows.append(
             (
                 _arm(arm, after),
                 str(len(mine)),
                 *_answer_cells(mine),
                 *_drift_cells(mine),
+                steps.get((arm, after), "–"),
                 shown(_mean(mine, "train_seconds"), 1),
                 shown((_mean(mine, "train_seconds") or 0.0) / declared.n, 1),
-                str(edits if _mean(mine, "edits") else 0),
-                shown((_mean(mine, "bytes") or 0.0) / 1e6, 2),
+                f"{edits - 1} + 1" if after else str(edits),
+                shown(((_mean(mine, "bytes") if live is None else live) or 0.0) / 1e6, 2),
             )
         )
-    columns = ("arm", ">runs", *_ANSWER_COLUMNS, *_DRIFT_COLUMNS, ">train s", ">s per fact", ">edits", ">delta MB")
-    sections = [Section(f"After {declared.n} facts", _COLUMNS_NOTE, Table(columns, tuple(rows)))]
+    columns = (
+        "arm", ">runs", *_ANSWER_COLUMNS, *_DRIFT_COLUMNS, ">steps per fact", ">train s", ">s per fact", ">edits",
+        ">live delta MB",
+    )  # fmt: skip
+    note = f"{_COLUMNS_NOTE} A compacted arm's steps and seconds include those of the edits before it."
+    sections = [Section(f"After {declared.n} facts", note, Table(columns, tuple(rows)))]
     sections += _curves(states)
     sections += _difficulty(facts, declared.n)
     compared, told = _against_sequential(facts, declared.n)
     sections += compared
-    sections += _ages(facts, declared.n)
-    trained = {key: mine for key, mine in final.items() if key[0] not in ("unedited", "in-context")}
+    sections += _ages(outcome.rows, declared.n)
+    # Arms of fewer seeds had other orders and trainings: they are not ranked among the others.
+    whole = max((len(mine) for mine in final.values()), default=0)
+    trained = {key: mine for key, mine in final.items() if key[0] not in _UNTRAINED and len(mine) == whole}
     findings = []
     if len(trained) > 1:
         best = max(trained, key=lambda key: _merit(trained[key]))
@@ -152,6 +171,18 @@ def _injection(declared: Declared, outcome: Outcome) -> tuple[list[str], list[Se
     return findings + told, sections
 
 
+def _steps_per_fact(rows: Sequence[Row], n: int) -> dict[tuple[str, str], str]:
+    """Return the optimizer steps of each arm's edits, shared out over its runs and facts."""
+    found: dict[tuple[str, str], str] = {}
+    edits = [row for row in rows if row["kind"] == "edit"]
+    for arm in dict.fromkeys(row["arm"] for row in edits):
+        mine = [row for row in edits if row["arm"] == arm]
+        runs = len({row["seed"] for row in mine})
+        found[arm, "compact"] = shown(sum(row["steps"] for row in mine) / runs / n, 1)
+        found[arm, ""] = shown(sum(row["steps"] for row in mine if row["op"] != "compact") / runs / n, 1)
+    return found
+
+
 def _curves(states: Sequence[Row]) -> list[Section]:
     sections = []
     arms = list(dict.fromkeys(row["arm"] for row in states))
@@ -161,7 +192,10 @@ def _curves(states: Sequence[Row]) -> list[Section]:
     ):
         series = []
         for arm in arms:
-            points = {n for row in states for n in [row["facts"]] if row["arm"] == arm and not row.get("after")}
+            mine = [row for row in states if row["arm"] == arm and not row.get("after")]
+            # The last state of some arms was measured on more questions, which are other questions.
+            usual = min((row["drift_n"] for row in mine), default=0)
+            points = {row["facts"] for row in mine if name != "drift_kl" or row["drift_n"] == usual}
             series.append((arm, [(float(n), _mean(_of(states, arm, n), name) or 0.0) for n in sorted(points)]))
         figure = lines_plot(name, title, series, x_label="facts", y_label=label, most=most)
         if figure is not None:
@@ -185,70 +219,89 @@ def _difficulty(facts: Sequence[Row], n: int) -> list[Section]:
             some = [r for r in mine if (r["arm"], r["after"], r["difficulty"]) == (arm, after, kind)]
             if some:
                 shares = _shares(some)
-                rows.append((_arm(arm, after), kind, str(len(some)), *_share_cells(shares)))
+                n_facts = len({r["key"] for r in some})
+                rows.append((_arm(arm, after), kind, str(n_facts), *_share_cells(shares, n_facts)))
     columns = ("arm", "difficulty", ">facts", *_ANSWER_COLUMNS)
     return [Section("By difficulty", "Labels of the facts' file.", Table(columns, tuple(rows)))]
 
 
 def _against_sequential(facts: Sequence[Row], n: int) -> tuple[list[Section], list[str]]:
-    """Compare every arm with the first sequential one, fact by fact: the same facts in the same order."""
+    """Compare every arm with the first sequential one, fact by fact: the same facts in the same orders.
+
+    The draws are facts: a fact's questions, and its seeds, stand and fall together.
+    """
     mine = [row for row in facts if row["facts"] == n]
+    arms = [key for key in dict.fromkeys((row["arm"], row["after"]) for row in mine) if key != ("sequential", "")]
+    found: dict[tuple[str, str], tuple[int, int, int, float, Any]] = {}
+    for name, (right, asked) in {"recalled": _NAMES["recalled"], "generalized": _NAMES["generalized"]}.items():
 
-    def recalled(arm: str, after: str) -> dict[tuple[str, int], bool]:
-        chosen = [row for row in mine if (row["arm"], row["after"]) == (arm, after) and row["trained"]]
-        return {(r["key"], r["seed"]): r["trained_right"] / r["trained"] >= RECALLED_SHARE for r in chosen}
+        def counts(
+            arm: str, after: str, right: str = right, asked: str = asked
+        ) -> dict[tuple[str, int], tuple[int, int]]:
+            chosen = [row for row in mine if (row["arm"], row["after"]) == (arm, after) and row[asked]]
+            return {(row["key"], row["seed"]): (row[right], row[asked]) for row in chosen}
 
-    base = recalled("sequential", "")
-    if not base:
-        return [], []
-    found: dict[str, tuple[int, int, int, float, Any]] = {}
-    for arm, after in dict.fromkeys((row["arm"], row["after"]) for row in mine):
-        if (arm, after) == ("sequential", ""):
-            continue
-        other = recalled(arm, after)
-        if arm in ("unedited", "in-context"):  # of one seed: every seed of the other side is compared with it
-            by_key = {key: value for (key, _), value in other.items()}
-            other = {pair: by_key[pair[0]] for pair in base if pair[0] in by_key}
-        shared = [pair for pair in base if pair in other]
-        lost = sum(base[p] and not other[p] for p in shared)
-        gained = sum(other[p] and not base[p] for p in shared)
-        band = bootstrap([base[p] for p in shared], [other[p] for p in shared], groups=[p[0] for p in shared])
-        found[_arm(arm, after)] = (len(shared), lost, gained, mcnemar(lost, gained), band)
+        base = counts("sequential", "")
+        for arm, after in arms:
+            other = counts(arm, after)
+            if arm in _UNTRAINED:  # of one seed: every seed of the other side is compared with it
+                by_key = {key: value for (key, _), value in other.items()}
+                other = {pair: by_key[pair[0]] for pair in base if pair[0] in by_key}
+            shared = [pair for pair in base if pair in other]
+            keys = list(dict.fromkeys(key for key, _ in shared))
+            if not keys:
+                continue
+            change = dict.fromkeys(keys, 0.0)
+            for pair in shared:
+                change[pair[0]] += other[pair][0] / other[pair][1] - base[pair][0] / base[pair][1]
+            lost = sum(value < -_SAME for value in change.values())
+            gained = sum(value > _SAME for value in change.values())
+            # Answers of one pair in any order: what is drawn is the fact with all of them.
+            earlier = [place < base[p][0] for p in shared for place in range(base[p][1])]
+            later = [place < other[p][0] for p in shared for place in range(base[p][1])]
+            band = bootstrap(earlier, later, groups=[p[0] for p in shared for _ in range(base[p][1])])
+            found[_arm(arm, after), name] = (len(keys), lost, gained, mcnemar(lost, gained), band)
     if not found:
         return [], []
-    adjusted = holm({arm: p for arm, (_, _, _, p, _) in found.items()})
+    adjusted = holm({f"{arm}/{name}": p for (arm, name), (_, _, _, p, _) in found.items()})
     rows = tuple(
         (
             arm,
-            str(pairs),
+            name,
+            str(n_facts),
             str(lost),
             str(gained),
             "" if band is None else f"{shown(band.low)} to {shown(band.high)}",
             shown_p(p),
-            shown_p(adjusted[arm]),
+            shown_p(adjusted[f"{arm}/{name}"]),
         )
-        for arm, (pairs, lost, gained, p, band) in found.items()
+        for (arm, name), (n_facts, lost, gained, p, band) in found.items()
     )
     note = (
-        f"Facts recalled (at least {RECALLED_SHARE:.0%} of their questions) by the arm and by `sequential`, as pairs; "
-        "exact McNemar test, Holm's adjustment; interval of the difference by a bootstrap that draws facts."
+        "Facts of which the arm answers fewer (worse) or more (better) questions than `sequential`, all seeds of a "
+        "fact together; exact sign test over facts, Holm's adjustment over the whole table; interval of the change of "
+        "the share by a bootstrap that draws facts."
     )
-    columns = ("arm", ">pairs", ">lost", ">gained", ">95 % interval of the change", ">p", ">p (Holm)")
+    columns = ("arm", "of", ">facts", ">worse", ">better", ">95 % interval of the change", ">p", ">p (Holm)")
+    trained = {key: value for key, value in found.items() if key[0] not in _UNTRAINED}
     told = [
-        f"{arm} recalls {gained} facts that sequential insertion does not, and loses {lost} (n={pairs}, "
-        f"p={shown_p(adjusted[arm])} after Holm)."
-        for arm, (pairs, lost, gained, _, _) in found.items()
-        if arm not in ("unedited", "in-context") and adjusted[arm] < 0.05
+        f"{arm}: {name} of {gained} facts is better than by sequential insertion, of {lost} worse (n={n_facts}, "
+        f"p={shown_p(adjusted[f'{arm}/{name}'])} after Holm)."
+        for (arm, name), (n_facts, lost, gained, _, _) in trained.items()
+        if adjusted[f"{arm}/{name}"] < 0.05
     ]
-    if not told:
-        told = ["No arm's recall differs from sequential insertion's by more than chance would give (p ≥ 0.05, Holm)."]
+    if trained and not told:
+        told = ["No trained arm differs from sequential insertion by more than chance would give (p ≥ 0.05, Holm)."]
     return [Section("Against sequential insertion", note, Table(columns, rows))], told
 
 
-def _ages(facts: Sequence[Row], n: int) -> list[Section]:
-    mine = [r for r in facts if r["facts"] == n and not r["after"] and r["arm"] not in ("unedited", "in-context")]
+def _ages(rows: Sequence[Row], n: int) -> list[Section]:
+    # A fact whose edit failed has no age.
+    failed = {(r["run"], r["key"]) for r in rows if r["kind"] == "failed"}
+    facts = [r for r in rows if r["kind"] == "fact" and (r["run"], r["key"]) not in failed]
+    mine = [r for r in facts if r["facts"] == n and not r["after"] and r["arm"] not in _UNTRAINED]
     edges = sorted({0, *(n * share // 4 for share in (1, 2, 3)), n})
-    series, rows = [], []
+    series, told = [], []
     for arm in dict.fromkeys(row["arm"] for row in mine):
         points = []
         for low, high in pairwise(edges):
@@ -256,14 +309,15 @@ def _ages(facts: Sequence[Row], n: int) -> list[Section]:
             if some:
                 shares = _shares(some)
                 points.append(((low + high - 1) / 2, shares["recalled"][0] / max(1, shares["recalled"][1])))
-                rows.append((arm, f"{low} to {high - 1}", str(len(some)), *_share_cells(shares)[:2]))
+                n_facts = len({row["key"] for row in some})
+                told.append((arm, f"{low} to {high - 1}", str(n_facts), *_share_cells(shares, n_facts)[:4]))
         series.append((arm, points))
     figure = lines_plot(
         "ages", "Recall by age", series, x_label="facts taught after it", y_label="share recalled", most=1.0
     )
-    columns = ("arm", "facts after it", ">facts", *_ANSWER_COLUMNS[:2])
+    columns = ("arm", "facts after it", ">facts", *_ANSWER_COLUMNS[:4])
     note = f"At the end, after {n} facts: how a fact's recall depends on how many came after its own edit."
-    return [Section("Retention by age", note, Table(columns, tuple(rows)), figure)] if rows else []
+    return [Section("Retention by age", note, Table(columns, tuple(told)), figure)] if told else []
 
 
 # ------------------------------------------------------------------ question 2
@@ -607,19 +661,13 @@ def _editors(declared: Declared, outcome: Outcome) -> tuple[list[str], list[Sect
 
 # ------------------------------------------------------------------ cells
 
-_ANSWER_COLUMNS = (">recalled", ">95 %", ">generalized", ">leak", ">unchanged")
+_ANSWER_COLUMNS = (">recalled", ">95 %", ">generalized", ">95 % of it", ">leak", ">unchanged")
 _DRIFT_COLUMNS = (">drift_kl", ">ppl_ratio", ">known answers lost")
 
 
 def _shares(facts: Sequence[Row]) -> dict[str, tuple[int, int]]:
     """Return (right, asked) of fact rows."""
-    names = {
-        "recalled": ("trained_right", "trained"),
-        "generalized": ("paraphrases_right", "paraphrases"),
-        "leak": ("leaked", "neighbours"),
-        "unchanged": ("unchanged", "neighbours"),
-    }
-    return {name: (sum(r[a] for r in facts), sum(r[b] for r in facts)) for name, (a, b) in names.items()}
+    return {name: (sum(r[a] for r in facts), sum(r[b] for r in facts)) for name, (a, b) in _NAMES.items()}
 
 
 def _answer_cells(states: Sequence[Row]) -> tuple[str, ...]:
@@ -634,15 +682,21 @@ def _answer_cells(states: Sequence[Row]) -> tuple[str, ...]:
         name: (round(sum((r[name] or 0.0) * r[n] for r in states)), sum(r[n] for r in states))
         for name, n in counts.items()
     }
-    return _share_cells(found)
+    return _share_cells(found, max((int(row["facts"]) for row in states), default=None))
 
 
-def _share_cells(shares: Mapping[str, tuple[int, int]]) -> tuple[str, ...]:
-    right, n = shares["recalled"]
-    band = wilson(right, n)
+def _share_cells(shares: Mapping[str, tuple[int, int]], facts: int | None = None) -> tuple[str, ...]:
+    """Return the cells of shares of questions about so many facts; by default every question is its own draw."""
     cells = {name: shown(a / b) if b else "–" for name, (a, b) in shares.items()}
-    interval = "" if band is None else f"{shown(band.low)} to {shown(band.high)}"
-    return (cells["recalled"], interval, cells["generalized"], cells["leak"], cells["unchanged"])
+    bands = [_band(*shares[name], facts) for name in ("recalled", "generalized")]
+    return (cells["recalled"], bands[0], cells["generalized"], bands[1], cells["leak"], cells["unchanged"])
+
+
+def _band(right: int, n: int, facts: int | None) -> str:
+    """Return the interval of a share of n questions, with no more draws than there are facts."""
+    draws = n if facts is None else min(n, facts)
+    band = wilson(round(right / n * draws), draws) if n else None
+    return "" if band is None else f"{shown(band.low)} to {shown(band.high)}"
 
 
 def _drift_cells(rows: Sequence[Row]) -> tuple[str, ...]:

@@ -20,10 +20,11 @@ _PLAIN = frozenset(",;?'\"%/(")
 # ... but not where it means nothing to anybody, so that a report can be read as it lies in a repository, too.
 _HARMLESS = re.compile(
     r"(?<=\d)[.-](?=\d)"  # 0.5, 2026-11-23
-    r"|(?<=[^\W\d])[.:](?=\s|$)"  # the end of a word, but not of a number that begins a list
+    r"|(?<=\w)[.:](?=\s|$)"
     r"|(?<=\w)-(?=[^\W\d])|(?<=[^\W_])_(?=[^\W_])"  # within a word, but not the issue GH-1
-    r"|(?<!\d)\)|(?<=\S)\+|\+(?=\S)"
+    r"|\)|(?<=\S)\+|\+(?=\S)"
 )
+_NUMBERED = re.compile(r"\s*\d+[.)]")  # begins a list
 
 
 def neutral(text: str, *, keep: str = "\n\t") -> str:
@@ -44,7 +45,10 @@ def markdown(text: str) -> str:
 
 def _reference(match: re.Match[str]) -> str:
     ch = match.group()
-    if ch in _PLAIN or _HARMLESS.match(match.string, match.start()):
+    if ch in _PLAIN:
+        return ch
+    numbered = _NUMBERED.match(match.string)
+    if _HARMLESS.match(match.string, match.start()) and (numbered is None or match.end() != numbered.end()):
         return ch
     return {"<": "&lt;", ">": "&gt;", "&": "&amp;"}.get(ch, f"&#{ord(ch)};")
 

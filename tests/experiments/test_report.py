@@ -70,18 +70,60 @@ def test_injection_compares_every_arm_with_sequential_on_the_same_facts() -> Non
     assert main["sequential"]["recalled"] == "1.000"
     assert main["sequential"]["s per fact"] == "20.0"
     assert main["batched"]["s per fact"] == "5.0"
-    assert main["batched"]["delta MB"] == "2.00"
+    assert main["batched"]["live delta MB"] == "2.00"
     assert main["sequential, compacted"]["recalled"] == "0.833"
     assert main["unedited"]["known answers lost"] == "1 of 20"
-    against = {row["arm"]: row for row in table(found, "Against sequential insertion")}
-    assert (against["batched"]["lost"], against["batched"]["gained"]) == ("6", "0")
+    against = {row["arm"]: row for row in table(found, "Against sequential insertion") if row["of"] == "recalled"}
+    assert (against["batched"]["worse"], against["batched"]["better"]) == ("6", "0")
     assert against["batched"]["p"] == "0.0312", "2 / 2^6 by hand"
-    assert against["sequential, compacted"]["lost"] == "1"
+    assert against["sequential, compacted"]["worse"] == "1"
     hard = {(row["arm"], row["difficulty"]): row["recalled"] for row in table(found, "By difficulty")}
     assert hard["sequential, compacted", "short"] == "1.000"
     assert hard["sequential, compacted", "long"] == "0.667"
     assert "sequential has the best" in found.findings[0]
     assert "batched trains the shortest (5.0 s per fact)" in found.findings[0]
+
+
+def test_injection_draws_facts_and_not_their_seeds() -> None:
+    both = [row | {"seed": seed} for seed in (0, 1) for row in injection_rows("sequential", 6, 120.0)]
+    both += [row | {"seed": seed} for seed in (0, 1) for row in injection_rows("batched", 4, 30.0)]
+    both += injection_rows("of one seed", 6, 10.0)
+    found = document("injection", both)
+    against = {(row["arm"], row["of"]): row for row in table(found, "Against sequential insertion")}
+    assert against["batched", "recalled"]["facts"] == "6"
+    assert against["batched", "recalled"]["worse"] == "2", "two facts, in both seeds"
+    assert against["batched", "recalled"]["p"] == "0.5000", "2 / 2^2 by hand"
+    assert against["batched", "generalized"]["worse"] == "0"
+    main = {row["arm"]: row for row in table(found, "After 6 facts")}
+    assert main["sequential"]["95 %"] == "0.610 to 1.000", "z² / (6 + z²) below 1, not of 24 questions"
+    assert "sequential has the best" in found.findings[0], "an arm of one seed had another order"
+    assert "batched trains the shortest" in found.findings[0]
+    assert "No trained arm differs" in found.findings[1]
+    assert {row["facts"] for row in table(found, "By difficulty")} == {"3"}
+
+
+def test_injection_shows_what_compacting_leaves_and_what_it_took() -> None:
+    rows = injection_rows("sequential", 6, 120.0)
+    (compacted,) = [row for row in injection_rows("sequential", 6, 150.0, after="compact") if row["kind"] == "state"]
+    rows.append(compacted | {"edits": 7, "bytes": 2_500_000, "live_bytes": 500_000})
+    edit = {"arm": "sequential", "seed": 0, "kind": "edit", "op": "insert", "steps": 10, "facts": 6}
+    rows += [edit] * 6 + [edit | {"op": "compact", "steps": 30}]
+    main = {row["arm"]: row for row in table(document("injection", rows), "After 6 facts")}
+    assert (main["sequential"]["live delta MB"], main["sequential"]["edits"]) == ("2.00", "6")
+    assert (main["sequential, compacted"]["live delta MB"], main["sequential, compacted"]["edits"]) == ("0.50", "6 + 1")
+    assert main["sequential"]["steps per fact"] == "10.0"
+    assert main["sequential, compacted"]["steps per fact"] == "15.0"
+
+
+def test_injection_plots_drift_of_one_suite_and_gives_a_failed_fact_no_age() -> None:
+    rows = injection_rows("sequential", 6, 120.0)
+    (state,) = [row for row in rows if row["kind"] == "state"]
+    rows += [state | {"facts": 3}, {"arm": "sequential", "seed": 0, "kind": "failed", "key": "k5", "facts": 6}]
+    state |= {"drift_n": 30, "drift_kl": 0.5}
+    found = document("injection", rows)
+    assert [row["drift_kl"] for row in table(found, "Drift")] == ["0.020"]
+    ages = [(row["facts after it"], row["facts"]) for row in table(found, "Retention by age")]
+    assert ages == [("1 to 2", "2"), ("3 to 3", "1"), ("4 to 5", "2")], "the youngest, k5, is not among them"
 
 
 def test_capacity_says_who_was_lost_against_chance() -> None:

@@ -239,6 +239,8 @@ MARKS = st.lists(
 @example("1) a. b: c-d (e) 0.5")
 @example("(x)[y](http://a.b) www.a.b")
 @example("+")
+@example("1. a")
+@example("x 1) 2. 3: a")
 @example("a: - b")
 def test_markdown_shows_any_marks_as_they_are(text: str) -> None:
     shown_text = " ".join(text.split())
