@@ -20,14 +20,13 @@ from typing import TYPE_CHECKING, Any, Literal
 from kvllm.config import DEFAULT_MODEL, EditConfig, GateConfig, ModelConfig
 from kvllm.edits import GATE_NEIGHBOURS, Edits
 from kvllm.errors import (
+    OF_ONE_FACT,
     BaseMismatch,
     ConfigError,
     Corrupt,
     EditFailed,
     EditNotFound,
-    EditRejected,
     KeyExists,
-    KeyNotFound,
     KvllmError,
     StaleHead,
     StoreError,
@@ -648,11 +647,17 @@ class KnowledgeBase:
 
         Returns:
             One outcome per fact, in order. Where the gate refuses a batch, its halves are tried, down to single facts.
+            An error that would meet the next fact as well (a full disk, another writer, damage) ends the series: it is
+            the outcome of the facts it met, and those after them are not tried. What was committed before stays.
+
+        Raises:
+            StoreError: opened read-only.
         """
         if mode not in ("sequential", "batched", "chunked"):
             raise ConfigError(f"insert_many knows sequential, batched and chunked, not {mode!r}; nothing was changed.")
         if chunk < 1:
             raise ConfigError(f"A chunk holds at least one fact, not {chunk}; nothing was changed.")
+        self._session.refuse_readonly()
         outcomes: dict[int, EditOutcome] = {}
         ready: list[tuple[int, Fact]] = []
         seen: set[str] = set()
@@ -663,11 +668,15 @@ class KnowledgeBase:
                     raise KeyExists(f"The key {fact.key!r} exists already; it was left unchanged.", key=fact.key)
                 seen.add(fact.key)
                 ready.append((place, fact))
-            except KvllmError as error:
+            except OF_ONE_FACT as error:
                 outcomes[place] = EditOutcome(_key_of(given), error=str(error), code=error.code)
         size = {"sequential": 1, "chunked": chunk, "batched": max(1, len(ready))}[mode]
         for start in range(0, len(ready), size):
-            outcomes.update(self._insert_group(ready[start : start + size], config, gate))
+            try:
+                self._insert_group(ready[start : start + size], outcomes, config, gate)
+            except KvllmError as error:
+                outcomes |= {place: _untried(fact.key, error) for place, fact in ready if place not in outcomes}
+                break
             if len(ready) > 1:
                 self._session.tick(Progress("facts", min(start + size, len(ready)), len(ready)))
         return [outcomes[place] for place in sorted(outcomes)]
@@ -683,17 +692,24 @@ class KnowledgeBase:
         """Delete several keys, one edit each; one that fails never costs the others. See `delete`.
 
         Returns:
-            One outcome per key, in order.
+            One outcome per key, in order. An error that would meet the next key as well ends the series, as in
+            `insert_many`.
+
+        Raises:
+            StoreError: opened read-only.
         """
         if isinstance(keys, str):
             raise ConfigError("Give delete_many a list of keys, not one string; nothing was changed.")
+        self._session.refuse_readonly()
         outcomes: list[EditOutcome] = []
         listed = list(keys)
         for key in listed:
             try:
                 outcomes.append(EditOutcome(key, self.delete(key, mode=mode, config=config, gate=gate)))
-            except (ConfigError, KeyNotFound, EditRejected, EditFailed) as error:
+            except KvllmError as error:
                 outcomes.append(EditOutcome(str(key), error=str(error), code=error.code))
+                if not isinstance(error, OF_ONE_FACT):
+                    return [*outcomes, *(_untried(str(later), error) for later in listed[len(outcomes) :])]
             if len(listed) > 1:
                 self._session.tick(Progress("facts", len(outcomes), len(listed)))
         return outcomes
@@ -929,20 +945,35 @@ class KnowledgeBase:
                 )
 
     def _insert_group(
-        self, group: list[tuple[int, Fact]], config: EditConfig | None, gate: GateConfig | None
-    ) -> dict[int, EditOutcome]:
+        self,
+        group: list[tuple[int, Fact]],
+        outcomes: dict[int, EditOutcome],
+        config: EditConfig | None,
+        gate: GateConfig | None,
+    ) -> None:
+        """Teach facts in one edit, or in halves where it is refused, and note each one's outcome.
+
+        Raises:
+            KvllmError: the next facts would meet it too; these facts' outcomes are noted.
+        """
         facts = [fact for _, fact in group]
         try:
             with self._session.writing():
                 self._refuse_existing(facts)
                 edit = self._edits.train_and_commit("insert", facts, config=config, gate=gate)
-            return {place: EditOutcome(fact.key, edit) for place, fact in group}
-        except (ConfigError, KeyExists, EditRejected, EditFailed) as error:
-            if len(group) == 1:
-                return {group[0][0]: EditOutcome(facts[0].key, error=str(error), code=error.code)}
+            outcomes |= {place: EditOutcome(fact.key, edit) for place, fact in group}
+            return
+        except KvllmError as error:
+            of_one = isinstance(error, OF_ONE_FACT)
+            if len(group) == 1 or not of_one:
+                outcomes |= {place: EditOutcome(f.key, error=str(error), code=error.code) for place, f in group}
+                if of_one:
+                    return
+                raise
         # The batch as a whole was refused: halves find the culprits and keep the rest together.
         middle = len(group) // 2
-        return self._insert_group(group[:middle], config, gate) | self._insert_group(group[middle:], config, gate)
+        self._insert_group(group[:middle], outcomes, config, gate)
+        self._insert_group(group[middle:], outcomes, config, gate)
 
     def _export_questions(self) -> list[str]:
         questions = [q for fact in self.facts()[-12:] for q in asked_questions(fact)[:2]]
@@ -1024,6 +1055,11 @@ def _key_of(given: object) -> str:
     if isinstance(given, Mapping):
         return str(given.get("key", ""))
     return str(given[0]) if isinstance(given, tuple) and given else ""
+
+
+def _untried(key: str, error: KvllmError) -> EditOutcome:
+    sentence = "This was not tried, since the error before it ended the series; nothing was changed. Give it again."
+    return EditOutcome(key, error=sentence, code=error.code)
 
 
 def _absolute_model(name: str) -> str:

@@ -244,7 +244,10 @@ class Edit(Record):
 
 @dataclass(frozen=True)
 class EditOutcome(Record):
-    """Result for one fact of `insert_many`: an edit, or the error that refused it."""
+    """Result for one fact of `insert_many` or `delete_many`: an edit, or the error that refused it.
+
+    Facts that were not tried, since an error before them ended the series, have that error's code.
+    """
 
     key: str
     edit: Edit | None = None

@@ -95,6 +95,11 @@ class Session:
             self.encoders[wanted] = chosen
         return self.encoders[wanted]
 
+    def refuse_readonly(self) -> None:
+        """Refuse to write where the knowledge base was opened read-only."""
+        if self.store.readonly:
+            raise StoreError("The knowledge base was opened read-only; nothing was changed.")
+
     @contextmanager
     def writing(self) -> Iterator[None]:
         """Hold the writer's lock.
@@ -104,8 +109,7 @@ class Session:
             Busy: another writer holds it.
             OutOfResources: memory ran out meanwhile.
         """
-        if self.store.readonly:
-            raise StoreError("The knowledge base was opened read-only; nothing was changed.")
+        self.refuse_readonly()
         try:
             with self.store.writer(timeout=self.lock_timeout):
                 yield

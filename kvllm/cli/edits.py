@@ -29,7 +29,7 @@ from kvllm.cli.command import (
     text_or_stdin,
 )
 from kvllm.cli.output import Output, Result
-from kvllm.errors import ConfigError
+from kvllm.errors import ConfigError, ending_error
 from kvllm.records import DeleteMode, Edit, EditOutcome, InsertMode
 
 if TYPE_CHECKING:
@@ -177,7 +177,8 @@ def insert_many(
 ) -> Result:
     """Teach many facts. Each row has "key" and "text", and may have aliases, questions, probes, language, tags.
 
-    Rows that cannot be used are listed with their line; the good ones are inserted, and the exit code is 4.
+    Rows that cannot be used are listed with their line; the good ones are inserted, and the exit code is 4. An error
+    that ends the series, such as a full disk, has its own exit code; what was inserted before it stays.
 
     kvllm insert-many my.kb facts.jsonl
     """
@@ -231,10 +232,20 @@ def many_result(found: Found, outcomes: Sequence[EditOutcome], *, done: str) -> 
         "duplicates": [{**place(row), "key": row.key, "error": row.error} for row in found.duplicates],
         "edits": [edit.to_dict() for edit in edits.values()],
     }
+    exit_code, failure = 4 if failed else 0, None
     if failed:
         document |= {"error": f"{failed} of {len(results)} facts were not {done}.", "code": "some_failed"}
+    ended = next(((o, kind) for o in outcomes if (kind := ending_error(o.code)) is not None), None)
+    if ended is not None:
+        outcome, kind = ended
+        failure = (
+            f"{document[done]} of {len(results)} facts were {done} and stay; then an error ended the series at "
+            f"{outcome.key!r}: {outcome.error}"
+        )
+        document |= {"error": failure, "code": outcome.code}
+        exit_code = kind.exit_code
     shown = [(row.where.removeprefix("line "), outcome) for row, outcome in results]
-    return Result(document, lambda: terminal.outcomes_table(shown, done=done), exit_code=4 if failed else 0)
+    return Result(document, lambda: terminal.outcomes_table(shown, done=done), exit_code=exit_code, failure=failure)
 
 
 def place(row: FoundFact | Refused) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -136,9 +137,7 @@ def import_facts(
     if probes_to is not None:
         found.write_probes(probes_to)
     result = many_result(found, outcomes, done="inserted" if delete is None else "deleted")
-    return Result(
-        _about(found) | result.document, lambda: _with_notes(result.view(), found), exit_code=result.exit_code
-    )
+    return replace(result, document=_about(found) | result.document, view=lambda: _with_notes(result.view(), found))
 
 
 def _dry(found: Found, base: KnowledgeBase, delete: DeleteMode | None) -> Result:

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from kvllm.records import StoredFact
+from kvllm.errors import Busy, Corrupt, KvllmError, OutOfResources
+from kvllm.records import EditOutcome, StoredFact
 from tests.cli.stand_in import Ran, StandIn
 from tests.importing.given import parse_rows
 
@@ -112,6 +113,31 @@ def test_insert_many_reports_bad_rows_with_their_lines_and_keeps_the_good_ones(k
     ]  # fmt: skip
     assert (ran.document["ok"], ran.document["inserted"], ran.document["failed"]) == (False, 2, 3)
     assert {"a", "c"} <= set(StandIn.stores["my.kb"]._facts)
+
+
+@pytest.mark.parametrize(
+    ("error", "exit_code"),
+    [(OutOfResources("The disk is full."), 10), (Busy("Another writes."), 7), (Corrupt("It is damaged."), 8)],
+)
+@pytest.mark.parametrize("command", ["insert-many", "import"])
+def test_an_error_that_ends_a_series_has_its_own_exit_code_and_keeps_the_results(
+    kvllm: Run, monkeypatch: pytest.MonkeyPatch, command: str, error: KvllmError, exit_code: int
+) -> None:
+    def insert_many(self: StandIn, facts: Any, **_: object) -> list[EditOutcome]:
+        first, *rest = facts
+        done = EditOutcome(first.key, self.insert(first.key, first.text))
+        return [done, *(EditOutcome(fact.key, error=str(error), code=error.code) for fact in rest)]
+
+    monkeypatch.setattr(StandIn, "insert_many", insert_many)
+    rows = '{"key": "a", "text": "A."}\n{"key": "b", "text": "B."}\n{"key": "c", "text": "C."}\n'
+    ran = kvllm(command, "my.kb", "-", "--json", stdin=rows)
+    assert (ran.code, ran.document["code"], ran.document["inserted"]) == (exit_code, error.code, 1)
+    assert [result["ok"] for result in ran.document["results"]] == [True, False, False]
+    sentence = f"1 of 3 facts were inserted and stay; then an error ended the series at 'b': {error}"
+    assert ran.document["error"] == sentence
+    del StandIn.stores["my.kb"]._facts["a"]
+    told = kvllm(command, "my.kb", "-", stdin=rows)
+    assert (told.code, told.err.splitlines()[-1]) == (exit_code, f"error: {sentence}")
 
 
 def test_strict_insert_many_refuses_all(kvllm: Run) -> None:
