@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -107,6 +108,8 @@ def import_facts(
     """
     if probes_to is not None and probes_to.exists():
         raise ConfigError(f"{probes_to} exists already; nothing was changed. Give another name or remove it.")
+    if probes_to is not None and not probes_to.absolute().parent.is_dir():
+        raise ConfigError(f"The probes cannot be written to {probes_to}: no such folder; nothing was changed.")
     found = read_file(
         file,
         format=format,
@@ -128,16 +131,29 @@ def import_facts(
             return _dry(found, base, delete)
     with opened(out, kb, lock_timeout=lock_timeout, model=model, device=device, dtype=dtype) as base:
         training = training_arguments(base, steps, seed, min_reliability, max_drift)
-        if delete is None:
-            given: dict[str, Any] = {"mode": mode, "chunk": chunk}
-            given = {name: value for name, value in given.items() if value is not None}
-            outcomes = base.insert_many(found, **given, **training)
-        else:
-            outcomes = base.delete_many(found.keys(), mode=delete, **training)
-    if probes_to is not None:
-        found.write_probes(probes_to)
+        with _written(found, probes_to):
+            if delete is None:
+                given: dict[str, Any] = {"mode": mode, "chunk": chunk}
+                given = {name: value for name, value in given.items() if value is not None}
+                outcomes = base.insert_many(found, **given, **training)
+            else:
+                outcomes = base.delete_many(found.keys(), mode=delete, **training)
     result = many_result(found, outcomes, done="inserted" if delete is None else "deleted")
     return replace(result, document=_about(found) | result.document, view=lambda: _with_notes(result.view(), found))
+
+
+@contextlib.contextmanager
+def _written(found: Found, probes_to: Path | None) -> Iterator[None]:
+    """Write the probes before minutes are spent on training; one that breaks off leaves no file behind."""
+    if probes_to is None:
+        yield
+        return
+    found.write_probes(probes_to)
+    try:
+        yield
+    except BaseException:
+        probes_to.unlink(missing_ok=True)
+        raise
 
 
 def _dry(found: Found, base: KnowledgeBase, delete: DeleteMode | None) -> Result:

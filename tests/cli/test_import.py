@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -130,6 +132,40 @@ def test_further_questions_are_written_for_probe(kvllm: Run, written: Callable[.
     }
     assert "exists already" in kvllm(*arguments).document["error"]
     assert kvllm("import", "my.kb", written(ALPACA), "--probes-to", str(tmp_path / "more.jsonl")).code == 2
+
+
+@pytest.mark.parametrize("options", [[], ["--dry-run"]])
+def test_a_missing_folder_for_the_probes_is_said_at_once(
+    kvllm: Run, written: Callable[..., str], tmp_path: Path, options: list[str]
+) -> None:
+    ran = kvllm("import", "my.kb", written([EDIT]), "--probes-to", str(tmp_path / "none" / "probes.jsonl"), *options)
+    assert (ran.code, ran.out) == (2, "")
+    assert "no such folder; nothing was changed" in ran.err
+    assert not calls("open")
+
+
+def test_probes_that_cannot_be_written_are_said_before_anything_is_taught(
+    kvllm: Run, written: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def denied(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    given = written([EDIT])
+    monkeypatch.setattr("kvllm.importing.found.os.fsync", denied)
+    ran = kvllm("import", "my.kb", given, "--probes-to", str(tmp_path / "probes.jsonl"))
+    assert ran.code == 2
+    assert "probes.jsonl: Permission denied; nothing was written" in ran.err
+    assert not calls("insert_many")
+
+
+def test_an_import_that_breaks_off_leaves_no_probes_behind(
+    kvllm: Run, base: type[StandIn], written: Callable[..., str], tmp_path: Path
+) -> None:
+    out = tmp_path / "probes.jsonl"
+    base.raises["insert_many"] = KeyboardInterrupt()
+    assert kvllm("import", "my.kb", written([EDIT]), "--probes-to", str(out)).code == 130
+    assert calls("insert_many")
+    assert not out.exists()
 
 
 @pytest.mark.parametrize(
