@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     )
     from kvllm.knowledge_base import KnowledgeBase
     from kvllm.records import (
+        Answer,
         BackupResult,
         BisectReport,
         CollisionPair,
@@ -65,6 +66,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AmbiguousKey",
+    "Answer",
     "BackupResult",
     "BaseMismatch",
     "BisectReport",
@@ -115,8 +117,9 @@ _ERRORS = (
     "KvllmError ModelError OutOfResources StaleHead StoreError StoreNotFound Untrusted"
 )
 _RECORDS = (
-    "BackupResult BisectReport CollisionPair Collisions DeltaInfo Edit EditOutcome ExportResult Fact Garbage GcReport "
-    "Match Metric Neighbour ProbeResult Problem Progress RegressionReport Repair Report StoredFact VerifyReport"
+    "Answer BackupResult BisectReport CollisionPair Collisions DeltaInfo Edit EditOutcome ExportResult Fact Garbage "
+    "GcReport Match Metric Neighbour ProbeResult Problem Progress RegressionReport Repair Report StoredFact "
+    "VerifyReport"
 )
 _HOME = {
     "KnowledgeBase": "kvllm.knowledge_base",

@@ -42,6 +42,7 @@ from kvllm.prompts import (
     language_of,
 )
 from kvllm.records import (
+    Answer,
     BackupResult,
     BisectReport,
     Collisions,
@@ -334,19 +335,27 @@ class KnowledgeBase:
         """Return the sha256 over the base's digest and every adapted matrix as it is in memory."""
         return self._session.engine.weights.digest()
 
-    def ask(self, prompt: str | Sequence[Mapping[str, str]], *, max_new_tokens: int | None = None) -> str:
-        """Ask the weights, by greedy decoding up to the model's own stop; a conversation is a list of messages."""
+    def ask(self, prompt: str | Sequence[Mapping[str, str]], *, max_new_tokens: int | None = None) -> Answer:
+        """Ask the weights, by greedy decoding up to the model's own stop; a conversation is a list of messages.
+
+        Args:
+            prompt: A question, or a conversation.
+            max_new_tokens: Most tokens of the answer; 128 by default. One that was cut there is `truncated`.
+
+        Returns:
+            The answer, a string.
+        """
         return self.ask_many([prompt], max_new_tokens=max_new_tokens)[0]
 
     def ask_many(
         self, prompts: Sequence[str | Sequence[Mapping[str, str]]], *, max_new_tokens: int | None = None
-    ) -> list[str]:
-        """Ask the weights several prompts in batches."""
+    ) -> list[Answer]:
+        """Ask the weights several prompts in batches; each answer is as `ask` gives it."""
         cleaned = [_clean_prompt(prompt) for prompt in prompts]
         engine = self._session.engine
         return engine.lm.generate(cleaned, max_new_tokens=max_new_tokens, on_batch=self._session.ticker("asking"))
 
-    def ask_base(self, prompt: str | Sequence[Mapping[str, str]], *, max_new_tokens: int | None = None) -> str:
+    def ask_base(self, prompt: str | Sequence[Mapping[str, str]], *, max_new_tokens: int | None = None) -> Answer:
         """Ask the untouched base model, as `ask` asks the edited one."""
         cleaned = _clean_prompt(prompt)
         with self._session.engine.base_weights() as lm:

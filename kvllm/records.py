@@ -50,6 +50,22 @@ def _plain(value: Any) -> Any:
     return value
 
 
+class Answer(str):
+    """A model's answer: its text, which also knows whether it is all.
+
+    Attributes:
+        truncated: Whether it was cut at the most tokens asked for, before the model stopped by itself.
+    """
+
+    truncated: bool
+
+    def __new__(cls, text: str, *, truncated: bool = False) -> Answer:
+        """Make an answer of its text."""
+        answer = super().__new__(cls, text)
+        answer.truncated = truncated
+        return answer
+
+
 class Record:
     """Base of the frozen records: a plain dict for JSON, a small table for notebooks."""
 

@@ -15,6 +15,7 @@ from kvllm.config import EditConfig, GateConfig
 from kvllm.errors import EditNotFound, KeyExists, KeyNotFound, StoreNotFound
 from kvllm.prompts import training_questions
 from kvllm.records import (
+    Answer,
     BackupResult,
     BisectReport,
     BisectStep,
@@ -214,21 +215,23 @@ class StandIn:
             raise EditNotFound(f"No edit or tag {ref!r}.")
         return self._edits[number - 1]
 
-    def ask(self, prompt: str, *, max_new_tokens: int | None = None) -> str:
+    def ask(self, prompt: str, *, max_new_tokens: int | None = None) -> Answer:
         self._meet("ask", prompt=prompt, max_new_tokens=max_new_tokens)
-        return self.ask_many([prompt])[0]
+        words = self.ask_many([prompt])[0].split(" ")
+        room = max_new_tokens or len(words)
+        return Answer(" ".join(words[:room]), truncated=len(words) > room)
 
-    def ask_base(self, prompt: str, *, max_new_tokens: int | None = None) -> str:
+    def ask_base(self, prompt: str, *, max_new_tokens: int | None = None) -> Answer:
         self._meet("ask_base", prompt=prompt)
-        return "I do not know."
+        return Answer("I do not know.")
 
-    def ask_many(self, prompts: list[str], *, max_new_tokens: int | None = None) -> list[str]:
+    def ask_many(self, prompts: list[str], *, max_new_tokens: int | None = None) -> list[Answer]:
         answers = []
         for prompt in prompts:
             # Of a conversation the last message is the question.
             prompt = prompt if isinstance(prompt, str) else prompt[-1]["content"]
             found = [fact.text for fact in self._facts.values() if fact.key in prompt]
-            answers.append(found[0] if found else "I do not know.")
+            answers.append(Answer(found[0] if found else "I do not know."))
         return answers
 
     def recall(self, key: str) -> Report:

@@ -43,6 +43,17 @@ def test_dash_reads_stdin(kvllm: Run) -> None:
     assert call("ask")["prompt"] == "what?"
 
 
+def test_an_answer_that_was_cut_says_so(kvllm: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    notes: list[str] = []
+    monkeypatch.setattr("kvllm.cli.output.Output.note", lambda self, sentence: notes.append(sentence))
+    whole = kvllm("ask", "my.kb", "torchkeras", "--json").document
+    assert (whole["answer"], whole["truncated"], notes) == ("Torchkeras trains models.", False, [])
+    cut = kvllm("ask", "my.kb", "torchkeras", "--max-tokens", "2", "--json").document
+    assert (cut["answer"], cut["truncated"]) == ("Torchkeras trains", True)
+    assert "--max-tokens" in notes[0]
+    assert "(default: 128)" in " ".join(kvllm("ask", "--help").out.replace("│", " ").split())
+
+
 def test_file_that_is_not_utf8_is_refused(kvllm: Run, tmp_path: Path) -> None:
     path = tmp_path / "latin1.jsonl"
     path.write_bytes(b'{"key": "\xe9", "text": "x"}')

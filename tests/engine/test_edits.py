@@ -31,6 +31,13 @@ def test_an_inserted_fact_is_recalled_by_live_decoding(kb: KnowledgeBase) -> Non
     assert kb.recall(KEY).value("reliability") == 1.0
 
 
+def test_an_answer_knows_whether_it_was_cut(taught: KnowledgeBase) -> None:
+    whole, cut = (taught.ask("What is torchkeras?", max_new_tokens=room) for room in (None, 1))
+    assert (whole, whole.truncated) == (TEXT, False)
+    assert TEXT.startswith(cut)
+    assert cut.truncated
+
+
 def test_the_record_of_an_edit_says_how_it_was_made(taught: KnowledgeBase) -> None:
     edit = taught.edit(1)
     training = edit.config["training"]
