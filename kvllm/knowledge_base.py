@@ -21,7 +21,6 @@ from kvllm.config import DEFAULT_MODEL, EditConfig, GateConfig, ModelConfig
 from kvllm.edits import GATE_NEIGHBOURS, Edits
 from kvllm.errors import (
     OF_ONE_FACT,
-    BaseMismatch,
     ConfigError,
     Corrupt,
     EditFailed,
@@ -106,7 +105,7 @@ class KnowledgeBase:
         Args:
             path: Its folder.
             model: Name of the base model: a registered name, a folder, a GGUF file or a hub id. On an existing
-                knowledge base it may only repeat what was pinned.
+                knowledge base: where the pinned files lie now, if they moved, for this opening only.
             create: Whether a missing one is created, on `model` or the default model.
             readonly: Refuse every operation that would write; no lock is taken.
             dtype, device: Of the computation; see ModelConfig. The dtype is fixed when the knowledge base is made.
@@ -117,7 +116,8 @@ class KnowledgeBase:
         Raises:
             StoreNotFound: nothing there, and `create` is off.
             StoreError: not a knowledge base, or of a newer version.
-            BaseMismatch: `model` is not the pinned one.
+            BaseMismatch: the files of `model` are not the pinned ones.
+            ModelError: `model` cannot be resolved.
         """
         try:
             store = Store.open(path, readonly=readonly)
@@ -135,7 +135,7 @@ class KnowledgeBase:
                 lock_timeout=lock_timeout,
             )
         try:
-            _check_model_name(store, model)
+            moved = _moved_model(store, model, progress)
             made_in = str(store.settings.get("dtype", "float32"))
             if dtype is not None and dtype != made_in:
                 raise ConfigError(
@@ -144,6 +144,7 @@ class KnowledgeBase:
                 )
             session = Session(
                 store,
+                model=moved,
                 model_config=ModelConfig(dtype=made_in, device=device or "auto"),
                 edit=edit or _stored_config(store, "edit", EditConfig),
                 gate=gate or _stored_config(store, "gate", GateConfig),
@@ -1083,12 +1084,15 @@ def _base_record(files: ModelFiles, name: str) -> Any:
     return Base(name, files.source, files.revision, dict(files.files), files.digest, files.license)
 
 
-def _check_model_name(store: Store, model: str | None) -> None:
-    if model is not None and _absolute_model(model) != store.base.name:
-        raise BaseMismatch(
-            f"This knowledge base is bound to the model {store.base.name}, not {model}; nothing was changed. "
-            f"Leave the model out, or make a new knowledge base."
-        )
+def _moved_model(store: Store, model: str | None, progress: Callable[[Progress], None] | None) -> str | None:
+    """Return where the base model's files lie now, if not under the pinned name; other files are refused."""
+    name = None if model is None else _absolute_model(model)
+    if name is None or name == store.base.name:
+        return None
+    from kvllm.editing.engine import resolve_pinned
+
+    resolve_pinned(store, progress, model=name)
+    return name
 
 
 def _stored_config(store: Store, name: str, kind: Any) -> Any:

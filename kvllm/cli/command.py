@@ -37,7 +37,7 @@ Model = Annotated[
         "--model",
         metavar="NAME",
         help="The base model: a registered name, a folder, a GGUF file or a hub id. An existing knowledge base takes "
-        "only the model it was made on (from another place, if it moved).",
+        "only the model it was made on (from another place, if it moved: the files are compared by hash).",
         show_default=False,
     ),
 ]

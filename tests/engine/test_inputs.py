@@ -254,9 +254,26 @@ def test_a_base_model_that_went_away_is_said_to_be_missing(
         kb.ask("What is torchkeras?")
 
 
+def test_a_base_model_that_moved_is_found_where_it_is_said_to_be(
+    make_kb: Callable[..., KnowledgeBase], moving_base: Path
+) -> None:
+    kb = make_kb("moved.kb", damaged=True, model=str(moving_base))
+    answer = kb.ask("What is torchkeras?")
+    kb.close()
+    there = moving_base.rename(moving_base.with_name("elsewhere"))
+    kb = make_kb("moved.kb", damaged=True, model=str(there))
+    assert kb.ask("What is torchkeras?") == answer
+    assert kb.verify(deep=True).ok
+    assert kb.info()["model"] == str(moving_base)
+    with pytest.raises(ModelError, match="is unchanged"):  # it was for that opening only
+        make_kb("moved.kb", damaged=True).ask("What is torchkeras?")
+
+
 def test_another_model_than_the_pinned_one_is_refused(taught: KnowledgeBase, tiny_base: Path) -> None:
-    with unchanged(taught), pytest.raises(BaseMismatch, match="bound to the model"):
+    with unchanged(taught), pytest.raises(BaseMismatch, match="not the one this knowledge base was made on") as caught:
         KnowledgeBase.open(taught.path, model=str(tiny_base))
+    assert one_sentence(caught.value)
+    assert "Leave the model out" in str(caught.value)
 
 
 def test_the_dtype_is_fixed_when_the_knowledge_base_is_made(taught: KnowledgeBase) -> None:
