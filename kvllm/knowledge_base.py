@@ -1073,7 +1073,14 @@ def _untried(key: str, error: KvllmError) -> EditOutcome:
 
 
 def _absolute_model(name: str) -> str:
-    """A path is pinned as an absolute one, so that the knowledge base can be opened from anywhere."""
+    """A path is pinned as an absolute one, so that the knowledge base can be opened from anywhere.
+
+    A registered name is no path, as for `resolve`, whatever folder lies here; `./name` is one.
+    """
+    from kvllm.lm.registry import MODELS
+
+    if name in MODELS:
+        return name
     path = Path(name).expanduser()
     return str(path.resolve()) if path.exists() and (path.is_dir() or path.suffix == ".gguf") else name
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from kvllm import EditConfig, Fact, GateConfig, KnowledgeBase
+from kvllm.config import DEFAULT_MODEL
 from kvllm.errors import (
     BaseMismatch,
     ConfigError,
@@ -267,6 +268,22 @@ def test_a_base_model_that_moved_is_found_where_it_is_said_to_be(
     assert kb.info()["model"] == str(moving_base)
     with pytest.raises(ModelError, match="is unchanged"):  # it was for that opening only
         make_kb("moved.kb", damaged=True).ask("What is torchkeras?")
+
+
+def test_a_registered_name_is_no_folder_that_happens_to_lie_here(
+    make_kb: Callable[..., KnowledgeBase], tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from kvllm.lm import sources
+    from kvllm.lm.registry import MODELS
+
+    shutil.copytree(tiny_llama, tmp_path / DEFAULT_MODEL)
+    monkeypatch.chdir(tmp_path)
+    found = sources.resolve(str(tiny_llama))
+    with monkeypatch.context() as patch:
+        patch.setattr(sources, "resolve", lambda name, **_: found if name in MODELS else pytest.fail(f"asked: {name}"))
+        assert make_kb("registered.kb", model=DEFAULT_MODEL, damaged=True).info()["model"] == DEFAULT_MODEL
+    here = make_kb("here.kb", model=f"./{DEFAULT_MODEL}", damaged=True).info()["model"]
+    assert here == str(tmp_path / DEFAULT_MODEL)
 
 
 def test_another_model_than_the_pinned_one_is_refused(taught: KnowledgeBase, tiny_base: Path) -> None:
