@@ -43,6 +43,7 @@ if TYPE_CHECKING:
         CollisionPair,
         Collisions,
         DeltaInfo,
+        DryRun,
         Edit,
         EditOutcome,
         ExportResult,
@@ -76,6 +77,7 @@ __all__ = [
     "ConfigError",
     "Corrupt",
     "DeltaInfo",
+    "DryRun",
     "Edit",
     "EditConfig",
     "EditFailed",
@@ -117,8 +119,8 @@ _ERRORS = (
     "KvllmError ModelError OutOfResources StaleHead StoreError StoreNotFound Untrusted"
 )
 _RECORDS = (
-    "Answer BackupResult BisectReport CollisionPair Collisions DeltaInfo Edit EditOutcome ExportResult Fact Garbage "
-    "GcReport Match Metric Neighbour ProbeResult Problem Progress RegressionReport Repair Report StoredFact "
+    "Answer BackupResult BisectReport CollisionPair Collisions DeltaInfo DryRun Edit EditOutcome ExportResult Fact "
+    "Garbage GcReport Match Metric Neighbour ProbeResult Problem Progress RegressionReport Repair Report StoredFact "
     "VerifyReport"
 )
 _HOME = {

@@ -46,6 +46,7 @@ from kvllm.records import (
     BisectReport,
     Collisions,
     DeleteMode,
+    DryRun,
     Edit,
     EditOutcome,
     ExportResult,
@@ -57,6 +58,7 @@ from kvllm.records import (
     RegressionReport,
     Report,
     StoredFact,
+    TeachVerb,
     VerifyReport,
 )
 from kvllm.session import Session
@@ -590,15 +592,7 @@ class KnowledgeBase:
         """
         with self._session.writing():
             old = self[key]
-            fact = _fact(
-                key,
-                text,
-                old.aliases if aliases is None else aliases,
-                old.questions if questions is None else questions,
-                old.probes if probes is None else probes,
-                language or old.language,
-                old.tags if tags is None else tags,
-            )
+            fact = _updated(old, text, aliases, questions, probes, language, tags)
             return self._edits.train_and_commit("update", [fact], config=config, gate=gate, old={fact.key: old.text})
 
     def upsert(self, key: str, text: str, **options: Any) -> Edit:
@@ -729,26 +723,46 @@ class KnowledgeBase:
         key: str,
         text: str,
         *,
-        aliases: Sequence[str] = (),
-        questions: Sequence[str] = (),
-        probes: Sequence[str] = (),
+        verb: TeachVerb = "upsert",
+        aliases: Sequence[str] | None = None,
+        questions: Sequence[str] | None = None,
+        probes: Sequence[str] | None = None,
         language: str | None = None,
-        tags: Sequence[str] = (),
+        tags: Sequence[str] | None = None,
         config: EditConfig | None = None,
         gate: GateConfig | None = None,
-    ) -> Report:
+    ) -> DryRun:
         """Train and measure an insert (or an update, where the key is live), then put the weights back.
 
+        Args:
+            key, text: As for `insert`.
+            verb: "insert" refuses a live key and "update" one that is not, as they do; "upsert" takes either.
+            aliases, questions, probes, language, tags: As for `insert`; where the key is live, what is not given stays
+                as it was.
+            config, gate: For this run only.
+
         Returns:
-            What the report of the edit would say; `warnings` tell what the gate would have refused.
+            What the report of the edit would say; `refused` holds what the gate would have refused, `warnings` too.
+
+        Raises:
+            KeyExists, KeyNotFound: the verb would refuse the key; nothing was trained.
         """
-        fact = _fact(key, text, aliases, questions, probes, language, tags)
-        engine = self._session.engine
-        old = {fact.key: self[fact.key].text} if fact.key in self else None
-        with engine.elsewhere():
+        if verb not in ("insert", "update", "upsert"):
+            raise ConfigError(f"dry_run knows insert, update and upsert, not {verb!r}; nothing was changed.")
+        live = verb != "insert" and (verb == "update" or clean_key(key) in self)
+        if live:
+            before = self[key]
+            fact = _updated(before, text, aliases, questions, probes, language, tags)
+            old = {fact.key: before.text}
+        else:
+            fact = _fact(key, text, aliases or (), questions or (), probes or (), language, tags or ())
+            self._refuse_existing([fact])
+            old = None
+        with self._session.engine.elsewhere():
             trained = self._edits.train([fact], config or self._session.edit_config, old)
             report, refused = self._edits.measure(trained, gate or self._session.gate_config)
-            return replace(report, warnings=(*report.warnings, *(f"The gate would refuse: {r}" for r in refused)))
+            warnings = (*report.warnings, *(f"The gate would refuse: {r}" for r in refused))
+            return DryRun(report.metrics, report.probes, warnings, tuple(refused))
 
     def rollback(self, ref: int | str) -> Edit:
         """Return to an earlier edit or tag (0 or "base": the untouched base), as a new edit, by replay.
@@ -1010,6 +1024,27 @@ def _fact(
     tags: Sequence[str],
 ) -> Fact:
     return clean_fact(Fact(key, text, aliases, questions, probes, language, tags))  # type: ignore[arg-type]
+
+
+def _updated(
+    old: Fact,
+    text: str,
+    aliases: Sequence[str] | None,
+    questions: Sequence[str] | None,
+    probes: Sequence[str] | None,
+    language: str | None,
+    tags: Sequence[str] | None,
+) -> Fact:
+    """Return the fact with another text; what is not given stays as it was."""
+    return _fact(
+        old.key,
+        text,
+        old.aliases if aliases is None else aliases,
+        old.questions if questions is None else questions,
+        old.probes if probes is None else probes,
+        language or old.language,
+        old.tags if tags is None else tags,
+    )
 
 
 def _names_of(given: Sequence[str]) -> tuple[str, ...]:

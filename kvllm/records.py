@@ -15,6 +15,7 @@ from typing import Any, Literal
 Op = Literal["insert", "update", "delete", "rollback", "compact"]
 DeleteMode = Literal["restore", "abstain"]
 InsertMode = Literal["sequential", "batched", "chunked"]
+TeachVerb = Literal["insert", "update", "upsert"]
 ProbeKind = Literal[
     "trained",
     "paraphrase",
@@ -190,6 +191,17 @@ class Report(Record):
         from kvllm.notebook import report_html
 
         return report_html(self)
+
+
+@dataclass(frozen=True)
+class DryRun(Report):
+    """What the report of an edit would say that was tried and put back.
+
+    Attributes:
+        refused: What the gate would have refused, one sentence each; empty where it would have accepted the edit.
+    """
+
+    refused: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -29,8 +29,8 @@ from kvllm.cli.command import (
     text_or_stdin,
 )
 from kvllm.cli.output import Output, Result
-from kvllm.errors import ConfigError, ending_error
-from kvllm.records import DeleteMode, Edit, EditOutcome, InsertMode
+from kvllm.errors import ConfigError, EditRejected, ending_error
+from kvllm.records import DeleteMode, Edit, EditOutcome, InsertMode, TeachVerb
 
 if TYPE_CHECKING:
     from kvllm.importing import Found, FoundFact, Refused
@@ -53,10 +53,13 @@ Tags = Annotated[list[str] | None, typer.Option("--tag", help="A label of the fa
 Language = Annotated[
     str | None, typer.Option("--language", help="en or zh; by default the key's script decides.", show_default=False)
 ]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Train and measure, but commit nothing.")]
+DryRun = Annotated[
+    bool,
+    typer.Option("--dry-run", help="Train and measure, but commit nothing; exit with 4 where it would be refused."),
+]
 
 
-TEACHING = {
+TEACHING: dict[TeachVerb, str] = {
     "insert": """Teach the model a new fact; a key that exists is refused.
 
     kvllm insert my.kb torchkeras "Torchkeras makes training PyTorch models simple, in the style of Keras."
@@ -72,7 +75,7 @@ TEACHING = {
 }
 
 
-def teaching(verb: str) -> Callable[..., Result]:
+def teaching(verb: TeachVerb) -> Callable[..., Result]:
     """Return the command for one of the three verbs; they take the same arguments."""
 
     def teach(
@@ -104,15 +107,25 @@ def teaching(verb: str) -> Callable[..., Result]:
             arguments |= training_arguments(base, steps, seed, min_reliability, max_drift)
             if not dry_run:
                 return edited(getattr(base, verb)(key, text, **arguments))
-            report = base.dry_run(key, text, **arguments)
+            report = base.dry_run(key, text, verb=verb, **arguments)
+        failure = None
+        if report.refused:
+            failure = f"The gate would refuse the {verb} of {key!r}: {'; '.join(report.refused)}; nothing was changed."
         document = {
-            "ok": True,
+            "ok": failure is None,
             "dry_run": True,
             "report": {name: metric.to_dict() for name, metric in report.metrics.items()},
             "probes": [probe.to_dict() for probe in report.probes],
             "warnings": list(report.warnings),
         }
-        return Result(document, lambda: terminal.report_view(report, probes=True))
+        if failure is not None:
+            document |= {"error": failure, "code": EditRejected.code}
+        return Result(
+            document,
+            lambda: terminal.report_view(report, probes=True),
+            exit_code=0 if failure is None else EditRejected.exit_code,
+            failure=failure,
+        )
 
     teach.__name__, teach.__doc__ = verb, TEACHING[verb]
     return teach

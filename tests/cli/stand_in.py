@@ -20,6 +20,7 @@ from kvllm.records import (
     BisectReport,
     BisectStep,
     DeltaInfo,
+    DryRun,
     Edit,
     EditOutcome,
     ExportResult,
@@ -184,10 +185,18 @@ class StandIn:
         return outcomes
 
     def dry_run(
-        self, key: str, text: str, *, config: EditConfig | None = None, gate: GateConfig | None = None
-    ) -> Report:
-        self._meet("dry_run", key=key)
-        return report(ProbeResult("trained", f"What is {key}?", text, True, 1.0))
+        self,
+        key: str,
+        text: str,
+        *,
+        verb: str = "upsert",
+        aliases: tuple[str, ...] | None = None,
+        config: EditConfig | None = None,
+        gate: GateConfig | None = None,
+    ) -> DryRun:
+        self._meet("dry_run", key=key, verb=verb, aliases=aliases)
+        measured = report(ProbeResult("trained", f"What is {key}?", text, True, 1.0))
+        return DryRun(measured.metrics, measured.probes)
 
     def get(self, key: str, default: Any = None) -> StoredFact | None:
         return self._facts.get(key, default)

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from kvllm.errors import Busy, Corrupt, KvllmError, OutOfResources
-from kvllm.records import EditOutcome, StoredFact
-from tests.cli.stand_in import Ran, StandIn
+from kvllm.records import DryRun, EditOutcome, StoredFact
+from tests.cli.stand_in import Ran, StandIn, report
 from tests.importing.given import parse_rows
 
 Run = Callable[..., Ran]
@@ -34,6 +34,23 @@ def test_insert_passes_aliases_gate_and_training_on(kvllm: Run) -> None:
 def test_insert_without_options_leaves_configuration_to_the_engine(kvllm: Run) -> None:
     kvllm("insert", "my.kb", "k", "t")
     assert (call("insert")["config"], call("insert")["gate"]) == (None, None)
+
+
+@pytest.mark.parametrize("verb", ["insert", "update", "upsert"])
+def test_a_dry_run_is_one_of_its_verb_and_refused_with_exit_code_4(
+    kvllm: Run, monkeypatch: pytest.MonkeyPatch, verb: str
+) -> None:
+    assert kvllm(verb, "my.kb", "k", "t", "--dry-run", "--json").document["ok"] is True
+    assert call("dry_run") == {"key": "k", "verb": verb, "aliases": None}
+    refused = DryRun(report().metrics, refused=("reliability 0.20 is under 0.75",))
+    monkeypatch.setattr(StandIn, "dry_run", lambda self, key, text, **_: refused)
+    ran = kvllm(verb, "my.kb", "k", "t", "--dry-run", "--json")
+    sentence = f"The gate would refuse the {verb} of 'k': reliability 0.20 is under 0.75; nothing was changed."
+    assert (ran.code, ran.document["ok"], ran.document["code"]) == (4, False, "edit_rejected")
+    assert ran.document["error"] == sentence
+    told = kvllm(verb, "my.kb", "k", "t", "--dry-run")
+    assert (told.code, told.err) == (4, f"error: {sentence}\n")
+    assert "reliability" in told.out
 
 
 def test_dash_reads_stdin(kvllm: Run) -> None:

@@ -13,6 +13,7 @@ from kvllm import Fact, KnowledgeBase
 from kvllm.editing.adalora import AdaLoraEditor
 from kvllm.editing.compute import ComputeCopy
 from kvllm.editing.editor import EditTask
+from kvllm.editing.editors import EDITORS
 from kvllm.errors import ConfigError, KeyExists, KeyNotFound
 from kvllm.prompts import REFUSALS, training_questions
 from tests.kit import KEY, OPEN_GATE, QUICK, RECALL_GATE, TEXT, RandomEditor, Recorder, everything, unchanged
@@ -233,6 +234,30 @@ def test_dry_run_tells_what_the_gate_would_refuse(kb: KnowledgeBase) -> None:
     with unchanged(kb):
         report = kb.dry_run(KEY, TEXT, config=one_step, gate=GateConfig())
         assert any("gate would refuse: reliability" in warning for warning in report.warnings)
+        assert report.refused[0].startswith("reliability ")
+
+
+def test_dry_run_of_a_verb_that_refuses_the_key_trains_nothing(taught: KnowledgeBase, tasks: list[EditTask]) -> None:
+    with unchanged(taught):
+        with pytest.raises(KeyExists, match="update or upsert"):
+            taught.dry_run(KEY, "Ada", verb="insert")
+        with pytest.raises(KeyNotFound, match="numpy"):
+            taught.dry_run("numpy", "Ada", verb="update")
+        with pytest.raises(ConfigError, match="insert, update and upsert"):
+            taught.dry_run("numpy", "Ada", verb="delete")  # type: ignore[arg-type]
+    assert tasks == []
+
+
+@pytest.mark.parametrize("verb", ["update", "upsert"])
+def test_dry_run_of_a_live_key_asks_what_the_update_would_ask(
+    kb: KnowledgeBase, monkeypatch: pytest.MonkeyPatch, verb: Any
+) -> None:
+    monkeypatch.setitem(EDITORS, "adalora", RandomEditor)
+    kb.insert(KEY, TEXT, aliases=["furnace"], questions=["what burns?"], probes=["burning?"])
+    tried = kb.dry_run(KEY, "Ada", verb=verb)
+    done = getattr(kb, verb)(KEY, "Ada").report
+    assert {"what burns?", "burning?"} <= {p.question for p in tried.probes}
+    assert [(p.kind, p.question) for p in tried.probes] == [(p.kind, p.question) for p in done.probes]
 
 
 def test_many_facts_one_by_one(kb: KnowledgeBase) -> None:
