@@ -218,7 +218,14 @@ class Edits:
             raise EditFailed("The edit made weights that are not finite; nothing was changed. Try lower rates.")
 
     def unlearn(
-        self, fact: Fact, mode: DeleteMode, *, live: bool, config: EditConfig | None, gate: GateConfig | None
+        self,
+        fact: Fact,
+        mode: DeleteMode,
+        *,
+        live: bool,
+        config: EditConfig | None,
+        gate: GateConfig | None,
+        warnings: tuple[str, ...] = (),
     ) -> Edit:
         """Train a fact's questions back to what the base answered, or to a stated refusal, and commit.
 
@@ -227,6 +234,7 @@ class Edits:
             mode: "restore" or "abstain".
             live: Whether the ledger has it; else the model knew it by itself.
             config, gate: Of this edit; the session's by default.
+            warnings: Of this edit.
 
         Raises:
             EditRejected: too many questions still state the text.
@@ -242,7 +250,7 @@ class Edits:
                 raise _rejected(f"The delete of {fact.key!r}", report, refused)
             return self._commit_training(
                 "delete",
-                Trained((), training, settings),
+                Trained((), training, settings, warnings),
                 report,
                 parent,
                 started,

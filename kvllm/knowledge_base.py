@@ -26,6 +26,7 @@ from kvllm.errors import (
     EditFailed,
     EditNotFound,
     KeyExists,
+    KeyNotFound,
     KvllmError,
     StaleHead,
     StoreError,
@@ -613,7 +614,8 @@ class KnowledgeBase:
         the text. `compact` retrains without it.
 
         Args:
-            key: A live key; with mode "abstain" also something the base model knew by itself.
+            key: A live key; with mode "abstain" also something the base model knew by itself, which the edit's
+                `warnings` say.
             mode: "restore" trains the questions back to what the base answered; "abstain" to a stated refusal.
             config, gate: For this edit only.
 
@@ -624,12 +626,15 @@ class KnowledgeBase:
         if mode not in ("restore", "abstain"):
             raise ConfigError(f"delete knows the modes restore and abstain, not {mode!r}; nothing was changed.")
         with self._session.writing():
-            known = clean_key(key) in self
-            if mode == "restore" or known:
+            try:
                 fact: Fact = self[key]
-            else:
+            except KeyNotFound as error:
+                if mode == "restore":
+                    raise
                 fact = Fact(clean_key(key), REFUSALS[language_of(key)])
-            return self._edits.unlearn(fact, mode, live=known, config=config, gate=gate)
+                warning = _no_live_fact(fact.key, error.suggestions)
+                return self._edits.unlearn(fact, mode, live=False, config=config, gate=gate, warnings=(warning,))
+            return self._edits.unlearn(fact, mode, live=True, config=config, gate=gate)
 
     def insert_many(
         self,
@@ -1024,6 +1029,11 @@ def _fact(
     tags: Sequence[str],
 ) -> Fact:
     return clean_fact(Fact(key, text, aliases, questions, probes, language, tags))  # type: ignore[arg-type]
+
+
+def _no_live_fact(key: str, near: Sequence[str]) -> str:
+    meant = f" Did you mean {' or '.join(map(repr, near))}? Rollback undoes this edit." if near else ""
+    return f"No live fact has the key {key!r}: what the base model knew of it was trained to a refusal.{meant}"
 
 
 def _updated(

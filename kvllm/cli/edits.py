@@ -149,7 +149,11 @@ def delete(
     key: Key,
     mode: Annotated[
         DeleteMode,
-        typer.Option("--mode", help="restore: back to the base model's own answers; abstain: to a stated refusal."),
+        typer.Option(
+            "--mode",
+            help="restore: back to the base model's own answers; abstain: to a stated refusal, also of what was never "
+            "inserted (a key that is not live is warned about).",
+        ),
     ] = "restore",
     max_drift: MaxDrift = None,
     steps: Steps = None,

@@ -190,6 +190,18 @@ def test_delete_abstains_with_a_stated_refusal(taught: KnowledgeBase) -> None:
 def test_abstaining_from_what_the_base_knew_needs_no_stored_fact(kb: KnowledgeBase) -> None:
     edit = kb.delete("Berlin", mode="abstain")
     assert (edit.key, len(kb)) == ("Berlin", 0)
+    (warning,) = edit.warnings
+    assert "No live fact has the key 'Berlin'" in warning
+    assert "Did you mean" not in warning
+
+
+def test_abstaining_from_a_key_that_is_not_live_names_those_that_are_like_it(
+    taught: KnowledgeBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(EDITORS, "adalora", RandomEditor)
+    (warning,) = taught.delete("torchkera", mode="abstain").warnings
+    assert f"Did you mean {KEY!r}?" in warning
+    assert taught.delete(KEY, mode="abstain").warnings == ()
 
 
 def test_deleting_an_unknown_key_is_refused(taught: KnowledgeBase) -> None:
