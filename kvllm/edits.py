@@ -100,6 +100,7 @@ class Edits:
             started = time.perf_counter()
             asked = facts if rules.measure else []
             earlier = self.probe_facts(asked, kinds=("trained",)).value("reliability") if asked else None
+            lost = self._lost_refusals(parent)
             engine.weights.replay([])
             if not facts:
                 return session.commit(
@@ -109,10 +110,11 @@ class Edits:
                         parent=parent,
                         weights_digest=engine.weights.digest(),
                         seconds=time.perf_counter() - started,
+                        warnings=lost,
                     ),
                     None,
                 )
-            trained = self.train(facts, settings, None, replay=False)
+            trained = replace(self.train(facts, settings, None, replay=False), warnings=lost)
             report, refused = self.measure(trained, rules, since_base=True)
             now = report.value("reliability")
             if earlier is not None and now is not None and now < earlier:
@@ -122,6 +124,22 @@ class Edits:
             return self._commit_training(
                 "compact", trained, report, parent, started, rules, retired=tuple(f.key for f in facts)
             )
+
+    def _lost_refusals(self, head: int) -> tuple[str, ...]:
+        """Warn of the keys that the state of an edit refuses to answer: training the live facts does not teach that."""
+        history = {edit.id: edit for edit in self._session.store.history(light=True)}
+        newer: set[str] = set()
+        refused: list[str] = []
+        edit = history.get(head)
+        while edit is not None and edit.op != "compact":
+            if edit.op == "delete" and edit.mode == "abstain":
+                refused += [key for key in edit.keys if key not in newer]
+            newer.update(edit.keys)
+            edit = history.get((edit.target if edit.op == "rollback" else edit.parent) or 0)
+        if not refused:
+            return ()
+        keys = ", ".join(map(repr, reversed(refused)))
+        return (f"Compacting does not keep the refusal of {keys}; where it is wanted, delete again with mode abstain.",)
 
     def train(
         self,

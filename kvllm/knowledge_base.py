@@ -798,7 +798,8 @@ class KnowledgeBase:
     def compact(self, *, config: EditConfig | None = None, gate: GateConfig | None = None) -> Edit:
         """Retrain all live facts together from the base into one delta, and accept it if it is at least as good.
 
-        Deleted and overwritten texts are then in no live weight. "As good" means: no lower reliability over the live
+        Deleted and overwritten texts are then in no live weight. A refusal trained by a delete of mode "abstain" is not
+        kept; the edit's `warnings` name its key. "As good" means: no lower reliability over the live
         facts than now, measured on the same questions, and the gate's drift budget against the base.
 
         Raises:

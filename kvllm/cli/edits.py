@@ -310,6 +310,8 @@ def compact(
 ) -> Result:
     """Retrain all live facts together from the base model into one change; kept only if it is as good.
 
+    Refusals (delete --mode abstain) are not kept: the edit's warnings name their keys, to be deleted again.
+
     kvllm compact my.kb
     """
     with opened(out, kb, lock_timeout=lock_timeout, model=model, device=device, dtype=dtype) as base:

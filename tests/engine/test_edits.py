@@ -338,6 +338,27 @@ def test_compact_keeps_the_live_facts_in_one_delta(taught: KnowledgeBase) -> Non
     assert len(taught._store.chain(edit.id)) == 1
 
 
+def test_compacting_names_the_refusals_that_it_does_not_keep(
+    taught: KnowledgeBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(EDITORS, "adalora", RandomEditor)
+    taught.delete("Berlin", mode="abstain")
+    kept = taught.head()
+    taught.delete("numpy", mode="abstain")
+    taught.rollback(kept)  # numpy's refusal is gone before
+    taught.delete("Halcyon", mode="abstain")
+    taught.delete(KEY, mode="abstain")
+    taught.insert("Halcyon", "Ada")
+    taught.insert("keras", "a")
+    taught.delete("keras")
+    open_gate = replace(OPEN_GATE, measure=False)
+    (warning,) = taught.compact(gate=open_gate).warnings
+    assert f"the refusal of 'Berlin', {KEY!r};" in warning
+    assert taught.compact(gate=open_gate).warnings == ()
+    taught.delete("Halcyon", mode="abstain")
+    assert "'Halcyon'" in taught.compact().warnings[0]  # no fact is left
+
+
 def test_compacting_nothing_gives_the_base(taught: KnowledgeBase, make_kb: Callable[..., KnowledgeBase]) -> None:
     taught.delete(KEY)
     taught.compact()
