@@ -53,6 +53,18 @@ Tags = Annotated[list[str] | None, typer.Option("--tag", help="A label of the fa
 Language = Annotated[
     str | None, typer.Option("--language", help="en or zh; by default the key's script decides.", show_default=False)
 ]
+Mode = Annotated[
+    InsertMode | None,
+    typer.Option(
+        "--mode",
+        help="sequential: one edit per fact (default); batched: one for all; chunked: one per chunk.",
+        show_default=False,
+    ),
+]
+Chunk = Annotated[
+    int | None,
+    typer.Option("--chunk", min=1, help="Facts per edit of mode chunked (default: 16).", show_default=False),
+]
 DryRun = Annotated[
     bool,
     typer.Option("--dry-run", help="Train and measure, but commit nothing; exit with 4 where it would be refused."),
@@ -177,11 +189,8 @@ def insert_many(
     out: Output,
     kb: Store,
     file: Annotated[str, typer.Argument(metavar="FILE.jsonl", help="One fact per line; - reads stdin.")],
-    mode: Annotated[
-        InsertMode,
-        typer.Option("--mode", help="sequential: one edit per fact; batched: one for all; chunked: one per chunk."),
-    ] = "sequential",
-    chunk: Annotated[int, typer.Option("--chunk", min=1, help="Facts per edit of mode chunked.")] = 16,
+    mode: Mode = None,
+    chunk: Chunk = None,
     strict: Annotated[bool, typer.Option("--strict", help="Insert nothing if any row is bad.")] = False,
     min_reliability: MinReliability = None,
     max_drift: MaxDrift = None,
@@ -199,13 +208,23 @@ def insert_many(
 
     kvllm insert-many my.kb facts.jsonl
     """
+    series = series_arguments(mode, chunk)
     found = read_file(file, format="jsonl")
     if found.refused and strict:
         raise BadRows(found.refused, len(found))
     with opened(out, kb, lock_timeout=lock_timeout, model=model, device=device, dtype=dtype) as base:
         training = training_arguments(base, steps, seed, min_reliability, max_drift)
-        outcomes = base.insert_many(found, mode=mode, chunk=chunk, **training)
+        outcomes = base.insert_many(found, **series, **training)
     return many_result(found, outcomes, done="inserted")
+
+
+def series_arguments(mode: InsertMode | None, chunk: int | None) -> dict[str, Any]:
+    """Return `mode` and `chunk` of `insert_many` as far as they were given; a chunk's size means mode chunked."""
+    if chunk is None:
+        return {} if mode is None else {"mode": mode}
+    if mode not in (None, "chunked"):
+        raise ConfigError(f"--chunk belongs to --mode chunked, not {mode}; nothing was changed. Leave one of them out.")
+    return {"mode": "chunked", "chunk": chunk}
 
 
 def read_file(file: str, **options: Any) -> Found:

@@ -23,10 +23,10 @@ from kvllm.cli.command import (
     command,
     opened,
 )
-from kvllm.cli.edits import BadRows, many_result, place, read_file, training_arguments
+from kvllm.cli.edits import BadRows, Chunk, Mode, many_result, place, read_file, series_arguments, training_arguments
 from kvllm.cli.output import Output, Result
 from kvllm.errors import ConfigError
-from kvllm.records import DeleteMode, InsertMode
+from kvllm.records import DeleteMode
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -84,13 +84,8 @@ def import_facts(
             show_default=False,
         ),
     ] = None,
-    mode: Annotated[
-        InsertMode | None,
-        typer.Option("--mode", help="sequential, batched or chunked, as for insert-many.", show_default=False),
-    ] = None,
-    chunk: Annotated[
-        int | None, typer.Option("--chunk", min=1, help="Facts per edit of mode chunked.", show_default=False)
-    ] = None,
+    mode: Mode = None,
+    chunk: Chunk = None,
     min_reliability: MinReliability = None,
     max_drift: MaxDrift = None,
     steps: Steps = None,
@@ -106,6 +101,10 @@ def import_facts(
 
     kvllm import my.kb faq.csv --map key=Question --map text=Answer --dry-run
     """
+    series = series_arguments(mode, chunk)
+    if delete is not None and (series or min_reliability is not None):
+        name = "--min-reliability" if not series else "--mode" if mode is not None else "--chunk"
+        raise ConfigError(f"{name} is for facts that are taught, not for --delete; nothing was changed. Leave it out.")
     if probes_to is not None and probes_to.exists():
         raise ConfigError(f"{probes_to} exists already; nothing was changed. Give another name or remove it.")
     if probes_to is not None and not probes_to.absolute().parent.is_dir():
@@ -133,9 +132,7 @@ def import_facts(
         training = training_arguments(base, steps, seed, min_reliability, max_drift)
         with _written(found, probes_to):
             if delete is None:
-                given: dict[str, Any] = {"mode": mode, "chunk": chunk}
-                given = {name: value for name, value in given.items() if value is not None}
-                outcomes = base.insert_many(found, **given, **training)
+                outcomes = base.insert_many(found, **series, **training)
             else:
                 outcomes = base.delete_many(found.keys(), mode=delete, **training)
     result = many_result(found, outcomes, done="inserted" if delete is None else "deleted")

@@ -67,6 +67,39 @@ def test_mode_and_chunk_are_the_engines_own_unless_given(kvllm: Run, written: Ca
     assert calls("insert_many") == [{"mode": "sequential", "chunk": 16}, {"mode": "chunked", "chunk": 4}]
 
 
+@pytest.mark.parametrize("command", ["import", "insert-many"])
+def test_the_size_of_a_chunk_means_mode_chunked(kvllm: Run, written: Callable[..., str], command: str) -> None:
+    path = written('{"key": "a", "text": "A."}\n', "rows.jsonl")
+    assert kvllm(command, "my.kb", path, "--chunk", "4").code == 0
+    assert calls("insert_many") == [{"mode": "chunked", "chunk": 4}]
+    ran = kvllm(command, "my.kb", path, "--chunk", "4", "--mode", "batched", "--json")
+    assert (ran.code, ran.document["code"]) == (2, "invalid_input")
+    assert len(calls("insert_many")) == 1
+
+
+@pytest.mark.parametrize("option", [["--mode", "batched"], ["--chunk", "4"], ["--min-reliability", "0.5"]])
+def test_options_of_teaching_are_refused_where_the_keys_are_deleted(
+    kvllm: Run, written: Callable[..., str], option: list[str]
+) -> None:
+    ran = kvllm("import", "my.kb", written(ALPACA[:1]), "--delete", "abstain", *option)
+    assert (ran.code, ran.err.split()[1]) == (2, option[0])
+    assert not calls("delete_many")
+
+
+@pytest.mark.parametrize("option", [["--dtype", "float16"], ["--max-shard-size", "1GB"]])
+@pytest.mark.parametrize("format", ["facts", "peft"])
+def test_options_of_an_hf_export_are_refused_for_other_formats(kvllm: Run, format: str, option: list[str]) -> None:
+    ran = kvllm("export", "my.kb", "out", "--format", format, *option)
+    assert (ran.code, ran.err.split()[1]) == (2, option[0])
+    assert not calls("export")
+    assert kvllm("export", "my.kb", "out", "--format", "hf", *option).code == 0
+    assert calls("export")[0][option[0][2:].replace("-", "_")] == option[1]
+
+
+def test_init_takes_no_device_since_it_computes_nothing(kvllm: Run) -> None:
+    assert kvllm("init", "new.kb", "--device", "cpu").code == 2
+
+
 def test_strict_import_of_a_bad_record_changes_nothing(kvllm: Run, written: Callable[..., str]) -> None:
     ran = kvllm("import", "my.kb", written(ALPACA), "--strict", "--json")
     assert (ran.code, ran.document["code"]) == (2, "invalid_input")
