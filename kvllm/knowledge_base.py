@@ -181,7 +181,10 @@ class KnowledgeBase:
             ModelError: the model cannot be resolved.
         """
         if Store.exists(path):
-            raise StoreError(f"There is a knowledge base at {path} already; it was left unchanged. Open it instead.")
+            raise StoreError(
+                f"There is a knowledge base at {path} already; it was left unchanged. Use it as it is, or name another "
+                f"folder."
+            )
         config = ModelConfig(dtype=dtype or "float32", device=device or "auto")
         from kvllm.lm.sources import resolve
 

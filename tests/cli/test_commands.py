@@ -180,6 +180,11 @@ def test_insert_many_of_nothing_is_refused(kvllm: Run, content: str) -> None:
     assert kvllm("insert-many", "my.kb", "-", stdin=content).code == 2
 
 
+def test_a_file_without_a_usable_row_names_the_first_lines_number_once(kvllm: Run) -> None:
+    said = kvllm("insert-many", "my.kb", "-", "--json", stdin='{"key": "a"}\n').document
+    assert said["error"].endswith("nothing was changed: the first, line 1: text missing.")
+
+
 def test_missing_file_is_refused(kvllm: Run) -> None:
     assert kvllm("insert-many", "my.kb", "absent.jsonl").code == 2
 

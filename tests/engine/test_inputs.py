@@ -195,8 +195,9 @@ def test_a_foreign_folder_is_left_alone(tmp_path: Path, tiny_llama: Path, quick:
 
 
 def test_a_knowledge_base_is_never_made_over_another(taught: KnowledgeBase, tiny_llama: Path) -> None:
-    with unchanged(taught), pytest.raises(StoreError, match="already"):
+    with unchanged(taught), pytest.raises(StoreError, match="already") as caught:
         KnowledgeBase.create(taught.path, model=str(tiny_llama))
+    assert str(caught.value).endswith("Use it as it is, or name another folder.")
 
 
 def test_a_model_that_cannot_be_resolved_leaves_no_folder(tmp_path: Path, quick: None) -> None:
