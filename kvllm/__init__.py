@@ -37,11 +37,13 @@ if TYPE_CHECKING:
     )
     from kvllm.knowledge_base import KnowledgeBase
     from kvllm.records import (
+        Answer,
         BackupResult,
         BisectReport,
         CollisionPair,
         Collisions,
         DeltaInfo,
+        DryRun,
         Edit,
         EditOutcome,
         ExportResult,
@@ -65,6 +67,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AmbiguousKey",
+    "Answer",
     "BackupResult",
     "BaseMismatch",
     "BisectReport",
@@ -74,6 +77,7 @@ __all__ = [
     "ConfigError",
     "Corrupt",
     "DeltaInfo",
+    "DryRun",
     "Edit",
     "EditConfig",
     "EditFailed",
@@ -115,8 +119,9 @@ _ERRORS = (
     "KvllmError ModelError OutOfResources StaleHead StoreError StoreNotFound Untrusted"
 )
 _RECORDS = (
-    "BackupResult BisectReport CollisionPair Collisions DeltaInfo Edit EditOutcome ExportResult Fact Garbage GcReport "
-    "Match Metric Neighbour ProbeResult Problem Progress RegressionReport Repair Report StoredFact VerifyReport"
+    "Answer BackupResult BisectReport CollisionPair Collisions DeltaInfo DryRun Edit EditOutcome ExportResult Fact "
+    "Garbage GcReport Match Metric Neighbour ProbeResult Problem Progress RegressionReport Repair Report StoredFact "
+    "VerifyReport"
 )
 _HOME = {
     "KnowledgeBase": "kvllm.knowledge_base",

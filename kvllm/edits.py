@@ -100,6 +100,7 @@ class Edits:
             started = time.perf_counter()
             asked = facts if rules.measure else []
             earlier = self.probe_facts(asked, kinds=("trained",)).value("reliability") if asked else None
+            lost = self._lost_refusals(parent)
             engine.weights.replay([])
             if not facts:
                 return session.commit(
@@ -109,10 +110,11 @@ class Edits:
                         parent=parent,
                         weights_digest=engine.weights.digest(),
                         seconds=time.perf_counter() - started,
+                        warnings=lost,
                     ),
                     None,
                 )
-            trained = self.train(facts, settings, None, replay=False)
+            trained = replace(self.train(facts, settings, None, replay=False), warnings=lost)
             report, refused = self.measure(trained, rules, since_base=True)
             now = report.value("reliability")
             if earlier is not None and now is not None and now < earlier:
@@ -122,6 +124,22 @@ class Edits:
             return self._commit_training(
                 "compact", trained, report, parent, started, rules, retired=tuple(f.key for f in facts)
             )
+
+    def _lost_refusals(self, head: int) -> tuple[str, ...]:
+        """Warn of the keys that the state of an edit refuses to answer: training the live facts does not teach that."""
+        history = {edit.id: edit for edit in self._session.store.history(light=True)}
+        newer: set[str] = set()
+        refused: list[str] = []
+        edit = history.get(head)
+        while edit is not None and edit.op != "compact":
+            if edit.op == "delete" and edit.mode == "abstain":
+                refused += [key for key in edit.keys if key not in newer]
+            newer.update(edit.keys)
+            edit = history.get((edit.target if edit.op == "rollback" else edit.parent) or 0)
+        if not refused:
+            return ()
+        keys = ", ".join(map(repr, reversed(refused)))
+        return (f"Compacting does not keep the refusal of {keys}; where it is wanted, delete again with mode abstain.",)
 
     def train(
         self,
@@ -218,7 +236,14 @@ class Edits:
             raise EditFailed("The edit made weights that are not finite; nothing was changed. Try lower rates.")
 
     def unlearn(
-        self, fact: Fact, mode: DeleteMode, *, live: bool, config: EditConfig | None, gate: GateConfig | None
+        self,
+        fact: Fact,
+        mode: DeleteMode,
+        *,
+        live: bool,
+        config: EditConfig | None,
+        gate: GateConfig | None,
+        warnings: tuple[str, ...] = (),
     ) -> Edit:
         """Train a fact's questions back to what the base answered, or to a stated refusal, and commit.
 
@@ -227,6 +252,7 @@ class Edits:
             mode: "restore" or "abstain".
             live: Whether the ledger has it; else the model knew it by itself.
             config, gate: Of this edit; the session's by default.
+            warnings: Of this edit.
 
         Raises:
             EditRejected: too many questions still state the text.
@@ -242,7 +268,7 @@ class Edits:
                 raise _rejected(f"The delete of {fact.key!r}", report, refused)
             return self._commit_training(
                 "delete",
-                Trained((), training, settings),
+                Trained((), training, settings, warnings),
                 report,
                 parent,
                 started,

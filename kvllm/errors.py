@@ -176,3 +176,17 @@ class Untrusted(StoreError):
 
     code = "untrusted"
     exit_code = 5
+
+
+# What refuses one fact of many and says nothing about the next; any other error would meet the next one as well.
+OF_ONE_FACT = (ConfigError, KeyExists, KeyNotFound, EditRejected, EditFailed)
+
+
+def ending_error(code: str | None) -> type[KvllmError] | None:
+    """Return the class of an error that ended a series of edits; None for no error, or one of a single fact."""
+    if code is None or code in {error.code for error in OF_ONE_FACT}:
+        return None
+    known: list[type[KvllmError]] = [KvllmError]
+    for error in known:
+        known += error.__subclasses__()
+    return next((error for error in known if error.code == code), KvllmError)

@@ -20,12 +20,11 @@ from typing import TYPE_CHECKING, Any, Literal
 from kvllm.config import DEFAULT_MODEL, EditConfig, GateConfig, ModelConfig
 from kvllm.edits import GATE_NEIGHBOURS, Edits
 from kvllm.errors import (
-    BaseMismatch,
+    OF_ONE_FACT,
     ConfigError,
     Corrupt,
     EditFailed,
     EditNotFound,
-    EditRejected,
     KeyExists,
     KeyNotFound,
     KvllmError,
@@ -43,10 +42,12 @@ from kvllm.prompts import (
     language_of,
 )
 from kvllm.records import (
+    Answer,
     BackupResult,
     BisectReport,
     Collisions,
     DeleteMode,
+    DryRun,
     Edit,
     EditOutcome,
     ExportResult,
@@ -58,6 +59,7 @@ from kvllm.records import (
     RegressionReport,
     Report,
     StoredFact,
+    TeachVerb,
     VerifyReport,
 )
 from kvllm.session import Session
@@ -106,7 +108,7 @@ class KnowledgeBase:
         Args:
             path: Its folder.
             model: Name of the base model: a registered name, a folder, a GGUF file or a hub id. On an existing
-                knowledge base it may only repeat what was pinned.
+                knowledge base: where the pinned files lie now, if they moved, for this opening only.
             create: Whether a missing one is created, on `model` or the default model.
             readonly: Refuse every operation that would write; no lock is taken.
             dtype, device: Of the computation; see ModelConfig. The dtype is fixed when the knowledge base is made.
@@ -117,7 +119,8 @@ class KnowledgeBase:
         Raises:
             StoreNotFound: nothing there, and `create` is off.
             StoreError: not a knowledge base, or of a newer version.
-            BaseMismatch: `model` is not the pinned one.
+            BaseMismatch: the files of `model` are not the pinned ones.
+            ModelError: `model` cannot be resolved.
         """
         try:
             store = Store.open(path, readonly=readonly)
@@ -135,7 +138,7 @@ class KnowledgeBase:
                 lock_timeout=lock_timeout,
             )
         try:
-            _check_model_name(store, model)
+            moved = _moved_model(store, model, progress)
             made_in = str(store.settings.get("dtype", "float32"))
             if dtype is not None and dtype != made_in:
                 raise ConfigError(
@@ -144,6 +147,7 @@ class KnowledgeBase:
                 )
             session = Session(
                 store,
+                model=moved,
                 model_config=ModelConfig(dtype=made_in, device=device or "auto"),
                 edit=edit or _stored_config(store, "edit", EditConfig),
                 gate=gate or _stored_config(store, "gate", GateConfig),
@@ -177,7 +181,10 @@ class KnowledgeBase:
             ModelError: the model cannot be resolved.
         """
         if Store.exists(path):
-            raise StoreError(f"There is a knowledge base at {path} already; it was left unchanged. Open it instead.")
+            raise StoreError(
+                f"There is a knowledge base at {path} already; it was left unchanged. Use it as it is, or name another "
+                f"folder."
+            )
         config = ModelConfig(dtype=dtype or "float32", device=device or "auto")
         from kvllm.lm.sources import resolve
 
@@ -335,19 +342,27 @@ class KnowledgeBase:
         """Return the sha256 over the base's digest and every adapted matrix as it is in memory."""
         return self._session.engine.weights.digest()
 
-    def ask(self, prompt: str | Sequence[Mapping[str, str]], *, max_new_tokens: int | None = None) -> str:
-        """Ask the weights, by greedy decoding up to the model's own stop; a conversation is a list of messages."""
+    def ask(self, prompt: str | Sequence[Mapping[str, str]], *, max_new_tokens: int | None = None) -> Answer:
+        """Ask the weights, by greedy decoding up to the model's own stop; a conversation is a list of messages.
+
+        Args:
+            prompt: A question, or a conversation.
+            max_new_tokens: Most tokens of the answer; 128 by default. One that was cut there is `truncated`.
+
+        Returns:
+            The answer, a string.
+        """
         return self.ask_many([prompt], max_new_tokens=max_new_tokens)[0]
 
     def ask_many(
         self, prompts: Sequence[str | Sequence[Mapping[str, str]]], *, max_new_tokens: int | None = None
-    ) -> list[str]:
-        """Ask the weights several prompts in batches."""
+    ) -> list[Answer]:
+        """Ask the weights several prompts in batches; each answer is as `ask` gives it."""
         cleaned = [_clean_prompt(prompt) for prompt in prompts]
         engine = self._session.engine
         return engine.lm.generate(cleaned, max_new_tokens=max_new_tokens, on_batch=self._session.ticker("asking"))
 
-    def ask_base(self, prompt: str | Sequence[Mapping[str, str]], *, max_new_tokens: int | None = None) -> str:
+    def ask_base(self, prompt: str | Sequence[Mapping[str, str]], *, max_new_tokens: int | None = None) -> Answer:
         """Ask the untouched base model, as `ask` asks the edited one."""
         cleaned = _clean_prompt(prompt)
         with self._session.engine.base_weights() as lm:
@@ -581,15 +596,7 @@ class KnowledgeBase:
         """
         with self._session.writing():
             old = self[key]
-            fact = _fact(
-                key,
-                text,
-                old.aliases if aliases is None else aliases,
-                old.questions if questions is None else questions,
-                old.probes if probes is None else probes,
-                language or old.language,
-                old.tags if tags is None else tags,
-            )
+            fact = _updated(old, text, aliases, questions, probes, language, tags)
             return self._edits.train_and_commit("update", [fact], config=config, gate=gate, old={fact.key: old.text})
 
     def upsert(self, key: str, text: str, **options: Any) -> Edit:
@@ -610,7 +617,8 @@ class KnowledgeBase:
         the text. `compact` retrains without it.
 
         Args:
-            key: A live key; with mode "abstain" also something the base model knew by itself.
+            key: A live key; with mode "abstain" also something the base model knew by itself, which the edit's
+                `warnings` say.
             mode: "restore" trains the questions back to what the base answered; "abstain" to a stated refusal.
             config, gate: For this edit only.
 
@@ -621,12 +629,15 @@ class KnowledgeBase:
         if mode not in ("restore", "abstain"):
             raise ConfigError(f"delete knows the modes restore and abstain, not {mode!r}; nothing was changed.")
         with self._session.writing():
-            known = clean_key(key) in self
-            if mode == "restore" or known:
+            try:
                 fact: Fact = self[key]
-            else:
+            except KeyNotFound as error:
+                if mode == "restore":
+                    raise
                 fact = Fact(clean_key(key), REFUSALS[language_of(key)])
-            return self._edits.unlearn(fact, mode, live=known, config=config, gate=gate)
+                warning = _no_live_fact(fact.key, error.suggestions)
+                return self._edits.unlearn(fact, mode, live=False, config=config, gate=gate, warnings=(warning,))
+            return self._edits.unlearn(fact, mode, live=True, config=config, gate=gate)
 
     def insert_many(
         self,
@@ -648,11 +659,17 @@ class KnowledgeBase:
 
         Returns:
             One outcome per fact, in order. Where the gate refuses a batch, its halves are tried, down to single facts.
+            An error that would meet the next fact as well (a full disk, another writer, damage) ends the series: it is
+            the outcome of the facts it met, and those after them are not tried. What was committed before stays.
+
+        Raises:
+            StoreError: opened read-only.
         """
         if mode not in ("sequential", "batched", "chunked"):
             raise ConfigError(f"insert_many knows sequential, batched and chunked, not {mode!r}; nothing was changed.")
         if chunk < 1:
             raise ConfigError(f"A chunk holds at least one fact, not {chunk}; nothing was changed.")
+        self._session.refuse_readonly()
         outcomes: dict[int, EditOutcome] = {}
         ready: list[tuple[int, Fact]] = []
         seen: set[str] = set()
@@ -663,11 +680,15 @@ class KnowledgeBase:
                     raise KeyExists(f"The key {fact.key!r} exists already; it was left unchanged.", key=fact.key)
                 seen.add(fact.key)
                 ready.append((place, fact))
-            except KvllmError as error:
+            except OF_ONE_FACT as error:
                 outcomes[place] = EditOutcome(_key_of(given), error=str(error), code=error.code)
         size = {"sequential": 1, "chunked": chunk, "batched": max(1, len(ready))}[mode]
         for start in range(0, len(ready), size):
-            outcomes.update(self._insert_group(ready[start : start + size], config, gate))
+            try:
+                self._insert_group(ready[start : start + size], outcomes, config, gate)
+            except KvllmError as error:
+                outcomes |= {place: _untried(fact.key, error) for place, fact in ready if place not in outcomes}
+                break
             if len(ready) > 1:
                 self._session.tick(Progress("facts", min(start + size, len(ready)), len(ready)))
         return [outcomes[place] for place in sorted(outcomes)]
@@ -683,17 +704,24 @@ class KnowledgeBase:
         """Delete several keys, one edit each; one that fails never costs the others. See `delete`.
 
         Returns:
-            One outcome per key, in order.
+            One outcome per key, in order. An error that would meet the next key as well ends the series, as in
+            `insert_many`.
+
+        Raises:
+            StoreError: opened read-only.
         """
         if isinstance(keys, str):
             raise ConfigError("Give delete_many a list of keys, not one string; nothing was changed.")
+        self._session.refuse_readonly()
         outcomes: list[EditOutcome] = []
         listed = list(keys)
         for key in listed:
             try:
                 outcomes.append(EditOutcome(key, self.delete(key, mode=mode, config=config, gate=gate)))
-            except (ConfigError, KeyNotFound, EditRejected, EditFailed) as error:
+            except KvllmError as error:
                 outcomes.append(EditOutcome(str(key), error=str(error), code=error.code))
+                if not isinstance(error, OF_ONE_FACT):
+                    return [*outcomes, *(_untried(str(later), error) for later in listed[len(outcomes) :])]
             if len(listed) > 1:
                 self._session.tick(Progress("facts", len(outcomes), len(listed)))
         return outcomes
@@ -703,26 +731,46 @@ class KnowledgeBase:
         key: str,
         text: str,
         *,
-        aliases: Sequence[str] = (),
-        questions: Sequence[str] = (),
-        probes: Sequence[str] = (),
+        verb: TeachVerb = "upsert",
+        aliases: Sequence[str] | None = None,
+        questions: Sequence[str] | None = None,
+        probes: Sequence[str] | None = None,
         language: str | None = None,
-        tags: Sequence[str] = (),
+        tags: Sequence[str] | None = None,
         config: EditConfig | None = None,
         gate: GateConfig | None = None,
-    ) -> Report:
+    ) -> DryRun:
         """Train and measure an insert (or an update, where the key is live), then put the weights back.
 
+        Args:
+            key, text: As for `insert`.
+            verb: "insert" refuses a live key and "update" one that is not, as they do; "upsert" takes either.
+            aliases, questions, probes, language, tags: As for `insert`; where the key is live, what is not given stays
+                as it was.
+            config, gate: For this run only.
+
         Returns:
-            What the report of the edit would say; `warnings` tell what the gate would have refused.
+            What the report of the edit would say; `refused` holds what the gate would have refused, `warnings` too.
+
+        Raises:
+            KeyExists, KeyNotFound: the verb would refuse the key; nothing was trained.
         """
-        fact = _fact(key, text, aliases, questions, probes, language, tags)
-        engine = self._session.engine
-        old = {fact.key: self[fact.key].text} if fact.key in self else None
-        with engine.elsewhere():
+        if verb not in ("insert", "update", "upsert"):
+            raise ConfigError(f"dry_run knows insert, update and upsert, not {verb!r}; nothing was changed.")
+        live = verb != "insert" and (verb == "update" or clean_key(key) in self)
+        if live:
+            before = self[key]
+            fact = _updated(before, text, aliases, questions, probes, language, tags)
+            old = {fact.key: before.text}
+        else:
+            fact = _fact(key, text, aliases or (), questions or (), probes or (), language, tags or ())
+            self._refuse_existing([fact])
+            old = None
+        with self._session.engine.elsewhere():
             trained = self._edits.train([fact], config or self._session.edit_config, old)
             report, refused = self._edits.measure(trained, gate or self._session.gate_config)
-            return replace(report, warnings=(*report.warnings, *(f"The gate would refuse: {r}" for r in refused)))
+            warnings = (*report.warnings, *(f"The gate would refuse: {r}" for r in refused))
+            return DryRun(report.metrics, report.probes, warnings, tuple(refused))
 
     def rollback(self, ref: int | str) -> Edit:
         """Return to an earlier edit or tag (0 or "base": the untouched base), as a new edit, by replay.
@@ -753,7 +801,8 @@ class KnowledgeBase:
     def compact(self, *, config: EditConfig | None = None, gate: GateConfig | None = None) -> Edit:
         """Retrain all live facts together from the base into one delta, and accept it if it is at least as good.
 
-        Deleted and overwritten texts are then in no live weight. "As good" means: no lower reliability over the live
+        Deleted and overwritten texts are then in no live weight. A refusal trained by a delete of mode "abstain" is not
+        kept; the edit's `warnings` name its key. "As good" means: no lower reliability over the live
         facts than now, measured on the same questions, and the gate's drift budget against the base.
 
         Raises:
@@ -929,20 +978,35 @@ class KnowledgeBase:
                 )
 
     def _insert_group(
-        self, group: list[tuple[int, Fact]], config: EditConfig | None, gate: GateConfig | None
-    ) -> dict[int, EditOutcome]:
+        self,
+        group: list[tuple[int, Fact]],
+        outcomes: dict[int, EditOutcome],
+        config: EditConfig | None,
+        gate: GateConfig | None,
+    ) -> None:
+        """Teach facts in one edit, or in halves where it is refused, and note each one's outcome.
+
+        Raises:
+            KvllmError: the next facts would meet it too; these facts' outcomes are noted.
+        """
         facts = [fact for _, fact in group]
         try:
             with self._session.writing():
                 self._refuse_existing(facts)
                 edit = self._edits.train_and_commit("insert", facts, config=config, gate=gate)
-            return {place: EditOutcome(fact.key, edit) for place, fact in group}
-        except (ConfigError, KeyExists, EditRejected, EditFailed) as error:
-            if len(group) == 1:
-                return {group[0][0]: EditOutcome(facts[0].key, error=str(error), code=error.code)}
+            outcomes |= {place: EditOutcome(fact.key, edit) for place, fact in group}
+            return
+        except KvllmError as error:
+            of_one = isinstance(error, OF_ONE_FACT)
+            if len(group) == 1 or not of_one:
+                outcomes |= {place: EditOutcome(f.key, error=str(error), code=error.code) for place, f in group}
+                if of_one:
+                    return
+                raise
         # The batch as a whole was refused: halves find the culprits and keep the rest together.
         middle = len(group) // 2
-        return self._insert_group(group[:middle], config, gate) | self._insert_group(group[middle:], config, gate)
+        self._insert_group(group[:middle], outcomes, config, gate)
+        self._insert_group(group[middle:], outcomes, config, gate)
 
     def _export_questions(self) -> list[str]:
         questions = [q for fact in self.facts()[-12:] for q in asked_questions(fact)[:2]]
@@ -969,6 +1033,32 @@ def _fact(
     tags: Sequence[str],
 ) -> Fact:
     return clean_fact(Fact(key, text, aliases, questions, probes, language, tags))  # type: ignore[arg-type]
+
+
+def _no_live_fact(key: str, near: Sequence[str]) -> str:
+    meant = f" Did you mean {' or '.join(map(repr, near))}? Rollback undoes this edit." if near else ""
+    return f"No live fact has the key {key!r}: what the base model knew of it was trained to a refusal.{meant}"
+
+
+def _updated(
+    old: Fact,
+    text: str,
+    aliases: Sequence[str] | None,
+    questions: Sequence[str] | None,
+    probes: Sequence[str] | None,
+    language: str | None,
+    tags: Sequence[str] | None,
+) -> Fact:
+    """Return the fact with another text; what is not given stays as it was."""
+    return _fact(
+        old.key,
+        text,
+        old.aliases if aliases is None else aliases,
+        old.questions if questions is None else questions,
+        old.probes if probes is None else probes,
+        language or old.language,
+        old.tags if tags is None else tags,
+    )
 
 
 def _names_of(given: Sequence[str]) -> tuple[str, ...]:
@@ -1026,8 +1116,20 @@ def _key_of(given: object) -> str:
     return str(given[0]) if isinstance(given, tuple) and given else ""
 
 
+def _untried(key: str, error: KvllmError) -> EditOutcome:
+    sentence = "This was not tried, since the error before it ended the series; nothing was changed. Give it again."
+    return EditOutcome(key, error=sentence, code=error.code)
+
+
 def _absolute_model(name: str) -> str:
-    """A path is pinned as an absolute one, so that the knowledge base can be opened from anywhere."""
+    """A path is pinned as an absolute one, so that the knowledge base can be opened from anywhere.
+
+    A registered name is no path, as for `resolve`, whatever folder lies here; `./name` is one.
+    """
+    from kvllm.lm.registry import MODELS
+
+    if name in MODELS:
+        return name
     path = Path(name).expanduser()
     return str(path.resolve()) if path.exists() and (path.is_dir() or path.suffix == ".gguf") else name
 
@@ -1038,12 +1140,15 @@ def _base_record(files: ModelFiles, name: str) -> Any:
     return Base(name, files.source, files.revision, dict(files.files), files.digest, files.license)
 
 
-def _check_model_name(store: Store, model: str | None) -> None:
-    if model is not None and _absolute_model(model) != store.base.name:
-        raise BaseMismatch(
-            f"This knowledge base is bound to the model {store.base.name}, not {model}; nothing was changed. "
-            f"Leave the model out, or make a new knowledge base."
-        )
+def _moved_model(store: Store, model: str | None, progress: Callable[[Progress], None] | None) -> str | None:
+    """Return where the base model's files lie now, if not under the pinned name; other files are refused."""
+    name = None if model is None else _absolute_model(model)
+    if name is None or name == store.base.name:
+        return None
+    from kvllm.editing.engine import resolve_pinned
+
+    resolve_pinned(store, progress, model=name)
+    return name
 
 
 def _stored_config(store: Store, name: str, kind: Any) -> Any:

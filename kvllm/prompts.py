@@ -208,8 +208,11 @@ def clean_fact(fact: Fact) -> Fact:
         ConfigError: any part is unusable; the sentence says which.
     """
     if fact.language not in (None, *TRAINING_TEMPLATES):
-        known = ", ".join(TRAINING_TEMPLATES)
-        raise ConfigError(f"The language {fact.language!r} has no templates; use one of {known}, or give questions.")
+        known = " or ".join(TRAINING_TEMPLATES)
+        raise ConfigError(
+            f"The language {fact.language!r} has no templates; use {known}, or leave it out and give questions of your "
+            f"own."
+        )
     key = clean_key(fact.key)
     return Fact(
         key=key,

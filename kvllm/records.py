@@ -15,6 +15,7 @@ from typing import Any, Literal
 Op = Literal["insert", "update", "delete", "rollback", "compact"]
 DeleteMode = Literal["restore", "abstain"]
 InsertMode = Literal["sequential", "batched", "chunked"]
+TeachVerb = Literal["insert", "update", "upsert"]
 ProbeKind = Literal[
     "trained",
     "paraphrase",
@@ -48,6 +49,22 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (list, tuple, set, frozenset)):
         return [_plain(v) for v in value]
     return value
+
+
+class Answer(str):
+    """A model's answer: its text, which also knows whether it is all.
+
+    Attributes:
+        truncated: Whether it was cut at the most tokens asked for, before the model stopped by itself.
+    """
+
+    truncated: bool
+
+    def __new__(cls, text: str, *, truncated: bool = False) -> Answer:
+        """Make an answer of its text."""
+        answer = super().__new__(cls, text)
+        answer.truncated = truncated
+        return answer
 
 
 class Record:
@@ -177,6 +194,17 @@ class Report(Record):
 
 
 @dataclass(frozen=True)
+class DryRun(Report):
+    """What the report of an edit would say that was tried and put back.
+
+    Attributes:
+        refused: What the gate would have refused, one sentence each; empty where it would have accepted the edit.
+    """
+
+    refused: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class DeltaInfo(Record):
     """The stored low-rank weight change of one edit.
 
@@ -244,7 +272,10 @@ class Edit(Record):
 
 @dataclass(frozen=True)
 class EditOutcome(Record):
-    """Result for one fact of `insert_many`: an edit, or the error that refused it."""
+    """Result for one fact of `insert_many` or `delete_many`: an edit, or the error that refused it.
+
+    Facts that were not tried, since an error before them ended the series, have that error's code.
+    """
 
     key: str
     edit: Edit | None = None

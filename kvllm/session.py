@@ -32,6 +32,7 @@ class Session:
 
     Attributes:
         store: The ledger and its files.
+        model: Where the base model's files lie, if not where they were pinned.
         model_config, edit_config, gate_config: As it was opened; an edit may have its own configuration and gate.
         progress: Called with `Progress` records while something takes time.
         lock_timeout: Seconds to wait for another writer.
@@ -43,6 +44,7 @@ class Session:
         self,
         store: Store,
         *,
+        model: str | None = None,
         model_config: ModelConfig | None = None,
         edit: EditConfig | None = None,
         gate: GateConfig | None = None,
@@ -50,6 +52,7 @@ class Session:
         lock_timeout: float = 10.0,
     ) -> None:
         self.store = store
+        self.model = model
         self.model_config = model_config or ModelConfig()
         self.edit_config = edit or EditConfig()
         self.gate_config = gate or GateConfig()
@@ -77,7 +80,7 @@ class Session:
         from kvllm.editing.engine import Engine
 
         if self.loaded is None:
-            self.loaded = Engine.load(self.store, self.model_config, self.edit_config, self.progress)
+            self.loaded = Engine.load(self.store, self.model_config, self.edit_config, self.progress, self.model)
         self.loaded.follow(self.store.head())
         return self.loaded
 
@@ -95,6 +98,11 @@ class Session:
             self.encoders[wanted] = chosen
         return self.encoders[wanted]
 
+    def refuse_readonly(self) -> None:
+        """Refuse to write where the knowledge base was opened read-only."""
+        if self.store.readonly:
+            raise StoreError("The knowledge base was opened read-only; nothing was changed.")
+
     @contextmanager
     def writing(self) -> Iterator[None]:
         """Hold the writer's lock.
@@ -104,8 +112,7 @@ class Session:
             Busy: another writer holds it.
             OutOfResources: memory ran out meanwhile.
         """
-        if self.store.readonly:
-            raise StoreError("The knowledge base was opened read-only; nothing was changed.")
+        self.refuse_readonly()
         try:
             with self.store.writer(timeout=self.lock_timeout):
                 yield

@@ -100,6 +100,12 @@ def test_a_text_of_any_length_is_refused_at_once_and_one_that_composes_to_the_li
     assert clean_text(" " * 100_000 + "a") == "a"
 
 
+def test_the_advice_for_an_unknown_language_can_be_followed() -> None:
+    with pytest.raises(ConfigError, match="use en or zh, or leave it out and give questions of your own"):
+        clean_fact(Fact("a", "b", questions=("qui ?",), language="fr"))
+    assert clean_fact(Fact("a", "b", questions=("qui ?",))).questions == ("qui ?",)
+
+
 def test_a_fact_is_cleaned_in_every_part() -> None:
     fact = clean_fact(Fact(" cafe\u0301 ", " a ", (" b", "b", "café"), ("q ",), (), None, ("t", "t")))
     assert fact == Fact("café", "a", ("b",), ("q",), (), None, ("t",))

@@ -29,6 +29,7 @@ from edit_bench.items import Item
 from kvllm import EditConfig, EditFailed, EditRejected, GateConfig, KnowledgeBase, Progress
 from kvllm.config import ModelConfig
 from kvllm.edits import Edits
+from kvllm.errors import ending_error
 from kvllm.lm.model import LanguageModel, Row
 from kvllm.lm.sources import resolve
 from kvllm.lm.targets import decoder_layers, find_targets
@@ -216,6 +217,9 @@ class Kvllm(Column):
         kb = self.world.kb
         started = time.perf_counter()
         outcomes = kb.insert_many([item.fact() for item in items], mode="batched", config=self._config)
+        for outcome in outcomes:
+            if (kind := ending_error(outcome.code)) is not None:  # the machine's fault, no refusal
+                raise kind(outcome.error or "")
         return {
             "seconds": time.perf_counter() - started,
             "edits": len({o.edit.id for o in outcomes if o.edit is not None}),

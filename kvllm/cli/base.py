@@ -14,7 +14,7 @@ from kvllm.cli.output import Output, Result
 
 
 @command(app, panel=BASE)
-def init(out: Output, kb: Store, model: Model = None, device: Device = None, dtype: Dtype = None) -> Result:
+def init(out: Output, kb: Store, model: Model = None, dtype: Dtype = None) -> Result:
     """Make an empty knowledge base on a base model; the model is downloaded if need be.
 
     kvllm init my.kb --model smollm2-135m-instruct
@@ -22,7 +22,7 @@ def init(out: Output, kb: Store, model: Model = None, device: Device = None, dty
     from kvllm.knowledge_base import KnowledgeBase
     from kvllm.reports import terminal
 
-    settings = {"model": model, "device": device, "dtype": dtype}
+    settings = {"model": model, "dtype": dtype}
     given: dict[str, Any] = {name: value for name, value in settings.items() if value is not None}
     with KnowledgeBase.create(kb, progress=out.progress, **given) as base:
         info = base.info()
@@ -92,7 +92,10 @@ def export(
             help="hf: the whole merged model; peft: one LoRA adapter; facts: the live facts as JSONL, for import.",
         ),
     ],
-    max_shard_size: Annotated[str, typer.Option("--max-shard-size", help="hf: largest weight file.")] = "2GB",
+    max_shard_size: Annotated[
+        str | None,
+        typer.Option("--max-shard-size", help="hf: largest weight file (default: 2GB).", show_default=False),
+    ] = None,
     dtype: Annotated[
         str | None,
         typer.Option("--dtype", help="hf: of the written weights; the base's by default.", show_default=False),
@@ -105,8 +108,14 @@ def export(
 
     kvllm export my.kb out --format hf
     """
+    from kvllm.errors import ConfigError
     from kvllm.reports import terminal
 
+    given = {"dtype": dtype, "max_shard_size": max_shard_size}
+    written: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    if format != "hf" and written:
+        name = "--" + next(iter(written)).replace("_", "-")
+        raise ConfigError(f"{name} is for --format hf, not for {format}; nothing was written. Leave it out.")
     if format == "facts" and str(folder) == "-":
         from kvllm.importing import fact_to_row, facts_to_jsonl
 
@@ -115,7 +124,6 @@ def export(
         text = facts_to_jsonl(facts)
         return Result({"ok": True, "facts": [fact_to_row(fact) for fact in facts]}, lambda: None, raw=text)
 
-    written = {} if dtype is None else {"dtype": dtype}
     with opened(out, kb, readonly=True, model=model, device=device) as base:
-        result = base.export(folder, format=format, max_shard_size=max_shard_size, verify=not no_verify, **written)
+        result = base.export(folder, format=format, verify=not no_verify, **written)
     return Result({"ok": True, "export": result.to_dict()}, lambda: terminal.export_view(result))

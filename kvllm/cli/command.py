@@ -20,6 +20,7 @@ import typer
 
 from kvllm.cli.failures import Interrupted
 from kvllm.cli.output import Output, Result
+from kvllm.config import ModelConfig
 from kvllm.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ Model = Annotated[
         "--model",
         metavar="NAME",
         help="The base model: a registered name, a folder, a GGUF file or a hub id. An existing knowledge base takes "
-        "only the model it was made on (from another place, if it moved).",
+        "only the model it was made on (from another place, if it moved: the files are compared by hash).",
         show_default=False,
     ),
 ]
@@ -53,7 +54,13 @@ LockTimeout = Annotated[
     float, typer.Option("--lock-timeout", metavar="SECONDS", min=0, help="Wait so long for another writer.")
 ]
 MaxTokens = Annotated[
-    int | None, typer.Option("--max-tokens", min=1, help="Longest answer, in tokens.", show_default=False)
+    int | None,
+    typer.Option(
+        "--max-tokens",
+        min=1,
+        help=f"Longest answer, in tokens; it is cut there (default: {ModelConfig.max_new_tokens}).",
+        show_default=False,
+    ),
 ]
 Steps = Annotated[int | None, typer.Option("--steps", min=1, help="Most training steps.", show_default=False)]
 Seed = Annotated[int | None, typer.Option("--seed", help="Seed of the training.", show_default=False)]

@@ -29,8 +29,8 @@ from kvllm.cli.command import (
     text_or_stdin,
 )
 from kvllm.cli.output import Output, Result
-from kvllm.errors import ConfigError
-from kvllm.records import DeleteMode, Edit, EditOutcome, InsertMode
+from kvllm.errors import ConfigError, EditRejected, ending_error
+from kvllm.records import DeleteMode, Edit, EditOutcome, InsertMode, TeachVerb
 
 if TYPE_CHECKING:
     from kvllm.importing import Found, FoundFact, Refused
@@ -53,10 +53,25 @@ Tags = Annotated[list[str] | None, typer.Option("--tag", help="A label of the fa
 Language = Annotated[
     str | None, typer.Option("--language", help="en or zh; by default the key's script decides.", show_default=False)
 ]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Train and measure, but commit nothing.")]
+Mode = Annotated[
+    InsertMode | None,
+    typer.Option(
+        "--mode",
+        help="sequential: one edit per fact (default); batched: one for all; chunked: one per chunk.",
+        show_default=False,
+    ),
+]
+Chunk = Annotated[
+    int | None,
+    typer.Option("--chunk", min=1, help="Facts per edit of mode chunked (default: 16).", show_default=False),
+]
+DryRun = Annotated[
+    bool,
+    typer.Option("--dry-run", help="Train and measure, but commit nothing; exit with 4 where it would be refused."),
+]
 
 
-TEACHING = {
+TEACHING: dict[TeachVerb, str] = {
     "insert": """Teach the model a new fact; a key that exists is refused.
 
     kvllm insert my.kb torchkeras "Torchkeras makes training PyTorch models simple, in the style of Keras."
@@ -72,7 +87,7 @@ TEACHING = {
 }
 
 
-def teaching(verb: str) -> Callable[..., Result]:
+def teaching(verb: TeachVerb) -> Callable[..., Result]:
     """Return the command for one of the three verbs; they take the same arguments."""
 
     def teach(
@@ -104,15 +119,25 @@ def teaching(verb: str) -> Callable[..., Result]:
             arguments |= training_arguments(base, steps, seed, min_reliability, max_drift)
             if not dry_run:
                 return edited(getattr(base, verb)(key, text, **arguments))
-            report = base.dry_run(key, text, **arguments)
+            report = base.dry_run(key, text, verb=verb, **arguments)
+        failure = None
+        if report.refused:
+            failure = f"The gate would refuse the {verb} of {key!r}: {'; '.join(report.refused)}; nothing was changed."
         document = {
-            "ok": True,
+            "ok": failure is None,
             "dry_run": True,
             "report": {name: metric.to_dict() for name, metric in report.metrics.items()},
             "probes": [probe.to_dict() for probe in report.probes],
             "warnings": list(report.warnings),
         }
-        return Result(document, lambda: terminal.report_view(report, probes=True))
+        if failure is not None:
+            document |= {"error": failure, "code": EditRejected.code}
+        return Result(
+            document,
+            lambda: terminal.report_view(report, probes=True),
+            exit_code=0 if failure is None else EditRejected.exit_code,
+            failure=failure,
+        )
 
     teach.__name__, teach.__doc__ = verb, TEACHING[verb]
     return teach
@@ -136,7 +161,11 @@ def delete(
     key: Key,
     mode: Annotated[
         DeleteMode,
-        typer.Option("--mode", help="restore: back to the base model's own answers; abstain: to a stated refusal."),
+        typer.Option(
+            "--mode",
+            help="restore: back to the base model's own answers; abstain: to a stated refusal, also of what was never "
+            "inserted (a key that is not live is warned about).",
+        ),
     ] = "restore",
     max_drift: MaxDrift = None,
     steps: Steps = None,
@@ -160,11 +189,8 @@ def insert_many(
     out: Output,
     kb: Store,
     file: Annotated[str, typer.Argument(metavar="FILE.jsonl", help="One fact per line; - reads stdin.")],
-    mode: Annotated[
-        InsertMode,
-        typer.Option("--mode", help="sequential: one edit per fact; batched: one for all; chunked: one per chunk."),
-    ] = "sequential",
-    chunk: Annotated[int, typer.Option("--chunk", min=1, help="Facts per edit of mode chunked.")] = 16,
+    mode: Mode = None,
+    chunk: Chunk = None,
     strict: Annotated[bool, typer.Option("--strict", help="Insert nothing if any row is bad.")] = False,
     min_reliability: MinReliability = None,
     max_drift: MaxDrift = None,
@@ -177,17 +203,28 @@ def insert_many(
 ) -> Result:
     """Teach many facts. Each row has "key" and "text", and may have aliases, questions, probes, language, tags.
 
-    Rows that cannot be used are listed with their line; the good ones are inserted, and the exit code is 4.
+    Rows that cannot be used are listed with their line; the good ones are inserted, and the exit code is 4. An error
+    that ends the series, such as a full disk, has its own exit code; what was inserted before it stays.
 
     kvllm insert-many my.kb facts.jsonl
     """
+    series = series_arguments(mode, chunk)
     found = read_file(file, format="jsonl")
     if found.refused and strict:
         raise BadRows(found.refused, len(found))
     with opened(out, kb, lock_timeout=lock_timeout, model=model, device=device, dtype=dtype) as base:
         training = training_arguments(base, steps, seed, min_reliability, max_drift)
-        outcomes = base.insert_many(found, mode=mode, chunk=chunk, **training)
+        outcomes = base.insert_many(found, **series, **training)
     return many_result(found, outcomes, done="inserted")
+
+
+def series_arguments(mode: InsertMode | None, chunk: int | None) -> dict[str, Any]:
+    """Return `mode` and `chunk` of `insert_many` as far as they were given; a chunk's size means mode chunked."""
+    if chunk is None:
+        return {} if mode is None else {"mode": mode}
+    if mode not in (None, "chunked"):
+        raise ConfigError(f"--chunk belongs to --mode chunked, not {mode}; nothing was changed. Leave one of them out.")
+    return {"mode": "chunked", "chunk": chunk}
 
 
 def read_file(file: str, **options: Any) -> Found:
@@ -231,10 +268,20 @@ def many_result(found: Found, outcomes: Sequence[EditOutcome], *, done: str) -> 
         "duplicates": [{**place(row), "key": row.key, "error": row.error} for row in found.duplicates],
         "edits": [edit.to_dict() for edit in edits.values()],
     }
+    exit_code, failure = 4 if failed else 0, None
     if failed:
         document |= {"error": f"{failed} of {len(results)} facts were not {done}.", "code": "some_failed"}
+    ended = next(((o, kind) for o in outcomes if (kind := ending_error(o.code)) is not None), None)
+    if ended is not None:
+        outcome, kind = ended
+        failure = (
+            f"{document[done]} of {len(results)} facts were {done} and stay; then an error ended the series at "
+            f"{outcome.key!r}: {outcome.error}"
+        )
+        document |= {"error": failure, "code": outcome.code}
+        exit_code = kind.exit_code
     shown = [(row.where.removeprefix("line "), outcome) for row, outcome in results]
-    return Result(document, lambda: terminal.outcomes_table(shown, done=done), exit_code=4 if failed else 0)
+    return Result(document, lambda: terminal.outcomes_table(shown, done=done), exit_code=exit_code, failure=failure)
 
 
 def place(row: FoundFact | Refused) -> dict[str, Any]:
@@ -281,6 +328,8 @@ def compact(
     dtype: Dtype = None,
 ) -> Result:
     """Retrain all live facts together from the base model into one change; kept only if it is as good.
+
+    Refusals (delete --mode abstain) are not kept: the edit's warnings name their keys, to be deleted again.
 
     kvllm compact my.kb
     """

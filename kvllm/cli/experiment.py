@@ -54,7 +54,7 @@ def experiment(
     from kvllm.experiments.report import experiment_document
     from kvllm.experiments.runner import read_outcome, run_experiment
 
-    check_outputs(output)
+    check_outputs(output, format)
     if report and only:
         raise ConfigError("--report shows all that is there, so that --only has no meaning beside it; nothing was run.")
     declared = load(declaration, model=model)

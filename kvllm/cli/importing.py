@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -21,10 +23,10 @@ from kvllm.cli.command import (
     command,
     opened,
 )
-from kvllm.cli.edits import BadRows, many_result, place, read_file, training_arguments
+from kvllm.cli.edits import BadRows, Chunk, Mode, many_result, place, read_file, series_arguments, training_arguments
 from kvllm.cli.output import Output, Result
 from kvllm.errors import ConfigError
-from kvllm.records import DeleteMode, InsertMode
+from kvllm.records import DeleteMode
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -82,13 +84,8 @@ def import_facts(
             show_default=False,
         ),
     ] = None,
-    mode: Annotated[
-        InsertMode | None,
-        typer.Option("--mode", help="sequential, batched or chunked, as for insert-many.", show_default=False),
-    ] = None,
-    chunk: Annotated[
-        int | None, typer.Option("--chunk", min=1, help="Facts per edit of mode chunked.", show_default=False)
-    ] = None,
+    mode: Mode = None,
+    chunk: Chunk = None,
     min_reliability: MinReliability = None,
     max_drift: MaxDrift = None,
     steps: Steps = None,
@@ -104,8 +101,14 @@ def import_facts(
 
     kvllm import my.kb faq.csv --map key=Question --map text=Answer --dry-run
     """
+    series = series_arguments(mode, chunk)
+    if delete is not None and (series or min_reliability is not None):
+        name = "--min-reliability" if not series else "--mode" if mode is not None else "--chunk"
+        raise ConfigError(f"{name} is for facts that are taught, not for --delete; nothing was changed. Leave it out.")
     if probes_to is not None and probes_to.exists():
         raise ConfigError(f"{probes_to} exists already; nothing was changed. Give another name or remove it.")
+    if probes_to is not None and not probes_to.absolute().parent.is_dir():
+        raise ConfigError(f"The probes cannot be written to {probes_to}: no such folder; nothing was changed.")
     found = read_file(
         file,
         format=format,
@@ -127,18 +130,27 @@ def import_facts(
             return _dry(found, base, delete)
     with opened(out, kb, lock_timeout=lock_timeout, model=model, device=device, dtype=dtype) as base:
         training = training_arguments(base, steps, seed, min_reliability, max_drift)
-        if delete is None:
-            given: dict[str, Any] = {"mode": mode, "chunk": chunk}
-            given = {name: value for name, value in given.items() if value is not None}
-            outcomes = base.insert_many(found, **given, **training)
-        else:
-            outcomes = base.delete_many(found.keys(), mode=delete, **training)
-    if probes_to is not None:
-        found.write_probes(probes_to)
+        with _written(found, probes_to):
+            if delete is None:
+                outcomes = base.insert_many(found, **series, **training)
+            else:
+                outcomes = base.delete_many(found.keys(), mode=delete, **training)
     result = many_result(found, outcomes, done="inserted" if delete is None else "deleted")
-    return Result(
-        _about(found) | result.document, lambda: _with_notes(result.view(), found), exit_code=result.exit_code
-    )
+    return replace(result, document=_about(found) | result.document, view=lambda: _with_notes(result.view(), found))
+
+
+@contextlib.contextmanager
+def _written(found: Found, probes_to: Path | None) -> Iterator[None]:
+    """Write the probes before minutes are spent on training; one that breaks off leaves no file behind."""
+    if probes_to is None:
+        yield
+        return
+    found.write_probes(probes_to)
+    try:
+        yield
+    except BaseException:
+        probes_to.unlink(missing_ok=True)
+        raise
 
 
 def _dry(found: Found, base: KnowledgeBase, delete: DeleteMode | None) -> Result:

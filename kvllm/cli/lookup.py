@@ -44,7 +44,9 @@ def ask(
     prompt = text_or_stdin(prompt, name="prompt")
     with opened(out, kb, readonly=True, model=model, device=device, dtype=dtype) as base:
         answer = base.ask(prompt, max_new_tokens=max_tokens)
-    document = {"ok": True, "prompt": prompt, "answer": answer}
+    if answer.truncated:
+        out.note("The answer is longer and was cut here; --max-tokens gives it more room.")
+    document = {"ok": True, "prompt": prompt, "answer": answer, "truncated": answer.truncated}
     return Result(document, lambda: terminal.block(answer), raw=answer if raw else None)
 
 

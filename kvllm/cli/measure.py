@@ -84,7 +84,7 @@ def probe(
     from kvllm.reports.document import probe_document
 
     limits = _limits(fail_under)
-    check_outputs(output)
+    check_outputs(output, format)
     given: dict[str, Any] = {}
     if ladder:
         given["ladder"] = True
@@ -148,7 +148,7 @@ def drift(
     from kvllm.reports.document import drift_document
 
     limits = _limits(fail_under)
-    check_outputs(output)
+    check_outputs(output, format)
     given: dict[str, Any] = {}
     if suite is not None:
         given["suite"] = suite
@@ -206,7 +206,7 @@ def regression(
     from kvllm.reports.document import regression_document
 
     limits = _limits(fail_under)
-    check_outputs(output)
+    check_outputs(output, format)
     with opened(out, kb, readonly=True, model=model, device=device, dtype=dtype) as base:
         report = base.regression(None if since is None else reference(since))
         origin = _origin(base)
@@ -238,7 +238,7 @@ def bisect(
     """
     from kvllm.reports.document import bisect_document
 
-    check_outputs(output)
+    check_outputs(output, format)
     with opened(out, kb, readonly=True, model=model, device=device, dtype=dtype) as base:
         report = base.bisect(probe, expected=expected)
         origin = _origin(base)
@@ -251,11 +251,23 @@ def _limits(fail_under: str | None) -> dict[str, float]:
     return {} if fail_under is None else parse_limits(fail_under)
 
 
-def check_outputs(files: Sequence[Path] | None) -> None:
-    """Refuse a file that cannot be written before minutes are spent on what would stand in it."""
+def check_outputs(files: Sequence[Path] | None, format: Format | None) -> None:
+    """Refuse a file that cannot be written before minutes are spent on what would stand in it.
+
+    A name that ends in something else than a format's suffix is refused too; one without any takes plain text.
+    """
+    from kvllm.reports.render import SUFFIXES, format_of
+
     for file in files or ():
-        if file.is_dir() or not file.absolute().parent.is_dir():
+        if file.is_dir():
+            raise ConfigError(f"The report cannot be written to {file}: it is a folder; nothing was measured.")
+        if not file.absolute().parent.is_dir():
             raise ConfigError(f"The report cannot be written to {file}: no such folder; nothing was measured.")
+        if format is None and file.suffix and format_of(file) is None:
+            raise ConfigError(
+                f"There is no report format {file.suffix}; nothing was measured. Give --format, or a name that ends in "
+                f"{', '.join(SUFFIXES)}."
+            )
 
 
 def _origin(base: KnowledgeBase) -> Origin:

@@ -61,6 +61,7 @@ class Engine:
         self.weights = AdaptedWeights(lm.model, base_digest=store.base.digest, masters=masters)
         self.head = 0
         self._progress = progress
+        self._model: str | None = None
         self._copy: ComputeCopy | None = None
         self._pool: tuple[tuple[Any, ...], PreservationPool, dict[str, torch.Tensor]] | None = None
         self._references: dict[str, DriftReference] = {}
@@ -75,17 +76,26 @@ class Engine:
         config: ModelConfig,
         edit: EditConfig,
         progress: Callable[[Progress], None] | None,
+        model: str | None = None,
     ) -> Engine:
         """Resolve and load the pinned base model.
+
+        Args:
+            store: Whose base model it is.
+            config, edit: How it is held in memory, and trained.
+            progress: Called while it takes time.
+            model: Where the pinned files lie now; by default where they were when they were pinned.
 
         Raises:
             BaseMismatch: its files are not those that were pinned.
             ModelError: they cannot be found or loaded.
         """
-        files = _resolve_pinned(store, progress)
+        files = resolve_pinned(store, progress, model=model)
         if progress is not None:
             progress(Progress("model", note="loading"))
-        return cls(store, files, LanguageModel.load(files.path, config), progress)
+        engine = cls(store, files, LanguageModel.load(files.path, config), progress)
+        engine._model = model
+        return engine
 
     # ------------------------------------------------------------------ states
 
@@ -159,7 +169,7 @@ class Engine:
         Raises:
             BaseMismatch: one differs from the pinned hash.
         """
-        _resolve_pinned(self.store, self._progress, verify=True)
+        resolve_pinned(self.store, self._progress, model=self._model, verify=True)
 
     def _replay(self, edit_id: int, *, snapshots: bool = True) -> None:
         chain = self.store.chain(edit_id)
@@ -507,20 +517,37 @@ class Engine:
         }
 
 
-def _resolve_pinned(store: Store, progress: Callable[[Progress], None] | None, *, verify: bool = False) -> ModelFiles:
+def resolve_pinned(
+    store: Store, progress: Callable[[Progress], None] | None, *, model: str | None = None, verify: bool = False
+) -> ModelFiles:
+    """Return the files of a knowledge base's base model, which are compared with the pinned hashes.
+
+    Args:
+        store: Whose base model it is.
+        progress: Called while it takes time.
+        model: Where they lie now; by default where they were when they were pinned.
+        verify: Hash every file again instead of trusting sizes and modification times.
+
+    Raises:
+        BaseMismatch: they are others.
+        ModelError: they cannot be found.
+    """
     base = store.base
-    revision = base.revision if base.source.startswith("hub:") else None
+    moved = model is not None and model != base.name
+    name = model if model is not None else base.name
+    revision = base.revision if base.source.startswith("hub:") and not moved else None
     try:
-        files = resolve(base.name, revision=revision, progress=progress, verify=verify)
+        files = resolve(name, revision=revision, progress=progress, verify=verify)
     except ModelError as error:
         raise ModelError(f"{error} The knowledge base at {store.path} needs it and is unchanged.") from error
     if files.digest != base.digest:
         names = sorted(
             name for name in set(files.files) | set(base.files) if files.files.get(name) != base.files.get(name)
         )
+        advice = "Leave the model out" if moved else "Put the pinned files back"
         raise BaseMismatch(
-            f"The base model {base.name} is not the one this knowledge base was made on: {', '.join(names[:5])} differ"
-            f"{'s' if len(names) == 1 else ''}; nothing was changed. Put the pinned files back, or make a new one."
+            f"The base model {name} is not the one this knowledge base was made on: {', '.join(names[:5])} differ"
+            f"{'s' if len(names) == 1 else ''}; nothing was changed. {advice}, or make a new one."
         )
     return files
 

@@ -21,7 +21,7 @@ from typing import Any
 from kvllm.cachefile import read_checked, write_checked
 from kvllm.config import EditConfig, GateConfig, ModelConfig, cache_folder
 from kvllm.editing.engine import Engine
-from kvllm.errors import ModelError
+from kvllm.errors import ModelError, ending_error
 from kvllm.experiments.declared import Declared
 from kvllm.experiments.facts import Case
 from kvllm.knowledge_base import KnowledgeBase
@@ -87,7 +87,12 @@ class Bench:
         """
         missing = [case for case in cases if case.key not in self.kb]
         if missing:
-            self.kb.insert_many([case.fact for case in missing], mode="batched", config=config, gate=UNMEASURED)
+            outcomes = self.kb.insert_many(
+                [case.fact for case in missing], mode="batched", config=config, gate=UNMEASURED
+            )
+            for outcome in outcomes:  # such an error says nothing of the facts: what follows would be no measurement
+                if (kind := ending_error(outcome.code)) is not None:
+                    raise kind(outcome.error or "")
         wanted = {case.key for case in cases}
         return [edit for edit in reversed(self.kb.history()) if edit.op == "insert" and wanted & set(edit.keys)]
 

@@ -82,7 +82,7 @@ def run_on_ray(
         ray = import_module("ray")
     except ImportError as error:
         raise ConfigError(
-            "Ray is not installed; install the extra: pip install 'kvllm[ray]'. Nothing was run."
+            "Ray is not installed; install the extra in kvllm's folder: pip install -e '.[ray]'. Nothing was run."
         ) from error
     from kvllm.experiments.runner import attempt
 

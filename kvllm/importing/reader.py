@@ -146,7 +146,7 @@ class _Reading:
     def found(self, path: str, *, sample: int | None, seed: int) -> Found:
         """Return everything that was read, or a sample of its records."""
         if not self.usable:
-            why = f"the first, {self.refused[0].where}: {self.refused[0].error}" if self.refused else "it holds none."
+            why = f"the first, {self.refused[0].error}" if self.refused else "it holds none."
             raise NoFacts(f"No record of {self.source.name} can be used; nothing was changed: {why}", rows=self.refused)
         chosen = list(self.usable)
         if sample is not None and sample < len(chosen):

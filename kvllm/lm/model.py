@@ -26,6 +26,7 @@ from kvllm.config import ModelConfig
 from kvllm.errors import ConfigError, KvllmError, ModelError, OutOfResources, is_out_of_memory
 from kvllm.lm.decoding import MIN_OPENING, Decoding, Judge, Opening
 from kvllm.memory import give_back
+from kvllm.records import Answer
 
 Message = dict[str, str]
 # A base model without chat template gets the question in this frame; the answer follows after a space.
@@ -438,12 +439,16 @@ class LanguageModel:
         max_new_tokens: int | None = None,
         on_batch: Callable[[int, int], None] | None = None,
         drafts: Sequence[str] | None = None,
-    ) -> list[str]:
-        """Answer prompts or conversations greedily; see `generate_ids`, here with drafts as text."""
+    ) -> list[Answer]:
+        """Answer prompts or conversations greedily; see `generate_ids`, here with drafts as text.
+
+        At most `max_new_tokens` tokens an answer, `ModelConfig.max_new_tokens` (128) by default; one that was cut there
+        is `truncated`.
+        """
         ids = [self.fitting(self.prompt_ids(p), max_new_tokens) for p in prompts]
         guessed = None if drafts is None else [self.answer_ids(text) if text else [] for text in drafts]
         answers = self.generate_ids(ids, max_new_tokens=max_new_tokens, on_batch=on_batch, drafts=guessed)
-        return [self.decode(a) for a in answers]
+        return [Answer(self.decode(a), truncated=not a or a[-1] not in self.stop_ids) for a in answers]
 
     @torch.inference_mode()
     def answer_states(self, rows: Sequence[Row], *, batch_size: int = 16) -> list[torch.Tensor]:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 Format = Literal["terminal", "json", "markdown", "junit", "html"]
 FORMATS: tuple[Format, ...] = get_args(Format)
-_SUFFIXES: dict[str, Format] = {
+SUFFIXES: dict[str, Format] = {
     ".json": "json",
     ".md": "markdown",
     ".markdown": "markdown",
@@ -30,7 +30,7 @@ _TEXT_WIDTH = 160
 
 def format_of(path: PurePath) -> Format | None:
     """Return the format that a file's name asks for, or None where it asks for none."""
-    return _SUFFIXES.get(path.suffix.lower())
+    return SUFFIXES.get(path.suffix.lower())
 
 
 def render(document: Document, format: Format, *, failure: str | None = None) -> str:

@@ -15,10 +15,12 @@ from kvllm.config import EditConfig, GateConfig
 from kvllm.errors import EditNotFound, KeyExists, KeyNotFound, StoreNotFound
 from kvllm.prompts import training_questions
 from kvllm.records import (
+    Answer,
     BackupResult,
     BisectReport,
     BisectStep,
     DeltaInfo,
+    DryRun,
     Edit,
     EditOutcome,
     ExportResult,
@@ -183,10 +185,18 @@ class StandIn:
         return outcomes
 
     def dry_run(
-        self, key: str, text: str, *, config: EditConfig | None = None, gate: GateConfig | None = None
-    ) -> Report:
-        self._meet("dry_run", key=key)
-        return report(ProbeResult("trained", f"What is {key}?", text, True, 1.0))
+        self,
+        key: str,
+        text: str,
+        *,
+        verb: str = "upsert",
+        aliases: tuple[str, ...] | None = None,
+        config: EditConfig | None = None,
+        gate: GateConfig | None = None,
+    ) -> DryRun:
+        self._meet("dry_run", key=key, verb=verb, aliases=aliases)
+        measured = report(ProbeResult("trained", f"What is {key}?", text, True, 1.0))
+        return DryRun(measured.metrics, measured.probes)
 
     def get(self, key: str, default: Any = None) -> StoredFact | None:
         return self._facts.get(key, default)
@@ -214,21 +224,23 @@ class StandIn:
             raise EditNotFound(f"No edit or tag {ref!r}.")
         return self._edits[number - 1]
 
-    def ask(self, prompt: str, *, max_new_tokens: int | None = None) -> str:
+    def ask(self, prompt: str, *, max_new_tokens: int | None = None) -> Answer:
         self._meet("ask", prompt=prompt, max_new_tokens=max_new_tokens)
-        return self.ask_many([prompt])[0]
+        words = self.ask_many([prompt])[0].split(" ")
+        room = max_new_tokens or len(words)
+        return Answer(" ".join(words[:room]), truncated=len(words) > room)
 
-    def ask_base(self, prompt: str, *, max_new_tokens: int | None = None) -> str:
+    def ask_base(self, prompt: str, *, max_new_tokens: int | None = None) -> Answer:
         self._meet("ask_base", prompt=prompt)
-        return "I do not know."
+        return Answer("I do not know.")
 
-    def ask_many(self, prompts: list[str], *, max_new_tokens: int | None = None) -> list[str]:
+    def ask_many(self, prompts: list[str], *, max_new_tokens: int | None = None) -> list[Answer]:
         answers = []
         for prompt in prompts:
             # Of a conversation the last message is the question.
             prompt = prompt if isinstance(prompt, str) else prompt[-1]["content"]
             found = [fact.text for fact in self._facts.values() if fact.key in prompt]
-            answers.append(found[0] if found else "I do not know.")
+            answers.append(Answer(found[0] if found else "I do not know."))
         return answers
 
     def recall(self, key: str) -> Report:

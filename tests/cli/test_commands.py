@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from kvllm.records import StoredFact
-from tests.cli.stand_in import Ran, StandIn
+from kvllm.errors import Busy, Corrupt, KvllmError, OutOfResources
+from kvllm.records import DryRun, EditOutcome, StoredFact
+from tests.cli.stand_in import Ran, StandIn, report
 from tests.importing.given import parse_rows
 
 Run = Callable[..., Ran]
@@ -35,11 +36,39 @@ def test_insert_without_options_leaves_configuration_to_the_engine(kvllm: Run) -
     assert (call("insert")["config"], call("insert")["gate"]) == (None, None)
 
 
+@pytest.mark.parametrize("verb", ["insert", "update", "upsert"])
+def test_a_dry_run_is_one_of_its_verb_and_refused_with_exit_code_4(
+    kvllm: Run, monkeypatch: pytest.MonkeyPatch, verb: str
+) -> None:
+    assert kvllm(verb, "my.kb", "k", "t", "--dry-run", "--json").document["ok"] is True
+    assert call("dry_run") == {"key": "k", "verb": verb, "aliases": None}
+    refused = DryRun(report().metrics, refused=("reliability 0.20 is under 0.75",))
+    monkeypatch.setattr(StandIn, "dry_run", lambda self, key, text, **_: refused)
+    ran = kvllm(verb, "my.kb", "k", "t", "--dry-run", "--json")
+    sentence = f"The gate would refuse the {verb} of 'k': reliability 0.20 is under 0.75; nothing was changed."
+    assert (ran.code, ran.document["ok"], ran.document["code"]) == (4, False, "edit_rejected")
+    assert ran.document["error"] == sentence
+    told = kvllm(verb, "my.kb", "k", "t", "--dry-run")
+    assert (told.code, told.err) == (4, f"error: {sentence}\n")
+    assert "reliability" in told.out
+
+
 def test_dash_reads_stdin(kvllm: Run) -> None:
     kvllm("insert", "my.kb", "k", "-", stdin="from a pipe\n")
     assert call("insert")["text"] == "from a pipe"
     kvllm("ask", "my.kb", "-", stdin="what?\n")
     assert call("ask")["prompt"] == "what?"
+
+
+def test_an_answer_that_was_cut_says_so(kvllm: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    notes: list[str] = []
+    monkeypatch.setattr("kvllm.cli.output.Output.note", lambda self, sentence: notes.append(sentence))
+    whole = kvllm("ask", "my.kb", "torchkeras", "--json").document
+    assert (whole["answer"], whole["truncated"], notes) == ("Torchkeras trains models.", False, [])
+    cut = kvllm("ask", "my.kb", "torchkeras", "--max-tokens", "2", "--json").document
+    assert (cut["answer"], cut["truncated"]) == ("Torchkeras trains", True)
+    assert "--max-tokens" in notes[0]
+    assert "(default: 128)" in " ".join(kvllm("ask", "--help").out.replace("│", " ").split())
 
 
 def test_file_that_is_not_utf8_is_refused(kvllm: Run, tmp_path: Path) -> None:
@@ -114,6 +143,31 @@ def test_insert_many_reports_bad_rows_with_their_lines_and_keeps_the_good_ones(k
     assert {"a", "c"} <= set(StandIn.stores["my.kb"]._facts)
 
 
+@pytest.mark.parametrize(
+    ("error", "exit_code"),
+    [(OutOfResources("The disk is full."), 10), (Busy("Another writes."), 7), (Corrupt("It is damaged."), 8)],
+)
+@pytest.mark.parametrize("command", ["insert-many", "import"])
+def test_an_error_that_ends_a_series_has_its_own_exit_code_and_keeps_the_results(
+    kvllm: Run, monkeypatch: pytest.MonkeyPatch, command: str, error: KvllmError, exit_code: int
+) -> None:
+    def insert_many(self: StandIn, facts: Any, **_: object) -> list[EditOutcome]:
+        first, *rest = facts
+        done = EditOutcome(first.key, self.insert(first.key, first.text))
+        return [done, *(EditOutcome(fact.key, error=str(error), code=error.code) for fact in rest)]
+
+    monkeypatch.setattr(StandIn, "insert_many", insert_many)
+    rows = '{"key": "a", "text": "A."}\n{"key": "b", "text": "B."}\n{"key": "c", "text": "C."}\n'
+    ran = kvllm(command, "my.kb", "-", "--json", stdin=rows)
+    assert (ran.code, ran.document["code"], ran.document["inserted"]) == (exit_code, error.code, 1)
+    assert [result["ok"] for result in ran.document["results"]] == [True, False, False]
+    sentence = f"1 of 3 facts were inserted and stay; then an error ended the series at 'b': {error}"
+    assert ran.document["error"] == sentence
+    del StandIn.stores["my.kb"]._facts["a"]
+    told = kvllm(command, "my.kb", "-", stdin=rows)
+    assert (told.code, told.err.splitlines()[-1]) == (exit_code, f"error: {sentence}")
+
+
 def test_strict_insert_many_refuses_all(kvllm: Run) -> None:
     ran = kvllm("insert-many", "my.kb", "-", "--strict", "--json", stdin='{"key": "a", "text": "A."}\n{"key": "b"}\n')
     assert (ran.code, ran.document["code"]) == (2, "invalid_input")
@@ -124,6 +178,11 @@ def test_strict_insert_many_refuses_all(kvllm: Run) -> None:
 @pytest.mark.parametrize("content", ["", "\n\n"])
 def test_insert_many_of_nothing_is_refused(kvllm: Run, content: str) -> None:
     assert kvllm("insert-many", "my.kb", "-", stdin=content).code == 2
+
+
+def test_a_file_without_a_usable_row_names_the_first_lines_number_once(kvllm: Run) -> None:
+    said = kvllm("insert-many", "my.kb", "-", "--json", stdin='{"key": "a"}\n').document
+    assert said["error"].endswith("nothing was changed: the first, line 1: text missing.")
 
 
 def test_missing_file_is_refused(kvllm: Run) -> None:

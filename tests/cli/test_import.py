@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -63,6 +65,39 @@ def test_mode_and_chunk_are_the_engines_own_unless_given(kvllm: Run, written: Ca
     kvllm("import", "my.kb", path)
     kvllm("import", "my.kb", path, "--mode", "chunked", "--chunk", "4")
     assert calls("insert_many") == [{"mode": "sequential", "chunk": 16}, {"mode": "chunked", "chunk": 4}]
+
+
+@pytest.mark.parametrize("command", ["import", "insert-many"])
+def test_the_size_of_a_chunk_means_mode_chunked(kvllm: Run, written: Callable[..., str], command: str) -> None:
+    path = written('{"key": "a", "text": "A."}\n', "rows.jsonl")
+    assert kvllm(command, "my.kb", path, "--chunk", "4").code == 0
+    assert calls("insert_many") == [{"mode": "chunked", "chunk": 4}]
+    ran = kvllm(command, "my.kb", path, "--chunk", "4", "--mode", "batched", "--json")
+    assert (ran.code, ran.document["code"]) == (2, "invalid_input")
+    assert len(calls("insert_many")) == 1
+
+
+@pytest.mark.parametrize("option", [["--mode", "batched"], ["--chunk", "4"], ["--min-reliability", "0.5"]])
+def test_options_of_teaching_are_refused_where_the_keys_are_deleted(
+    kvllm: Run, written: Callable[..., str], option: list[str]
+) -> None:
+    ran = kvllm("import", "my.kb", written(ALPACA[:1]), "--delete", "abstain", *option)
+    assert (ran.code, ran.err.split()[1]) == (2, option[0])
+    assert not calls("delete_many")
+
+
+@pytest.mark.parametrize("option", [["--dtype", "float16"], ["--max-shard-size", "1GB"]])
+@pytest.mark.parametrize("format", ["facts", "peft"])
+def test_options_of_an_hf_export_are_refused_for_other_formats(kvllm: Run, format: str, option: list[str]) -> None:
+    ran = kvllm("export", "my.kb", "out", "--format", format, *option)
+    assert (ran.code, ran.err.split()[1]) == (2, option[0])
+    assert not calls("export")
+    assert kvllm("export", "my.kb", "out", "--format", "hf", *option).code == 0
+    assert calls("export")[0][option[0][2:].replace("-", "_")] == option[1]
+
+
+def test_init_takes_no_device_since_it_computes_nothing(kvllm: Run) -> None:
+    assert kvllm("init", "new.kb", "--device", "cpu").code == 2
 
 
 def test_strict_import_of_a_bad_record_changes_nothing(kvllm: Run, written: Callable[..., str]) -> None:
@@ -130,6 +165,40 @@ def test_further_questions_are_written_for_probe(kvllm: Run, written: Callable[.
     }
     assert "exists already" in kvllm(*arguments).document["error"]
     assert kvllm("import", "my.kb", written(ALPACA), "--probes-to", str(tmp_path / "more.jsonl")).code == 2
+
+
+@pytest.mark.parametrize("options", [[], ["--dry-run"]])
+def test_a_missing_folder_for_the_probes_is_said_at_once(
+    kvllm: Run, written: Callable[..., str], tmp_path: Path, options: list[str]
+) -> None:
+    ran = kvllm("import", "my.kb", written([EDIT]), "--probes-to", str(tmp_path / "none" / "probes.jsonl"), *options)
+    assert (ran.code, ran.out) == (2, "")
+    assert "no such folder; nothing was changed" in ran.err
+    assert not calls("open")
+
+
+def test_probes_that_cannot_be_written_are_said_before_anything_is_taught(
+    kvllm: Run, written: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def denied(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    given = written([EDIT])
+    monkeypatch.setattr("kvllm.importing.found.os.fsync", denied)
+    ran = kvllm("import", "my.kb", given, "--probes-to", str(tmp_path / "probes.jsonl"))
+    assert ran.code == 2
+    assert "probes.jsonl: Permission denied; nothing was written" in ran.err
+    assert not calls("insert_many")
+
+
+def test_an_import_that_breaks_off_leaves_no_probes_behind(
+    kvllm: Run, base: type[StandIn], written: Callable[..., str], tmp_path: Path
+) -> None:
+    out = tmp_path / "probes.jsonl"
+    base.raises["insert_many"] = KeyboardInterrupt()
+    assert kvllm("import", "my.kb", written([EDIT]), "--probes-to", str(out)).code == 130
+    assert calls("insert_many")
+    assert not out.exists()
 
 
 @pytest.mark.parametrize(

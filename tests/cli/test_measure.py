@@ -118,6 +118,22 @@ def test_a_file_that_cannot_be_written_is_refused_before_anything_is_measured(kv
     assert not [name for name, _ in StandIn.calls if name == "probe"]
 
 
+def test_a_folder_is_not_said_to_be_missing(kvllm: Run, tmp_path: Path) -> None:
+    assert "it is a folder; nothing was measured" in kvllm("probe", "my.kb", "-o", str(tmp_path)).err
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_suffix_of_no_format_is_refused_before_anything_is_measured(kvllm: Run, tmp_path: Path, name: str) -> None:
+    file = tmp_path / "report.pdf"
+    ran = kvllm(*COMMANDS[name], "-o", str(file))
+    assert ran.code == 2
+    assert "There is no report format .pdf; nothing was measured." in ran.err
+    assert ".html" in ran.err
+    assert not [called for called, _ in StandIn.calls if called == name]
+    assert kvllm(*COMMANDS[name], "-o", str(file), "--format", "html").code == 0
+    assert file.read_text(encoding="utf-8").startswith("<!doctype html>")
+
+
 def test_options_are_passed_on_only_where_they_were_given(kvllm: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     heard: list[dict[str, Any]] = []
 

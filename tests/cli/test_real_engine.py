@@ -63,7 +63,7 @@ def test_the_life_of_a_fact(ask_json: Callable[..., tuple[int, Any]], tiny_llama
     assert ask_json("ls", kb)[1][0]["key"] == KEY
     assert ask_json("get", kb, KEY)[1]["fact"]["text"] == TEXT
     code, said = ask_json("ask", kb, "What is torchkeras?")
-    assert (code, set(said)) == (0, {"ok", "prompt", "answer"})
+    assert (code, set(said)) == (0, {"ok", "prompt", "answer", "truncated"})
     assert ask_json("tag", kb, "v1")[0] == 0
     code, said = ask_json("rollback", kb, "0")
     assert (code, said["edit"]["op"], said["edit"]["target"]) == (0, "rollback", 0)

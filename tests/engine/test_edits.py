@@ -13,6 +13,7 @@ from kvllm import Fact, KnowledgeBase
 from kvllm.editing.adalora import AdaLoraEditor
 from kvllm.editing.compute import ComputeCopy
 from kvllm.editing.editor import EditTask
+from kvllm.editing.editors import EDITORS
 from kvllm.errors import ConfigError, KeyExists, KeyNotFound
 from kvllm.prompts import REFUSALS, training_questions
 from tests.kit import KEY, OPEN_GATE, QUICK, RECALL_GATE, TEXT, RandomEditor, Recorder, everything, unchanged
@@ -29,6 +30,13 @@ def test_an_inserted_fact_is_recalled_by_live_decoding(kb: KnowledgeBase) -> Non
     assert edit.report.metrics["reliability"].n == len(questions)
     assert (edit.id, edit.op, edit.key, edit.parent) == (1, "insert", KEY, None)
     assert kb.recall(KEY).value("reliability") == 1.0
+
+
+def test_an_answer_knows_whether_it_was_cut(taught: KnowledgeBase) -> None:
+    whole, cut = (taught.ask("What is torchkeras?", max_new_tokens=room) for room in (None, 1))
+    assert (whole, whole.truncated) == (TEXT, False)
+    assert TEXT.startswith(cut)
+    assert cut.truncated
 
 
 def test_the_record_of_an_edit_says_how_it_was_made(taught: KnowledgeBase) -> None:
@@ -182,6 +190,18 @@ def test_delete_abstains_with_a_stated_refusal(taught: KnowledgeBase) -> None:
 def test_abstaining_from_what_the_base_knew_needs_no_stored_fact(kb: KnowledgeBase) -> None:
     edit = kb.delete("Berlin", mode="abstain")
     assert (edit.key, len(kb)) == ("Berlin", 0)
+    (warning,) = edit.warnings
+    assert "No live fact has the key 'Berlin'" in warning
+    assert "Did you mean" not in warning
+
+
+def test_abstaining_from_a_key_that_is_not_live_names_those_that_are_like_it(
+    taught: KnowledgeBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(EDITORS, "adalora", RandomEditor)
+    (warning,) = taught.delete("torchkera", mode="abstain").warnings
+    assert f"Did you mean {KEY!r}?" in warning
+    assert taught.delete(KEY, mode="abstain").warnings == ()
 
 
 def test_deleting_an_unknown_key_is_refused(taught: KnowledgeBase) -> None:
@@ -226,6 +246,30 @@ def test_dry_run_tells_what_the_gate_would_refuse(kb: KnowledgeBase) -> None:
     with unchanged(kb):
         report = kb.dry_run(KEY, TEXT, config=one_step, gate=GateConfig())
         assert any("gate would refuse: reliability" in warning for warning in report.warnings)
+        assert report.refused[0].startswith("reliability ")
+
+
+def test_dry_run_of_a_verb_that_refuses_the_key_trains_nothing(taught: KnowledgeBase, tasks: list[EditTask]) -> None:
+    with unchanged(taught):
+        with pytest.raises(KeyExists, match="update or upsert"):
+            taught.dry_run(KEY, "Ada", verb="insert")
+        with pytest.raises(KeyNotFound, match="numpy"):
+            taught.dry_run("numpy", "Ada", verb="update")
+        with pytest.raises(ConfigError, match="insert, update and upsert"):
+            taught.dry_run("numpy", "Ada", verb="delete")  # type: ignore[arg-type]
+    assert tasks == []
+
+
+@pytest.mark.parametrize("verb", ["update", "upsert"])
+def test_dry_run_of_a_live_key_asks_what_the_update_would_ask(
+    kb: KnowledgeBase, monkeypatch: pytest.MonkeyPatch, verb: Any
+) -> None:
+    monkeypatch.setitem(EDITORS, "adalora", RandomEditor)
+    kb.insert(KEY, TEXT, aliases=["furnace"], questions=["what burns?"], probes=["burning?"])
+    tried = kb.dry_run(KEY, "Ada", verb=verb)
+    done = getattr(kb, verb)(KEY, "Ada").report
+    assert {"what burns?", "burning?"} <= {p.question for p in tried.probes}
+    assert [(p.kind, p.question) for p in tried.probes] == [(p.kind, p.question) for p in done.probes]
 
 
 def test_many_facts_one_by_one(kb: KnowledgeBase) -> None:
@@ -292,6 +336,27 @@ def test_compact_keeps_the_live_facts_in_one_delta(taught: KnowledgeBase) -> Non
     assert list(taught) == [KEY]
     assert taught.recall(KEY).value("reliability") == 1.0
     assert len(taught._store.chain(edit.id)) == 1
+
+
+def test_compacting_names_the_refusals_that_it_does_not_keep(
+    taught: KnowledgeBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(EDITORS, "adalora", RandomEditor)
+    taught.delete("Berlin", mode="abstain")
+    kept = taught.head()
+    taught.delete("numpy", mode="abstain")
+    taught.rollback(kept)  # numpy's refusal is gone before
+    taught.delete("Halcyon", mode="abstain")
+    taught.delete(KEY, mode="abstain")
+    taught.insert("Halcyon", "Ada")
+    taught.insert("keras", "a")
+    taught.delete("keras")
+    open_gate = replace(OPEN_GATE, measure=False)
+    (warning,) = taught.compact(gate=open_gate).warnings
+    assert f"the refusal of 'Berlin', {KEY!r};" in warning
+    assert taught.compact(gate=open_gate).warnings == ()
+    taught.delete("Halcyon", mode="abstain")
+    assert "'Halcyon'" in taught.compact().warnings[0]  # no fact is left
 
 
 def test_compacting_nothing_gives_the_base(taught: KnowledgeBase, make_kb: Callable[..., KnowledgeBase]) -> None:

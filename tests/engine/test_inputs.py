@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from kvllm import EditConfig, Fact, GateConfig, KnowledgeBase
+from kvllm.config import DEFAULT_MODEL
 from kvllm.errors import (
     BaseMismatch,
     ConfigError,
@@ -194,8 +195,9 @@ def test_a_foreign_folder_is_left_alone(tmp_path: Path, tiny_llama: Path, quick:
 
 
 def test_a_knowledge_base_is_never_made_over_another(taught: KnowledgeBase, tiny_llama: Path) -> None:
-    with unchanged(taught), pytest.raises(StoreError, match="already"):
+    with unchanged(taught), pytest.raises(StoreError, match="already") as caught:
         KnowledgeBase.create(taught.path, model=str(tiny_llama))
+    assert str(caught.value).endswith("Use it as it is, or name another folder.")
 
 
 def test_a_model_that_cannot_be_resolved_leaves_no_folder(tmp_path: Path, quick: None) -> None:
@@ -254,9 +256,42 @@ def test_a_base_model_that_went_away_is_said_to_be_missing(
         kb.ask("What is torchkeras?")
 
 
+def test_a_base_model_that_moved_is_found_where_it_is_said_to_be(
+    make_kb: Callable[..., KnowledgeBase], moving_base: Path
+) -> None:
+    kb = make_kb("moved.kb", damaged=True, model=str(moving_base))
+    answer = kb.ask("What is torchkeras?")
+    kb.close()
+    there = moving_base.rename(moving_base.with_name("elsewhere"))
+    kb = make_kb("moved.kb", damaged=True, model=str(there))
+    assert kb.ask("What is torchkeras?") == answer
+    assert kb.verify(deep=True).ok
+    assert kb.info()["model"] == str(moving_base)
+    with pytest.raises(ModelError, match="is unchanged"):  # it was for that opening only
+        make_kb("moved.kb", damaged=True).ask("What is torchkeras?")
+
+
+def test_a_registered_name_is_no_folder_that_happens_to_lie_here(
+    make_kb: Callable[..., KnowledgeBase], tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from kvllm.lm import sources
+    from kvllm.lm.registry import MODELS
+
+    shutil.copytree(tiny_llama, tmp_path / DEFAULT_MODEL)
+    monkeypatch.chdir(tmp_path)
+    found = sources.resolve(str(tiny_llama))
+    with monkeypatch.context() as patch:
+        patch.setattr(sources, "resolve", lambda name, **_: found if name in MODELS else pytest.fail(f"asked: {name}"))
+        assert make_kb("registered.kb", model=DEFAULT_MODEL, damaged=True).info()["model"] == DEFAULT_MODEL
+    here = make_kb("here.kb", model=f"./{DEFAULT_MODEL}", damaged=True).info()["model"]
+    assert here == str(tmp_path / DEFAULT_MODEL)
+
+
 def test_another_model_than_the_pinned_one_is_refused(taught: KnowledgeBase, tiny_base: Path) -> None:
-    with unchanged(taught), pytest.raises(BaseMismatch, match="bound to the model"):
+    with unchanged(taught), pytest.raises(BaseMismatch, match="not the one this knowledge base was made on") as caught:
         KnowledgeBase.open(taught.path, model=str(tiny_base))
+    assert one_sentence(caught.value)
+    assert "Leave the model out" in str(caught.value)
 
 
 def test_the_dtype_is_fixed_when_the_knowledge_base_is_made(taught: KnowledgeBase) -> None:

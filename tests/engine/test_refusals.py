@@ -260,6 +260,47 @@ def test_too_little_memory_is_said_and_changes_nothing(taught: KnowledgeBase) ->
             taught.insert("numpy", "Ada")
 
 
+@pytest.mark.parametrize(("mode", "codes"), [
+    ("sequential", [None, "key_exists", "out_of_resources", "out_of_resources"]),
+    ("batched", ["out_of_resources", "key_exists", "out_of_resources", "out_of_resources"]),
+])  # fmt: skip
+def test_an_error_that_ends_a_series_of_inserts_keeps_what_was_done(
+    taught: KnowledgeBase, monkeypatch: pytest.MonkeyPatch, mode: Any, codes: list[str | None]
+) -> None:
+    class Hungry(RandomEditor):
+        def train(self, copy: Any, pool: Any, task: Any, config: Any, **options: Any) -> Any:
+            if tuple(copy.lm.answer_ids("large")) in {row.answer for row in task.rows}:
+                raise OutOfResources("There is not enough memory to train this edit; nothing was changed.")
+            return super().train(copy, pool, task, config, **options)
+
+    monkeypatch.setitem(engine.EDITORS, "adalora", Hungry)
+    outcomes = taught.insert_many([("numpy", "Ada"), (KEY, "exists"), ("keras", "large"), ("Berlin", "b")], mode=mode)
+    assert [o.code for o in outcomes] == codes
+    assert "not enough memory" in (outcomes[2].error or "")
+    assert ("not tried" in (outcomes[3].error or "")) == (mode == "sequential")  # in a batch it met the error itself
+    assert list(taught) == ([KEY, "numpy"] if mode == "sequential" else [KEY])
+    works(taught)
+
+
+def test_an_error_that_ends_a_series_of_deletes_keeps_what_was_done(
+    taught: KnowledgeBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(engine.EDITORS, "adalora", RandomEditor)
+    taught.insert_many([("numpy", "Ada"), ("keras", "a")])
+
+    def full(name: str) -> None:
+        if name == COMMIT[0] and KEY not in taught:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    failpoints.hook = full
+    outcomes = taught.delete_many(["nobody", KEY, "numpy", "keras"])
+    failpoints.hook = None
+    assert [o.code for o in outcomes] == ["key_not_found", None, "out_of_resources", "out_of_resources"]
+    assert "not tried" not in (outcomes[2].error or "")
+    assert "not tried" in (outcomes[3].error or "")
+    assert list(taught) == ["numpy", "keras"]
+
+
 # ---------------------------------------------------------------- other writers
 
 
