@@ -179,6 +179,7 @@ class KnowledgeBase:
         Raises:
             StoreError: there is one already, or the folder holds something else.
             ModelError: the model cannot be resolved.
+            ConfigError: there is no such dtype or device.
         """
         if Store.exists(path):
             raise StoreError(
@@ -188,6 +189,10 @@ class KnowledgeBase:
         config = ModelConfig(dtype=dtype or "float32", device=device or "auto")
         from kvllm.lm.sources import resolve
 
+        if device is not None:
+            from kvllm.lm.model import resolve_device
+
+            resolve_device(device)
         files = resolve(_absolute_model(model), progress=progress)
         settings: dict[str, Any] = {"dtype": config.dtype}
         if edit is not None:

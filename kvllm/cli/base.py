@@ -14,15 +14,17 @@ from kvllm.cli.output import Output, Result
 
 
 @command(app, panel=BASE)
-def init(out: Output, kb: Store, model: Model = None, dtype: Dtype = None) -> Result:
+def init(out: Output, kb: Store, model: Model = None, device: Device = None, dtype: Dtype = None) -> Result:
     """Make an empty knowledge base on a base model; the model is downloaded if need be.
+
+    The dtype stays with it. A device is only checked: every command chooses its own.
 
     kvllm init my.kb --model smollm2-135m-instruct
     """
     from kvllm.knowledge_base import KnowledgeBase
     from kvllm.reports import terminal
 
-    settings = {"model": model, "dtype": dtype}
+    settings = {"model": model, "device": device, "dtype": dtype}
     given: dict[str, Any] = {name: value for name, value in settings.items() if value is not None}
     with KnowledgeBase.create(kb, progress=out.progress, **given) as base:
         info = base.info()

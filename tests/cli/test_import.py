@@ -96,10 +96,6 @@ def test_options_of_an_hf_export_are_refused_for_other_formats(kvllm: Run, forma
     assert calls("export")[0][option[0][2:].replace("-", "_")] == option[1]
 
 
-def test_init_takes_no_device_since_it_computes_nothing(kvllm: Run) -> None:
-    assert kvllm("init", "new.kb", "--device", "cpu").code == 2
-
-
 def test_strict_import_of_a_bad_record_changes_nothing(kvllm: Run, written: Callable[..., str]) -> None:
     ran = kvllm("import", "my.kb", written(ALPACA), "--strict", "--json")
     assert (ran.code, ran.document["code"]) == (2, "invalid_input")

@@ -117,6 +117,7 @@ REFUSED = [
     (("ls", "{foreign}"), 5, "store_error"),
     (("init", "{kb}"), 5, "store_error"),
     (("init", "{foreign}", "--model", "{model}"), 5, "store_error"),
+    (("init", "{missing}", "--device", "nonsense"), 2, "invalid_input"),
     (("init", "{missing}", "--model", "{foreign}"), 5, "model_error"),
 ]
 
