@@ -1,6 +1,7 @@
 """Question 2: is there a limit, and who collides?
 
-Facts are inserted one edit after the other, at several adapter budgets, until fewer than half are recalled. After every
+Facts are inserted one edit after the other, at several adapter budgets, until surely fewer than half are recalled: the
+upper end of the share's 95 % Wilson interval is below it, so that no single unlucky question ends a budget. After every
 edit each fact so far is watched (would the model still recite it, token by token?); whatever an edit breaks is ranked
 among all that it could have broken, by how near its key is to the edit's. At declared numbers of facts everything is
 asked live.
@@ -11,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from kvllm.errors import ConfigError, EditFailed
@@ -20,9 +21,11 @@ from kvllm.experiments.declared import Declared, Run
 from kvllm.experiments.desk import Desk
 from kvllm.experiments.facts import Case
 from kvllm.experiments.injection import checkpoints, edit_row, slug
+from kvllm.paired import wilson
 from kvllm.probing.encoder import Encoder, HiddenStateEncoder
 from kvllm.prompts import key_question
 
+_GIVEN_UP = "given-up.json"
 _KNOWN = {"name", "mode", "edit"}
 _BUDGETS: tuple[dict[str, Any], ...] = (
     {"name": "default"},
@@ -83,7 +86,7 @@ def execute(run: Run, desk: Desk) -> None:
         for n in range(1, declared.n + 1):
             step = f"edit-{n:04}"
             if desk.open(step):
-                if _given_up(desk):
+                if _given_up(desk, n):
                     desk.finish(step, [])
                     continue
                 try:
@@ -93,19 +96,27 @@ def execute(run: Run, desk: Desk) -> None:
                 rows = [edit_row(edit) | {"facts": n} for edit in edits]
                 desk.finish(step, [*rows, *watch.look(n, config)])
             if n in checkpoints(declared) and desk.open(f"ask-{n:04}"):
-                if _given_up(desk):
+                if _given_up(desk, n):
                     desk.finish(f"ask-{n:04}", [])
                     continue
-                rows = _state(bench, cases[:n], last=n == declared.n)
-                share = rows[-1]["recalled"]
-                if share is not None and share < least:
-                    _write(desk.folder / "given-up.json", {"facts": n, "recalled": share})
+                rows = _state(bench, cases[:n], least)
+                if rows[-1]["given_up"]:
+                    # Before the step is kept: whoever is killed in between asks this state again.
+                    _write(desk.folder / _GIVEN_UP, {"facts": n, "recalled": rows[-1]["recalled"]})
                 desk.finish(f"ask-{n:04}", rows)
 
 
-def _given_up(desk: Desk) -> bool:
-    """Say whether fewer facts than declared were recalled at an earlier step."""
-    return (desk.folder / "given-up.json").exists()
+def _given_up(desk: Desk, n: int) -> bool:
+    """Say whether too few facts were recalled at a state before the n-th fact."""
+    path = desk.folder / _GIVEN_UP
+    return path.exists() and n > int(json.loads(path.read_text(encoding="utf-8"))["facts"])
+
+
+def _too_few(state: Mapping[str, Any], least: float) -> bool:
+    """Say whether the share recalled is surely below the least: the upper end of its Wilson interval is."""
+    n = state["recalled_n"]
+    band = wilson(round((state["recalled"] or 0.0) * n), n)
+    return band is not None and band.high < least
 
 
 class _Watch:
@@ -163,9 +174,11 @@ class _Watch:
         return found
 
 
-def _state(bench: Bench, cases: Sequence[Case], *, last: bool) -> list[dict[str, Any]]:
+def _state(bench: Bench, cases: Sequence[Case], least: float) -> list[dict[str, Any]]:
     """Ask everything, and count what the weights hold: bits of the texts that they no longer find surprising."""
     asked = bench.ask(cases)
+    told = shares(asked)
+    given_up = _too_few(told, least)
     lm = bench.lm
     rows = [lm.row(case.trained(1)[0], case.fact.text) for case in cases]
     now = [score.nll * len(row.answer) for score, row in zip(lm.score(rows), rows, strict=True)]
@@ -179,8 +192,10 @@ def _state(bench: Bench, cases: Sequence[Case], *, last: bool) -> list[dict[str,
     state = {
         "kind": "state",
         "facts": len(cases),
-        **shares(asked),
-        **bench.drift(last=last),
+        **told,
+        "given_up": given_up,
+        # Whatever is a budget's last state is measured as such.
+        **bench.drift(last=given_up or len(cases) == bench.declared.n),
         "bits": round(bits, 2),
         "bits_of_base": round(sum(base) / math.log(2), 2),
         "adapter_parameters": trained,

@@ -17,6 +17,7 @@ import pytest
 from kvllm import KnowledgeBase
 from kvllm.errors import Busy, ConfigError, StoreError
 from kvllm.experiments.declared import Declared
+from kvllm.experiments.desk import Desk
 from kvllm.experiments.report import experiment_document
 from kvllm.experiments.runner import Outcome, read_outcome, remaining, run_experiment, runs_of
 from kvllm.records import Progress
@@ -108,12 +109,32 @@ def test_capacity_watches_every_edit_and_counts_bits(make: Make, home: Path) -> 
     _check_report(declared, outcome)
 
 
-def test_capacity_stops_where_too_little_is_recalled(make: Make, home: Path) -> None:
+def test_capacity_stops_where_surely_too_little_is_recalled_and_keeps_that_state_through_a_kill(
+    make: Make, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     budget = {"name": "one step", "edit": {"max_steps": 1, "value_lr": 1e-6}}
-    declared = make("capacity", settings={"budgets": [budget], "checkpoints": [1]})
+    settings = {"budgets": [budget], "checkpoints": [1, 4]}
+    declared = make("capacity", n=5, settings=settings, measure={"last_questions": 6})
+    finish = Desk.finish
+
+    class Enough(Exception):
+        """Stands for whatever ends a process."""
+
+    def killed(desk: Desk, step: str, rows: Any) -> None:
+        if desk.run.arm == "one step" and step == "ask-0004":
+            raise Enough
+        finish(desk, step, rows)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Desk, "finish", killed)
+        with pytest.raises(Enough):
+            run_experiment(declared, home)
     outcome = run_experiment(declared, home)
-    assert [row["facts"] for row in of(outcome, "edit", "one step")] == [1]
-    assert [row["facts"] for row in of(outcome, "state", "one step")] == [1]
+    # None of one question is no proof: its interval reaches 0.79. None of four reaches 0.49.
+    assert [row["facts"] for row in of(outcome, "edit", "one step")] == [1, 2, 3, 4]
+    states = of(outcome, "state", "one step")
+    assert [(row["facts"], row["recalled"], row["given_up"]) for row in states] == [(1, 0, False), (4, 0, True)]
+    assert states[1]["drift_n"] > states[0]["drift_n"], "the last state of a budget is measured as the last"
     assert len(outcome.rows) == len(read_outcome(declared, home).rows)
 
 
