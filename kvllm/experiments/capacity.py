@@ -29,7 +29,8 @@ _GIVEN_UP = "given-up.json"
 _KNOWN = {"name", "mode", "edit"}
 _BUDGETS: tuple[dict[str, Any], ...] = (
     {"name": "default"},
-    {"name": "rank 2", "edit": {"init_rank": 3, "target_rank": 2}},
+    # With replay each edit repairs what it broke among the nearest facts: who collides shows only without.
+    {"name": "no replay", "edit": {"replay": 0}},
     {"name": "rank 32", "edit": {"init_rank": 48, "target_rank": 32}},
 )
 
@@ -129,19 +130,23 @@ class _Watch:
         self._near: dict[str, Any] | None = None
 
     def look(self, n: int, config: Any) -> list[dict[str, Any]]:
-        """Watch the first n facts after the n-th edit; return a row for the state and one for each loss."""
+        """Watch the first n facts after the n-th edit; return a row for the state and one for each first loss.
+
+        A fact that was lost before is no candidate: lost again, it would count twice.
+        """
         lm = self._bench.lm
         rows = [lm.row(case.trained(1)[0], case.fact.text) for case in self._cases[:n]]
         recited = self._bench.engine.recites(rows, config)
-        before = self._read(n - 1)
-        _write(self._path(n), recited)
-        could = [i for i in range(n - 1) if before[i]]
-        lost = [i for i in could if not recited[i]]
+        before, ever = self._read(n - 1)
+        could = [i for i in range(n - 1) if before[i] and not ever[i]]
+        first = [i for i in could if not recited[i]]
+        lost = [i for i in range(n - 1) if before[i] and not recited[i]]
         gained = sum(recited[i] for i in range(n - 1) if not before[i])
+        _write(self._path(n), {"recited": recited, "ever_lost": [*(e or i in lost for i, e in enumerate(ever)), False]})
         found: list[dict[str, Any]] = [
             {"kind": "watch", "facts": n, "recited": sum(recited), "lost": len(lost), "gained": gained}
         ]
-        for i in lost:
+        for i in first:
             row = {"kind": "loss", "facts": n, "key": self._cases[i].key, "broken_by": self._cases[n - 1].key}
             row |= {"age": n - 1 - i, "candidates": len(could), "edit": f"{self._desk.run.id} {n}"}
             for name, matrix in self._similarities().items():
@@ -167,11 +172,12 @@ class _Watch:
     def _path(self, n: int) -> Any:
         return self._desk.folder / "watch" / f"{n:04}.json"
 
-    def _read(self, n: int) -> list[bool]:
+    def _read(self, n: int) -> tuple[list[bool], list[bool]]:
+        """Return which of the first n facts were recited after the n-th edit, and which were ever lost by then."""
         if n == 0:
-            return []
-        found: list[bool] = json.loads(self._path(n).read_text(encoding="utf-8"))
-        return found
+            return [], []
+        found = json.loads(self._path(n).read_text(encoding="utf-8"))
+        return found["recited"], found["ever_lost"]
 
 
 def _state(bench: Bench, cases: Sequence[Case], least: float) -> list[dict[str, Any]]:

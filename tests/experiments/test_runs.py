@@ -10,12 +10,15 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from kvllm import KnowledgeBase
 from kvllm.errors import Busy, ConfigError, StoreError
+from kvllm.experiments.capacity import _Watch
 from kvllm.experiments.declared import Declared
 from kvllm.experiments.desk import Desk
 from kvllm.experiments.report import experiment_document
@@ -136,6 +139,30 @@ def test_capacity_stops_where_surely_too_little_is_recalled_and_keeps_that_state
     assert [(row["facts"], row["recalled"], row["given_up"]) for row in states] == [(1, 0, False), (4, 0, True)]
     assert states[1]["drift_n"] > states[0]["drift_n"], "the last state of a budget is measured as the last"
     assert len(outcome.rows) == len(read_outcome(declared, home).rows)
+
+
+def test_a_fact_that_is_lost_twice_counts_once(make: Make, tmp_path: Path) -> None:
+    """The tiny model forgets at random: what is recited is given here, edit by edit."""
+    declared = make("capacity", n=4)
+    told = iter([[True], [True, True], [False, True, True], [True, True, True, True], [False, False, True, True, True]])
+
+    class Says:
+        def row(self, question: str, text: str) -> str:
+            return question + text
+
+        def recites(self, rows: list[str], config: Any) -> list[bool]:
+            return next(told)
+
+    says = Says()
+    bench: Any = SimpleNamespace(lm=says, engine=says)
+    desk: Any = SimpleNamespace(folder=tmp_path, run=SimpleNamespace(id="one-0"))
+    watch = _Watch(bench, declared.cases[:5], desk)
+    watch._near = {"encoder": np.array([[0.1 * i + 0.01 * j for j in range(5)] for i in range(5)])}
+    rows = [row for n in range(1, 6) for row in watch.look(n, None)]
+    assert [row["lost"] for row in rows if row["kind"] == "watch"] == [0, 0, 1, 0, 2]
+    losses = [(row["facts"], row["key"], row["candidates"]) for row in rows if row["kind"] == "loss"]
+    first, second = (case.key for case in declared.cases[:2])
+    assert losses == [(3, first, 2), (5, second, 3)], "a fact lost before is no candidate either"
 
 
 def test_factors_measure_all_three_explanations(make: Make, home: Path) -> None:
