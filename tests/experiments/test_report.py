@@ -6,6 +6,8 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+import pytest
+
 from kvllm.experiments.declared import Declared, Run, declare
 from kvllm.experiments.report import experiment_document
 from kvllm.experiments.runner import Outcome
@@ -16,9 +18,14 @@ DRIFT = {"drift_kl": 0.02, "drift_n": 10, "ppl_ratio": 1.01, "qa_known": 20, "qa
 COUNTS = {"trained": 2, "trained_right": 2, "paraphrases": 2, "paraphrases_right": 1, "neighbours": 2, "leaked": 0}
 
 
-def document(kind: str, rows: Sequence[dict[str, Any]], n: int = 6, **settings: Any) -> Document:
+def document(
+    kind: str, rows: Sequence[dict[str, Any]], n: int = 6, edits: dict[str, Any] | None = None, **settings: Any
+) -> Document:
     declared: Declared = declare({"kind": kind, "invented": n, "n": n, "settings": settings})
-    runs = [Run(f"{row['arm']}-{row['seed']}", row["arm"], row["seed"], ("s",)) for row in rows]
+    runs = [
+        Run(f"{row['arm']}-{row['seed']}", row["arm"], row["seed"], ("s",), {"edit": (edits or {}).get(row["arm"], {})})
+        for row in rows
+    ]
     unique = tuple({run.id: run for run in runs}.values())
     whole = tuple({"run": f"{row['arm']}-{row['seed']}", "step": "s", **row} for row in rows)
     return experiment_document(declared, Outcome(declared.configuration(), unique, whole, {}, 60.0, {}, ()))
@@ -84,31 +91,76 @@ def test_injection_compares_every_arm_with_sequential_on_the_same_facts() -> Non
     assert "batched trains the shortest (5.0 s per fact)" in found.findings[0]
 
 
-def test_capacity_says_who_was_lost_against_chance() -> None:
+def capacity_rows(arm: str, seed: int, *shares: tuple[int, float]) -> list[dict[str, Any]]:
+    """Return the states of a run with a share recalled in each, always the first facts."""
+    base = {"arm": arm, "seed": seed}
+    facts = [
+        {**base, "kind": "fact", "facts": n, "key": f"k{i}", **COUNTS, "trained": 1,
+         "trained_right": int(i < share * n)}
+        for n, share in shares for i in range(n)
+    ]  # fmt: skip
     states = [
-        {"kind": "state", "arm": "default", "seed": 0, "facts": n, **shared(share), "recalled_n": 100, **DRIFT,
-         "bits": 500.0, "adapter_parameters": 1000, "matrix_parameters": 10_000}
-        for n, share in ((5, 1.0), (20, 0.9), (80, 0.5), (200, 0.1))
+        {**base, "kind": "state", "facts": n, **shared(share), "recalled_n": n, **DRIFT, "bits": 500.0,
+         "adapter_parameters": 1000, "matrix_parameters": 10_000}
+        for n, share in shares
     ]  # fmt: skip
-    losses = [
-        {"kind": "loss", "arm": "default", "seed": 0, "facts": n, "key": "a", "broken_by": "b", "age": 3,
-         "candidates": 40, "edit": f"e{n}", "rank_encoder": 1.0, "rank_hidden": 20.5}
-        for n in range(50, 58)
+    return [*facts, *states]
+
+
+def test_capacity_says_where_half_are_recalled() -> None:
+    rows = [
+        *capacity_rows("default", 0, (5, 1.0), (20, 0.9), (80, 0.5), (200, 0.1)),
+        *capacity_rows("wide", 0, (5, 1.0), (20, 1.0), (80, 0.95), (200, 0.9)),
+        *capacity_rows("weak", 0, (5, 0.4), (20, 0.4), (80, 0.4)),
+        *capacity_rows("weak", 1, (5, 0.4), (20, 0.2)),
+    ]
+    found = document("capacity", rows)
+    main = {row["budget"]: row for row in table(found, "At the last state of each budget")}
+    assert 70 < float(main["default"]["half at"]) < 90
+    assert main["default"]["bits per adapter parameter"] == "0.50000"
+    assert (main["wide"]["half at"], main["wide"]["95 %"]) == ("not below half up to 200", "–")
+    assert main["weak"]["half at"] == "–", "a level curve is not fitted"
+    assert (main["weak"]["facts"], main["weak"]["recalled"]) == ("20 and 80", "0.360"), "each run's own last state"
+    assert "wide: 0.900 recalled after 200 facts; not below half up to 200 facts." in found.findings
+
+
+def lost(arm: str, *ranks: float) -> list[dict[str, Any]]:
+    """Return rows of a budget whose every edit but the first lost the fact of one rank among 40."""
+    state = {"kind": "state", "arm": arm, "seed": 0, "facts": 5, **shared(1.0), **DRIFT}
+    return [state] + [
+        {"kind": "loss", "arm": arm, "seed": 0, "facts": n, "key": f"k{n}", "broken_by": "b", "age": 3,
+         "candidates": 40, "edit": f"{arm} {n}", "rank_encoder": rank, "rank_hidden": 20.5}
+        for n, rank in enumerate(ranks, 50)
     ]  # fmt: skip
-    found = document("capacity", [*states, *losses])
-    (row,) = table(found, "At the last state of each budget")
-    assert 70 < float(row["half at"]) < 90
-    assert row["bits per adapter parameter"] == "0.50000"
-    lost = {row["similarity by"]: row for row in table(found, "Who is lost") if row["budget"] == "all budgets"}
-    assert lost["encoder"]["losses"] == "8"
-    assert float(lost["hidden states"]["mean relative rank"]) == 0.5
-    assert any("nearer than chance to the edit that broke them, by encoder" in said for said in found.findings)
-    assert any("not nearer than chance to the edit that broke them, by hidden" in said for said in found.findings)
+
+
+def test_capacity_says_who_was_lost_against_chance_where_nothing_repairs_them() -> None:
+    rows = [*lost("default", *[1.0] * 8), *lost("near", *[1.0] * 8), *lost("far", *[40.0] * 8)]
+    found = document("capacity", rows, edits={arm: {"replay": 0} for arm in ("near", "far")})
+    who = {(row["budget"], row["similarity by"]): row for row in table(found, "Who is lost")}
+    assert list(who) == [(arm, by) for arm in ("default", "near", "far") for by in ("encoder", "hidden states")]
+    assert {budget: row["replay"] for (budget, _), row in who.items()} == {"default": "4", "near": "0", "far": "0"}
+    assert who["near", "encoder"]["losses"] == "8"
+    assert float(who["near", "hidden states"]["mean relative rank"]) == 0.5
+    # The least p of six is multiplied by six, and the largest by one.
+    p, held = (float(who["near", "encoder"][name]) for name in ("p", "p (Holm)"))
+    assert held == pytest.approx(6 * p, abs=2e-4)
+    assert who["near", "hidden states"]["p (Holm)"] == "1.0000"
+    assert [said.split(" to the edit")[0] for said in found.findings] == [
+        "near: lost facts are nearer than chance",
+        "near: lost facts are neither nearer nor farther than chance",
+        "far: lost facts are farther than chance",
+        "far: lost facts are neither nearer nor farther than chance",
+    ]
+    (section,) = [s for s in found.sections if s.title == "Who is lost"]
+    assert "only a budget with replay 0 tests" in section.note
+    alone = document("capacity", lost("default", *[1.0] * 8))
+    assert "only a budget with replay 0 tests" in alone.findings[0], "where there is no other, it is said with it"
 
 
 def test_capacity_without_a_loss_says_so() -> None:
-    state = {"kind": "state", "arm": "default", "seed": 0, "facts": 5, **shared(1.0), **DRIFT}
-    assert any("No fact was lost" in said for said in document("capacity", [state]).findings)
+    found = document("capacity", [*lost("default", 1.0, 1.0), *lost("no replay")], edits={"no replay": {"replay": 0}})
+    assert found.findings == ("no replay: no fact was lost, so that nothing can be said of collisions.",)
 
 
 def test_factors_give_one_verdict_per_explanation() -> None:

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import math
+import random
+from collections.abc import Callable, Hashable
 
 import pytest
 
 from kvllm.experiments.statistics import Loss, correlation, fit_retention, paired_p, rank_test
 
+STATES = (5, 10, 20, 40, 80, 160, 320)
+
+
+def answers(share: Callable[[int], float], facts: int = 1000) -> dict[Hashable, list[tuple[int, int, int]]]:
+    """Return a share of right answers in each state, drawn anew in each: every fact is asked in all."""
+    rng = random.Random(0)
+    return {i: [(n, int(rng.random() < share(n)), 1) for n in STATES] for i in range(facts)}
+
 
 def test_fit_finds_where_half_are_recalled() -> None:
-    points = [(n, round(1000 / (1 + (n / 80) ** 3)), 1000) for n in (5, 10, 20, 40, 80, 160, 320)]
-    fit = fit_retention(points)
+    fit = fit_retention(answers(lambda n: 1 / (1 + (n / 80) ** 3)))
     assert fit is not None
     assert fit.half == pytest.approx(80, rel=0.05)
     assert fit.steepness == pytest.approx(3, rel=0.1)
@@ -20,11 +29,32 @@ def test_fit_finds_where_half_are_recalled() -> None:
     assert fit.low < 80 < fit.high
 
 
-def test_a_curve_that_never_falls_has_no_half() -> None:
-    fit = fit_retention([(n, 50, 50) for n in (1, 10, 50, 100)])
-    assert fit is not None
-    assert fit.half is None
-    assert fit_retention([(1, 1, 1), (2, 2, 2)]) is None
+def test_facts_that_stand_and_fall_in_all_states_alike_give_a_wider_interval() -> None:
+    """The same shares from facts that differ: a fact is lost at its own number and stays lost."""
+    rng = random.Random(0)
+    own = [40 * math.exp(rng.gauss(0, 1)) for _ in range(60)]
+    nested = {i: [(n, int(n < at), 1) for n in STATES] for i, at in enumerate(own)}
+    shares = {n: sum(n < at for at in own) / len(own) for n in STATES}
+    wide, narrow = fit_retention(nested), fit_retention(answers(shares.__getitem__, 60))
+    widths = [math.log(fit.high / fit.low) for fit in (wide, narrow) if fit and fit.high and fit.low]
+    assert len(widths) == 2
+    assert widths[0] > 1.2 * widths[1]
+
+
+def test_a_curve_above_half_up_to_the_last_state_says_no_more_than_that() -> None:
+    for share in (1.0, 0.9):
+        fit = fit_retention(answers(lambda _, share=share: share, 50))  # type: ignore[misc]
+        assert fit is not None
+        assert (fit.half, fit.low, fit.high, fit.last) == (None, None, None, 320)
+    bending = fit_retention(answers(lambda n: 1 / (1 + n / 600)))
+    assert bending is not None
+    assert bending.half is None, "600 is beyond what was seen"
+    assert fit_retention({i: [(1, 1, 1), (2, 1, 1)] for i in range(9)}) is None
+
+
+def test_a_curve_that_does_not_fall_is_not_fitted() -> None:
+    assert fit_retention(answers(lambda _: 0.4, 100)) is None
+    assert fit_retention(answers(lambda n: n / 400, 100)) is None
 
 
 def test_losing_always_the_nearest_is_no_chance() -> None:
@@ -37,9 +67,10 @@ def test_losing_always_the_nearest_is_no_chance() -> None:
 
 
 def test_one_nearest_of_twenty_has_the_p_value_worked_by_hand() -> None:
-    test = rank_test([Loss(1, 20)])
-    assert test is not None
-    assert test.p_value == pytest.approx(0.05, abs=0.01)
+    for rank in (1, 20):  # the nearest and the farthest are as rare
+        test = rank_test([Loss(rank, 20)])
+        assert test is not None
+        assert test.p_value == pytest.approx(0.1, abs=0.02)
 
 
 def test_losing_everything_at_once_says_nothing() -> None:
