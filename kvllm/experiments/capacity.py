@@ -15,12 +15,14 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from kvllm.editing.delta import Delta
 from kvllm.errors import ConfigError, EditFailed
 from kvllm.experiments.bench import Bench, shares
 from kvllm.experiments.declared import Declared, Run
 from kvllm.experiments.desk import Desk
 from kvllm.experiments.facts import Case
 from kvllm.experiments.injection import checkpoints, edit_row, slug
+from kvllm.metrics import mean
 from kvllm.paired import wilson
 from kvllm.probing.encoder import Encoder, HiddenStateEncoder
 from kvllm.prompts import key_question
@@ -82,6 +84,8 @@ def execute(run: Run, desk: Desk) -> None:
                     desk.finish(f"ask-{point:04}", [state])
             return
         watch = _Watch(bench, cases, desk)
+        ours = {case.key for case in cases}
+        untaught = [case for case in declared.cases if case.key not in ours]
         least = declared.setting("stop_below", 0.5)
         config = declared.edit_config(seed=run.seed, **dict(run.settings.get("edit", {})))
         for n in range(1, declared.n + 1):
@@ -100,7 +104,7 @@ def execute(run: Run, desk: Desk) -> None:
                 if _given_up(desk, n):
                     desk.finish(f"ask-{n:04}", [])
                     continue
-                rows = _state(bench, cases[:n], least)
+                rows = _state(bench, cases[:n], untaught, least)
                 if rows[-1]["given_up"]:
                     # Before the step is kept: whoever is killed in between asks this state again.
                     _write(desk.folder / _GIVEN_UP, {"facts": n, "recalled": rows[-1]["recalled"]})
@@ -180,19 +184,12 @@ class _Watch:
         return found["recited"], found["ever_lost"]
 
 
-def _state(bench: Bench, cases: Sequence[Case], least: float) -> list[dict[str, Any]]:
+def _state(bench: Bench, cases: Sequence[Case], untaught: Sequence[Case], least: float) -> list[dict[str, Any]]:
     """Ask everything, and count what the weights hold: bits of the texts that they no longer find surprising."""
     asked = bench.ask(cases)
     told = shares(asked)
     given_up = _too_few(told, least)
-    lm = bench.lm
-    rows = [lm.row(case.trained(1)[0], case.fact.text) for case in cases]
-    now = [score.nll * len(row.answer) for score, row in zip(lm.score(rows), rows, strict=True)]
-    with bench.engine.base_weights():
-        base = [score.nll * len(row.answer) for score, row in zip(lm.score(rows), rows, strict=True)]
-    bits = sum(max(0.0, b - a) for a, b in zip(now, base, strict=True)) / math.log(2)
     history = [edit for edit in bench.kb.history() if edit.delta is not None]
-    trained = sum(a.numel() + b.numel() for a, b in bench.engine.history_delta(bench.kb.head()).values())
     matrices = sum(bench.engine.weights.master(name).numel() for name in bench.engine.weights.touched)
     facts = [{"kind": "fact", "facts": len(cases), "place": i, **row} for i, row in enumerate(asked)]
     state = {
@@ -202,13 +199,45 @@ def _state(bench: Bench, cases: Sequence[Case], least: float) -> list[dict[str, 
         "given_up": given_up,
         # Whatever is a budget's last state is measured as such.
         **bench.drift(last=given_up or len(cases) == bench.declared.n),
-        "bits": round(bits, 2),
-        "bits_of_base": round(sum(base) / math.log(2), 2),
-        "adapter_parameters": trained,
+        **_bits(bench, cases, untaught[: len(cases)]),
+        "adapter_parameters": _parameters(bench.engine.history_delta(bench.kb.head())),
         "matrix_parameters": matrices,
         "train_seconds": round(sum(edit.seconds for edit in history), 3),
     }
     return [*facts, state]
+
+
+def _bits(bench: Bench, taught: Sequence[Case], untaught: Sequence[Case]) -> dict[str, Any]:
+    """Return by how many bits the taught texts surprise less than they surprise the base, in all.
+
+    Invented texts share their sentences, which are learned once: what as many untaught texts gain is no knowledge of a
+    fact, and is taken off. Without untaught texts `bits` is None.
+    """
+    texts = [*taught, *untaught]
+    lm = bench.lm
+    rows = [lm.row(case.trained(1)[0], case.fact.text) for case in texts]
+    now = [score.nll * len(row.answer) for score, row in zip(lm.score(rows), rows, strict=True)]
+    with bench.engine.base_weights():
+        base = [score.nll * len(row.answer) for score, row in zip(lm.score(rows), rows, strict=True)]
+    gains = [(b - a) / math.log(2) for a, b in zip(now, base, strict=True)]
+    n = len(taught)
+    gained, common = sum(gains[:n]), mean(gains[n:])
+    return {
+        "bits": None if common is None else round(gained - n * common, 2),
+        "bits_taught": round(gained, 2),
+        "bits_untaught": None if common is None else round(n * common, 2),
+        "untaught_n": len(untaught),
+        "bits_of_base": round(sum(base[:n]) / math.log(2), 2),
+    }
+
+
+def _parameters(delta: Delta) -> int:
+    """Return the numbers that adapters hold: those of the ranks that are not the zeros of a file's padding."""
+    found = 0
+    for a, b in delta.values():
+        used = a.ne(0).any(dim=1) & b.ne(0).any(dim=0)  # (rank,)
+        found += int(used.sum()) * (a.shape[1] + b.shape[0])
+    return found
 
 
 def _write(path: Any, value: Any) -> None:

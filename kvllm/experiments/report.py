@@ -299,8 +299,11 @@ def _capacity(declared: Declared, outcome: Outcome) -> tuple[list[str], list[Sec
                 shown(bits / matrices, 6) if bits is not None and matrices else "–",
             )
         )
-        if half != "–":
-            told = f"{half} facts" if band == "–" else f"half are recalled at {half} facts (95 % interval {band})"
+        if edited:
+            if half == "–":
+                told = "where half are recalled cannot be said"
+            else:
+                told = f"{half} facts" if band == "–" else f"half are recalled at {half} facts (95 % interval {band})"
             findings.append(f"{arm}: {shown(_mean(last, 'recalled'))} recalled after {reached} facts; {told}.")
     columns: tuple[str, ...] = (
         "budget", ">facts", *_ANSWER_COLUMNS, *_DRIFT_COLUMNS, ">half at", ">95 %", ">bits",
@@ -310,7 +313,8 @@ def _capacity(declared: Declared, outcome: Outcome) -> tuple[list[str], list[Sec
     note = (
         f"{_COLUMNS_NOTE} Half at: facts at which half are recalled, by a logistic fit over the logarithm of their "
         "number, with a bootstrap interval that draws facts; a dash where the curve does not fall. Bits: by how much "
-        "less surprising the texts are than to the base (teacher-forced)."
+        "less surprising the taught texts are than to the base (teacher-forced), less what as many untaught texts "
+        "gain: the sentences that all invented facts share. Adapter parameters: without a file's padding."
     )
     sections = [Section("At the last state of each budget", note, Table(columns, tuple(rows)))]
     sections += _curves(states)

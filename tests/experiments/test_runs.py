@@ -4,26 +4,30 @@ from __future__ import annotations
 
 import html
 import json
+import math
 import os
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from kvllm import KnowledgeBase
 from kvllm.errors import Busy, ConfigError, StoreError
-from kvllm.experiments.capacity import _Watch
+from kvllm.experiments.capacity import _bits, _parameters, _Watch
 from kvllm.experiments.declared import Declared
 from kvllm.experiments.desk import Desk
+from kvllm.experiments.facts import Case
 from kvllm.experiments.report import experiment_document
 from kvllm.experiments.runner import Outcome, read_outcome, remaining, run_experiment, runs_of
-from kvllm.records import Progress
+from kvllm.records import Fact, Progress
 from kvllm.reports.render import render
 from kvllm.store.results import Results
 from tests.experiments.kit import tiny, without_times
@@ -104,7 +108,11 @@ def test_capacity_watches_every_edit_and_counts_bits(make: Make, home: Path) -> 
     assert [row["facts"] for row in of(outcome, "watch")] == [1, 2, 3]
     states = of(outcome, "state", "one")
     assert [row["facts"] for row in states] == [1, 2, 3]
-    assert 0 < states[-1]["bits"] <= states[-1]["bits_of_base"]
+    assert 0 < states[-1]["bits_taught"] <= states[-1]["bits_of_base"]
+    for row in states:
+        assert row["untaught_n"] == row["facts"]
+        assert row["bits"] == pytest.approx(row["bits_taught"] - row["bits_untaught"], abs=0.02)
+    assert states[-1]["bits"] > 0
     # Twice the matrices' sizes is what full rank would take; the adapters of three edits are counted one by one.
     assert states[0]["adapter_parameters"] < states[1]["adapter_parameters"] < states[2]["adapter_parameters"]
     for row in of(outcome, "loss"):
@@ -139,6 +147,40 @@ def test_capacity_stops_where_surely_too_little_is_recalled_and_keeps_that_state
     assert [(row["facts"], row["recalled"], row["given_up"]) for row in states] == [(1, 0, False), (4, 0, True)]
     assert states[1]["drift_n"] > states[0]["drift_n"], "the last state of a budget is measured as the last"
     assert len(outcome.rows) == len(read_outcome(declared, home).rows)
+
+
+def test_bits_take_off_what_untaught_texts_gain_and_a_loss_counts_too() -> None:
+    """By hand, in bits a text: taught 8 to 2 and 8 to 9, untaught 8 to 7 and 8 to 6: 5 less 2 times 1.5 is 2."""
+    bits = {"a": 2.0, "b": 9.0, "c": 7.0, "d": 6.0}
+
+    class Scores:
+        base = False
+
+        def row(self, question: str, text: str) -> Any:
+            return SimpleNamespace(text=text, answer=[0, 0])
+
+        def score(self, rows: list[Any]) -> list[Any]:
+            return [SimpleNamespace(nll=(8.0 if self.base else bits[r.text]) * math.log(2) / 2) for r in rows]
+
+        @contextmanager
+        def base_weights(self) -> Iterator[None]:
+            self.base = True
+            yield
+            self.base = False
+
+    lm = Scores()
+    bench: Any = SimpleNamespace(lm=lm, engine=lm)
+    taught, untaught = ([Case(Fact(f"key {text}", text)) for text in texts] for texts in ("ab", "cd"))
+    assert _bits(bench, taught, untaught) == {
+        "bits": 2.0, "bits_taught": 5.0, "bits_untaught": 3.0, "untaught_n": 2, "bits_of_base": 16.0,
+    }  # fmt: skip
+    assert _bits(bench, taught, [])["bits"] is None
+
+
+def test_padding_holds_no_parameters() -> None:
+    a, b = torch.ones(3, 5), torch.ones(4, 3)
+    padded = torch.cat([a, torch.zeros(2, 5)]), torch.cat([b, torch.zeros(4, 2)], dim=1)
+    assert _parameters({"one": (a, b), "two": padded}) == 2 * 3 * (5 + 4)
 
 
 def test_a_fact_that_is_lost_twice_counts_once(make: Make, tmp_path: Path) -> None:
