@@ -7,6 +7,7 @@ Nothing is measured here; every sentence is made of the rows' numbers.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from datetime import datetime, timezone
 from itertools import pairwise
@@ -292,6 +293,7 @@ def _capacity(declared: Declared, outcome: Outcome) -> tuple[list[str], list[Sec
                 reached,
                 *_answer_cells(last),
                 *_drift_cells(last),
+                " and ".join(str(n) for n in sorted({row["drift_n"] for row in last})),
                 half,
                 band,
                 shown(bits, 0),
@@ -306,20 +308,39 @@ def _capacity(declared: Declared, outcome: Outcome) -> tuple[list[str], list[Sec
                 told = f"{half} facts" if band == "–" else f"half are recalled at {half} facts (95 % interval {band})"
             findings.append(f"{arm}: {shown(_mean(last, 'recalled'))} recalled after {reached} facts; {told}.")
     columns: tuple[str, ...] = (
-        "budget", ">facts", *_ANSWER_COLUMNS, *_DRIFT_COLUMNS, ">half at", ">95 %", ">bits",
+        "budget", ">facts", *_ANSWER_COLUMNS, *_DRIFT_COLUMNS, ">drift n", ">half at", ">95 %", ">bits",
         ">bits per adapter parameter",
         ">bits per matrix parameter",
     )  # fmt: skip
     note = (
-        f"{_COLUMNS_NOTE} Half at: facts at which half are recalled, by a logistic fit over the logarithm of their "
+        f"{_COLUMNS_NOTE} Drift n: prompts that drift_kl is measured on, more at a budget's last state. Half "
+        "at: facts at which half are recalled, by a logistic fit over the logarithm of their "
         "number, with a bootstrap interval that draws facts; a dash where the curve does not fall. Bits: by how much "
         "less surprising the taught texts are than to the base (teacher-forced), less what as many untaught texts "
         "gain: the sentences that all invented facts share. Adapter parameters: without a file's padding."
     )
     sections = [Section("At the last state of each budget", note, Table(columns, tuple(rows)))]
-    sections += _curves(states)
+    # Drift on other questions is another number: the plot holds what was measured on as many.
+    usual = Counter(row["drift_n"] for row in states).most_common(1)
+    alike = [row for row in states if [row["drift_n"]] == [n for n, _ in usual]]
+    sections += _course(states, "recalled", "Recall of all facts so far", "share recalled", most=1.0)
+    sections += _course(alike, "drift_kl", "Drift", "drift_kl (nats per token)")
     who, collided = _collisions(declared, outcome)
     return findings + collided, [*sections, *who]
+
+
+def _course(states: Sequence[Row], name: str, title: str, label: str, *, most: float | None = None) -> list[Section]:
+    """Return the plot of a measurement over the number of facts, one line a budget, and its table."""
+    series = []
+    for arm in dict.fromkeys(row["arm"] for row in states):
+        mine = [row for row in states if row["arm"] == arm and row[name] is not None]
+        points = sorted({row["facts"] for row in mine})
+        series.append((arm, [(float(n), _mean([r for r in mine if r["facts"] == n], name) or 0.0) for n in points]))
+    figure = lines_plot(name, title, series, x_label="facts", y_label=label, most=most)
+    if figure is None:
+        return []
+    cells = tuple((arm, str(int(x)), shown(y)) for arm, points in series for x, y in points)
+    return [Section(title, "", Table(("arm", ">facts", f">{name}"), cells), figure, minor=True)]
 
 
 def _facts(row: Row) -> int:

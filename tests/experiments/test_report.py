@@ -124,6 +124,17 @@ def test_capacity_says_where_half_are_recalled() -> None:
     assert "wide: 0.900 recalled after 200 facts; not below half up to 200 facts." in found.findings
 
 
+def test_capacity_shows_on_how_many_questions_drift_was_measured_and_plots_like_with_like() -> None:
+    rows = capacity_rows("default", 0, (5, 1.0), (20, 0.9), (80, 0.5))
+    rows[-1] |= {"drift_n": 60, "drift_kl": 0.9}
+    found = document("capacity", [*rows, *capacity_rows("unedited", 0, (5, 0.0), (20, 0.0), (80, 0.0))])
+    main = {row["budget"]: row for row in table(found, "At the last state of each budget")}
+    assert (main["default"]["drift n"], main["unedited"]["drift n"]) == ("60", "10")
+    assert main["default"]["drift_kl"] == "0.900"
+    assert [row["facts"] for row in table(found, "Drift") if row["arm"] == "default"] == ["5", "20"]
+    assert [row["facts"] for row in table(found, "Recall of all facts so far")] == ["5", "20", "80"] * 2
+
+
 def lost(arm: str, *ranks: float) -> list[dict[str, Any]]:
     """Return rows of a budget whose every edit but the first lost the fact of one rank among 40."""
     state = {"kind": "state", "arm": arm, "seed": 0, "facts": 5, **shared(1.0), **DRIFT}
