@@ -7,6 +7,7 @@ Nothing is measured here; every sentence is made of the rows' numbers.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from datetime import datetime, timezone
@@ -16,7 +17,7 @@ from typing import Any
 import kvllm
 from kvllm.experiments.declared import Declared
 from kvllm.experiments.runner import Outcome, in_words
-from kvllm.experiments.statistics import Loss, correlation, fit_retention, paired_p, rank_test
+from kvllm.experiments.statistics import Loss, correlation, fit_retention, paired_p, rank_test, ratio_test
 from kvllm.metrics import RECALLED_SHARE, mean, shown, shown_p
 from kvllm.paired import bootstrap, holm, mcnemar, wilson
 from kvllm.reports.document import Document, Origin, Section, Table
@@ -445,11 +446,16 @@ def _factors(declared: Declared, outcome: Outcome) -> tuple[list[str], list[Sect
         verdicts.append(_key_verdict(keys))
     if noise:
         sections += _noise_sections(noise)
-        verdicts.append(_noise_verdict(noise))
+        verdicts.append(_noise_verdict(noise, declared.edit_config(seed=0).depth))
     if rank:
         sections += _rank_sections(plain, rank)
-        verdicts.append(_rank_verdict(rank))
-    note = "One rule per explanation, declared before the numbers: it survives, does not, or was not decided."
+        verdicts += [_rank_verdict(rank), _editor_verdict(rank), _dropout_verdict(rank)]
+    note = (
+        "One rule per explanation, declared before the numbers: it survives, does not, or was not decided (p ≥ 0.05). "
+        "Distinct inputs: the farther a key, the less damage, among the keys of one known thing. Robust residual "
+        "networks: random changes of layers of the edited band cost no more than the real ones of the same fact. Low "
+        "rank regularises: the higher the rank (full fine-tuning last), the more drift, among one fact's trained edits."
+    )
     columns = ("explanation", "measured", ">number", ">p", ">n", "verdict")
     table = Section("Which explanation survives", note, Table(columns, tuple(verdicts)))
     return [f"{v[0]}: {v[5]} ({v[1]} {v[2]}, p={v[3]}, n={v[4]})." for v in verdicts], [table, *sections]
@@ -487,13 +493,21 @@ def _key_sections(keys: Sequence[Row]) -> list[Section]:
 
 
 def _key_verdict(keys: Sequence[Row]) -> tuple[str, ...]:
-    found = correlation([row["distance_encoder"] for row in keys], [row["near_kl"] for row in keys])
+    what = "mean Spearman of distance and damage within a known thing"
+    groups = [[row for row in keys if row["known"] == known] for known in dict.fromkeys(row["known"] for row in keys)]
+    found = correlation(([r["distance_encoder"] for r in g], [r["near_kl"] for r in g]) for g in groups)
     if found is None:
-        return ("distinct inputs", "Spearman of distance and damage", "–", "–", str(len(keys)), "not decided: too few")
-    survives = found.rho < 0 and found.p_value < 0.05
-    number = f"{shown(found.rho)} ({shown(found.low)} to {shown(found.high)})"
-    verdict = "survives" if survives else "not decided" if found.rho < 0 else "does not survive"
-    return ("distinct inputs", "Spearman of distance and damage", number, shown_p(found.p_value), str(found.n), verdict)
+        return ("distinct inputs", what, "–", "–", str(len(keys)), "not decided: too few")
+    number = f"{shown(found.rho)} ({shown(found.lowest)} to {shown(found.highest)} by thing)"
+    n = f"{found.n} keys in {found.groups} groups"
+    return ("distinct inputs", what, number, shown_p(found.p_value), n, _verdict(found.rho < 0, found.p_value))
+
+
+def _verdict(holds: bool, p_value: float | None) -> str:
+    """Return what follows from a number on one side or the other, and its p-value."""
+    if p_value is None:
+        return "not decided: too few"
+    return "not decided" if p_value >= 0.05 else "survives" if holds else "does not survive"
 
 
 def _noise_sections(noise: Sequence[Row]) -> list[Section]:
@@ -544,25 +558,38 @@ def _noise_sections(noise: Sequence[Row]) -> list[Section]:
     return [Section("Random changes of the same norm", note, Table(columns, tuple(rows)), figure)]
 
 
-def _noise_verdict(noise: Sequence[Row]) -> tuple[str, ...]:
-    real = _mean([r for r in noise if r["noise"].startswith("real delta, its layers")], "drift_kl")
-    some = [r["drift_kl"] for r in noise if r.get("depth") is not None and r["scale"] == 1.0]
-    what = "drift_kl of noise over that of a real layer"
-    if not some or not real:
-        return ("robust residual networks", what, "–", "–", str(len(some)), "not decided: too few")
-    p = paired_p([value - real for value in some])
-    ratio = (mean(some) or 0.0) / real
-    verdict = (
-        "survives" if ratio <= 1 and p is not None and p < 0.05 else "does not survive" if ratio > 1 else "not decided"
-    )
-    return (
+def _noise_verdict(noise: Sequence[Row], band: tuple[float, float]) -> tuple[str, ...]:
+    """Set each fact's noise against its own real layers; facts are the independent values, layers of one are not."""
+    name, what = (
         "robust residual networks",
-        what,
-        f"×{shown(ratio, 2)}",
-        "–" if p is None else shown_p(p),
-        str(len(some)),
-        verdict,
+        "drift_kl of noise over that of the same fact's real layers, geometric mean",
     )
+    ratios: dict[float, dict[str, list[float]]] = {}
+    for key in dict.fromkeys(row["key"] for row in noise):
+        mine = [row for row in noise if row["key"] == key]
+        real = [_log_drift(r) for r in mine if r["noise"].startswith("real delta, its layers")]
+        for row in mine:
+            if real and row.get("depth") is not None and row["scale"] == 1.0:
+                logs = ratios.setdefault(row["depth"], {}).setdefault(key, [])
+                logs.append(_log_drift(row) - sum(real) / len(real))
+    own: dict[str, list[float]] = {}
+    for depth, by_fact in ratios.items():
+        if band[0] <= depth < band[1]:
+            for key, logs in by_fact.items():
+                own.setdefault(key, []).extend(logs)
+    found = ratio_test([math.exp(sum(logs) / len(logs)) for logs in own.values()])
+    if found is None:
+        return (name, what, "–", "–", "0", "not decided: no noise within the edited band")
+    by_depth = [
+        math.exp(mean(sum(logs) / len(logs) for logs in by_fact.values()) or 0.0) for by_fact in ratios.values()
+    ]
+    number = f"×{shown(found.mean, 2)} (×{shown(min(by_depth), 2)} to ×{shown(max(by_depth), 2)} over all depths)"
+    p = "–" if found.p_value is None else shown_p(found.p_value)
+    return (name, what, number, p, f"{found.n} facts", _verdict(found.mean <= 1, found.p_value))
+
+
+def _log_drift(row: Row) -> float:
+    return math.log(max(row["drift_kl"], 5e-7))  # rows have six decimals
 
 
 def _rank_sections(plain: Sequence[Row], rank: Sequence[Row]) -> list[Section]:
@@ -601,23 +628,54 @@ def _rank_sections(plain: Sequence[Row], rank: Sequence[Row]) -> list[Section]:
 
 
 def _rank_verdict(rank: Sequence[Row]) -> tuple[str, ...]:
-    what = "drift_kl of full fine-tuning less AdaLoRA's, fact by fact"
-    full = {row["key"]: row["drift_kl"] for row in rank if row["editor"] == "full" and not row["dropout"]}
-    low = {row["key"]: row["drift_kl"] for row in rank if row["editor"] == "adalora" and not row["dropout"]}
-    differences = [full[key] - low[key] for key in full if key in low]
-    if not differences:
-        return ("low rank regularises", what, "–", "–", "0", "not decided: too few")
-    p, size = paired_p(differences), mean(differences) or 0.0
-    decided = p is not None and p < 0.05
-    verdict = ("survives" if size > 0 else "does not survive") if decided else "not decided"
-    return (
-        "low rank regularises",
-        what,
-        shown(size, 4),
-        "–" if p is None else shown_p(p),
-        str(len(differences)),
-        verdict,
+    name, what = "low rank regularises", "mean Spearman of rank and drift_kl within a fact"
+    ladder = [r for r in rank if not r["dropout"] and (r["declared_rank"] or r["editor"] == "full")]
+    trained = [row for row in ladder if row["trained"]]
+    groups = [[row for row in trained if row["key"] == key] for key in dict.fromkeys(row["key"] for row in trained)]
+    found = correlation(([r["declared_rank"] or math.inf for r in g], [r["drift_kl"] for r in g]) for g in groups)
+    left_out = f"{len(ladder) - len(trained)} not trained to the stop left out"
+    if found is None:
+        return (name, what, "–", "–", f"0 facts, {left_out}", "not decided: too few")
+    number = f"{shown(found.rho)} ({shown(found.lowest)} to {shown(found.highest)} by fact)"
+    n = f"{found.n} edits of {found.groups} facts, {left_out}"
+    return (name, what, number, shown_p(found.p_value), n, _verdict(found.rho > 0, found.p_value))
+
+
+def _editor_verdict(rank: Sequence[Row]) -> tuple[str, ...]:
+    """Compare AdaLoRA with full fine-tuning on the facts that both were trained on to the stop."""
+    full, low = (
+        {row["key"]: row for row in rank if row["editor"] == editor and not row["dropout"]}
+        for editor in ("full", "adalora")
     )
+    pairs = [(full[key], low[key]) for key in full if key in low]
+    trained = [(a, b) for a, b in pairs if a["trained"] and b["trained"]]
+    name, what = "AdaLoRA beside full fine-tuning", "drift_kl of full fine-tuning less AdaLoRA's, fact by fact"
+    return _difference(name, what, [a["drift_kl"] - b["drift_kl"] for a, b in trained], len(pairs) - len(trained))
+
+
+def _dropout_verdict(rank: Sequence[Row]) -> tuple[str, ...]:
+    """Compare dropout with none, by the mean over the editors that have both; a fact is one value."""
+    plain = {_same(row): row for row in rank if not row["dropout"]}
+    pairs = [(plain[same], row) for row in rank if row["dropout"] for same in [_same(row)] if same in plain]
+    differences: dict[str, list[float]] = {}
+    for without, row in pairs:
+        if without["trained"] and row["trained"]:
+            differences.setdefault(row["key"], []).append(without["drift_kl"] - row["drift_kl"])
+    left_out = len(pairs) - sum(map(len, differences.values()))
+    what = "drift_kl without dropout less that with it, fact by fact"
+    return _difference("dropout", what, [mean(found) or 0.0 for found in differences.values()], left_out)
+
+
+def _same(row: Row) -> tuple[Any, ...]:
+    return row["key"], row["editor"], row["declared_rank"]
+
+
+def _difference(name: str, what: str, differences: Sequence[float], left_out: int) -> tuple[str, ...]:
+    p, size = paired_p(differences), mean(differences)
+    more = "has less drift" if (size or 0.0) > 0 else "has more drift"
+    n = f"{len(differences)} facts, {left_out} pairs not trained to the stop left out"
+    verdict = "not decided: too few" if p is None else "not decided" if p >= 0.05 else more
+    return (name, what, shown(size, 4), "–" if p is None else shown_p(p), n, verdict)
 
 
 # ------------------------------------------------------------------ editors

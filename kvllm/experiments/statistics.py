@@ -1,4 +1,6 @@
-"""The experiments' statistics: a retention curve's fit, ranks against chance, correlation. Numbers in, numbers out.
+"""The experiments' statistics: a retention curve's fit, ranks against chance, correlations within groups.
+
+Numbers in, numbers out.
 
 fit_retention({"Ada": [(10, 1, 1), (100, 0, 1)], …}).half   # the number of facts at which half are recalled
 rank_test([Loss(rank=1, candidates=20)])                # mean relative rank, and its p-value against random loss
@@ -7,7 +9,7 @@ rank_test([Loss(rank=1, candidates=20)])                # mean relative rank, an
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,6 +24,7 @@ RESAMPLES = 2_000
 # Below this fall per ln n (a factor of e in facts moves the odds by a twentieth) a curve is level.
 _FLAT = 0.05
 _NEWTON_STEPS = 60
+_FEWEST = 5
 
 
 @dataclass(frozen=True)
@@ -180,34 +183,88 @@ def rank_test(losses: Sequence[Loss], *, seed: int = 0) -> RankTest | None:
 
 @dataclass(frozen=True)
 class Correlation(Record):
-    """Spearman's rank correlation with its two-sided p-value and 95 % bootstrap interval."""
+    """The mean of Spearman's rank correlations within groups.
+
+    Attributes:
+        rho: The mean over groups.
+        p_value: Two-sided, by permutations inside groups.
+        lowest, highest: Of the groups' own correlations.
+        n: Pairs.
+        groups: Groups with enough of them.
+    """
 
     rho: float
     p_value: float
-    low: float
-    high: float
+    lowest: float
+    highest: float
+    n: int
+    groups: int
+
+
+def correlation(groups: Iterable[tuple[Sequence[float], Sequence[float]]], *, seed: int = 0) -> Correlation | None:
+    """Correlate two measurements by rank inside each group, where what a group's members share plays no part.
+
+    Members of a group are not independent of each other, and groups differ: under the null hypothesis a group's second
+    measurements could stand in any order. The p-value is (1 + permutations as extreme) / (1 + permutations).
+
+    Args:
+        groups: (x, y) of each; those with fewer than three members, or constant ones, say nothing and are left out.
+        seed: Of the permutations.
+
+    Returns:
+        The correlation, or None where every group was left out.
+    """
+    rng = np.random.default_rng(seed)
+    own: list[float] = []
+    totals, n = np.zeros(DRAWS), 0
+    for x, y in groups:
+        if len(x) != len(y):
+            raise ValueError("a correlation needs pairs")
+        if len(x) < 3 or len(set(x)) < 2 or len(set(y)) < 2:
+            continue
+        a, b = _standardised(x), _standardised(y)
+        own.append(float(a @ b))
+        totals += rng.permuted(np.broadcast_to(b, (DRAWS, len(b))), axis=1) @ a
+        n += len(x)
+    if not own:
+        return None
+    rho = sum(own) / len(own)
+    extreme = int((np.abs(totals / len(own)) >= abs(rho) - 1e-12).sum())
+    return Correlation(round(rho, 4), (1 + extreme) / (1 + DRAWS), round(min(own), 4), round(max(own), 4), n, len(own))
+
+
+def _standardised(values: Sequence[float]) -> Floats:
+    """Return ranks with mean 0 and length 1; ties have their mean rank."""
+    ranks = stats.rankdata(np.asarray(values, dtype=float))
+    centred: Floats = ranks - ranks.mean()
+    return centred / np.linalg.norm(centred)
+
+
+@dataclass(frozen=True)
+class Ratio(Record):
+    """A geometric mean of ratios, and the two-sided p-value of Student's t-test on their logarithms against 1."""
+
+    mean: float
+    p_value: float | None
     n: int
 
 
-def correlation(x: Sequence[float], y: Sequence[float], *, seed: int = 0) -> Correlation | None:
-    """Correlate two measurements of the same things by rank; None of fewer than four, or of constants."""
-    if len(x) != len(y):
-        raise ValueError("a correlation needs pairs")
-    a, b = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
-    if len(a) < 4 or np.ptp(a) == 0 or np.ptp(b) == 0:
+def ratio_test(ratios: Sequence[float]) -> Ratio | None:
+    """Compare positive ratios with 1; without a p-value below five of them, None of none.
+
+    Of five, a signed-rank test cannot reach 0.05 (2 / 2⁵ = 0.0625), which is why the logarithms' sizes are used.
+    """
+    if not ratios:
         return None
-    found = stats.spearmanr(a, b)
-    rng = np.random.default_rng(seed)
-    drawn = []
-    for _ in range(RESAMPLES):
-        picked = rng.integers(0, len(a), len(a))
-        if np.ptp(a[picked]) > 0 and np.ptp(b[picked]) > 0:
-            drawn.append(float(stats.spearmanr(a[picked], b[picked]).statistic))
-    low, high = (float(v) for v in np.quantile(drawn, [0.025, 0.975])) if drawn else (-1.0, 1.0)
-    return Correlation(round(float(found.statistic), 4), float(found.pvalue), round(low, 4), round(high, 4), len(a))
+    logs = np.log(np.asarray(ratios, dtype=float))
+    p: float | None = None
+    if len(logs) >= _FEWEST:
+        level = np.ptp(logs) < 1e-12
+        p = float(abs(logs.mean()) < 1e-12) if level else float(stats.ttest_1samp(logs, 0.0).pvalue)
+    return Ratio(round(math.exp(logs.mean()), 4), p, len(logs))
 
 
 def paired_p(differences: Sequence[float]) -> float | None:
     """Return the two-sided p-value of Wilcoxon's signed-rank test; None where nothing differs or too few are there."""
     nonzero = [d for d in differences if d != 0]
-    return float(stats.wilcoxon(nonzero).pvalue) if len(nonzero) >= 5 else None
+    return float(stats.wilcoxon(nonzero).pvalue) if len(nonzero) >= _FEWEST else None

@@ -175,35 +175,88 @@ def test_capacity_without_a_loss_says_so() -> None:
     assert found.findings[0] == "default: 1.000 recalled after 5 facts; where half are recalled cannot be said."
 
 
-def test_factors_give_one_verdict_per_explanation() -> None:
-    keys = [
-        {"kind": "key", "arm": "Paris", "seed": 0, "known": "Paris", "key": f"k{i}", "level": i, "steps": 9,
-         "distance_encoder": i / 10, "distance_hidden": 0.1, "recalled": 1.0, "near_kl": 1 - i / 10,
+KNOWN = [{"known": "Paris", "questions": ["What is Paris?"], "keys": ["x"], "text": "{key}"}]
+
+
+def key_rows(known: str, *damage: float) -> list[dict[str, Any]]:
+    """Return keys at growing distance from a known thing, with what each did to it."""
+    return [
+        {"kind": "key", "arm": known, "seed": 0, "known": known, "key": f"k{i}", "level": i, "steps": 9,
+         "distance_encoder": i / 10, "distance_hidden": 0.1, "recalled": 1.0, "near_kl": kl,
          "near_changed": 1, "near_recited": 0, "near_n": 2, **DRIFT}
-        for i in range(8)
+        for i, kl in enumerate(damage)
     ]  # fmt: skip
-    real = {"kind": "noise", "arm": "noise", "seed": 0, "layer": "l", "scale": 1.0, "size": 2.0, **DRIFT}
-    noise = [
-        {**real, "noise": "real delta, its layers apart", "drift_kl": 0.01},
-        *({**real, "noise": "gaussian", "depth": d / 10, "drift_kl": 0.05, "recalled": 1.0} for d in range(8)),
-    ]
-    rank = [
-        {"kind": "rank", "arm": arm, "seed": 0, "key": f"k{i}", "facts": 1, "editor": arm, "dropout": 0.0,
-         "declared_rank": None, "effective_rank": 2.0, "norm": 1.0, "steps": 9, "train_seconds": 3.0, "bytes": 1000,
-         **shared(1.0), **DRIFT, "drift_kl": 0.02 + 0.01 * (arm == "full") + i / 1e4 * (arm == "full")}
-        for arm in ("adalora", "full") for i in range(8)
-    ]  # fmt: skip
-    known = [{"known": "Paris", "questions": ["What is Paris?"], "keys": ["x"], "text": "{key}"}]
-    found = document("factors", [*keys, *noise, *rank], known=known)
-    verdicts = {row["explanation"]: row for row in table(found, "Which explanation survives")}
-    assert verdicts["distinct inputs"]["verdict"] == "survives"
-    assert verdicts["distinct inputs"]["number"].startswith("-1.000")
-    assert verdicts["robust residual networks"]["verdict"] == "does not survive"
-    assert verdicts["robust residual networks"]["number"] == "×5.00"
-    assert verdicts["low rank regularises"]["verdict"] == "survives"
-    assert verdicts["low rank regularises"]["p"] == "0.0078", "2 / 2^8 by hand"
-    flipped = document("factors", [{**row, "near_kl": row["distance_encoder"]} for row in keys], known=known)
-    assert table(flipped, "Which explanation survives")[0]["verdict"] == "does not survive"
+
+
+def noise_rows(facts: int, *, in_band: float, beyond: float = 1.0) -> list[dict[str, Any]]:
+    """Return noise that costs so many times what the same fact's real layers cost; each fact has its own level."""
+    rows = []
+    for fact in range(facts):
+        level = 0.01 * 10 ** (fact % 3)
+        base = {"kind": "noise", "arm": "noise", "seed": 0, "layer": "l", "scale": 1.0, "size": 2.0, **DRIFT}
+        base |= {"key": f"k{fact}", "recalled": 1.0}
+        rows += [{**base, "noise": "real delta, its layers apart", "drift_kl": kl * level} for kl in (0.5, 2.0)]
+        for depth, times in ((0.4, in_band), (0.5, in_band * (1.01 if fact else 1.0)), (0.9, beyond)):
+            rows.append({**base, "noise": "gaussian", "depth": depth, "drift_kl": times * level})
+    return rows
+
+
+def rank_row(arm: str, key: int, drift: float, **more: Any) -> dict[str, Any]:
+    """Return an edit of one fact."""
+    editor = arm.split()[0]
+    return {
+        "kind": "rank", "arm": arm, "seed": 0, "key": f"k{key}", "facts": 1, "editor": editor, "dropout": 0.0,
+        "declared_rank": int(arm.split()[1]) if editor == "lora" else None, "effective_rank": 2.0, "norm": 1.0,
+        "steps": 9, "train_seconds": 3.0, "bytes": 1000, "trained": True, **shared(1.0), **DRIFT, "drift_kl": drift,
+        **more,
+    }  # fmt: skip
+
+
+def verdicts(*rows: dict[str, Any]) -> dict[str, dict[str, str]]:
+    found = document("factors", rows, known=KNOWN)
+    return {row["explanation"]: row for row in table(found, "Which explanation survives")}
+
+
+def test_distance_is_set_against_damage_among_the_keys_of_one_thing() -> None:
+    falling = [key_rows(f"thing {g}", *(g + damage for damage in (0.5, 0.4, 0.3, 0.2, 0.1))) for g in range(8)]
+    told = verdicts(*(row for rows in falling for row in rows))["distinct inputs"]
+    assert told["verdict"] == "survives"
+    assert told["number"] == "-1.000 (-1.000 to -1.000 by thing)"
+    assert told["n"] == "40 keys in 8 groups"
+    rising = [key_rows(f"thing {g}", 0.1, 0.2, 0.3, 0.4, 0.5) for g in range(8)]
+    assert verdicts(*(row for rows in rising for row in rows))["distinct inputs"]["verdict"] == "does not survive"
+    assert verdicts(*key_rows("Paris", 0.1, 0.2, 0.3))["distinct inputs"]["verdict"] == "not decided"
+    assert verdicts(*key_rows("Paris", 0.1, 0.2))["distinct inputs"]["verdict"] == "not decided: too few"
+
+
+def test_noise_is_set_against_the_same_facts_real_layers_within_the_edited_band() -> None:
+    told = verdicts(*noise_rows(6, in_band=5.0, beyond=0.1))["robust residual networks"]
+    assert told["verdict"] == "does not survive"
+    assert told["number"].startswith("×5.02 (×0.10 to ×5.04"), "by hand: 5 · 1.01^(5/12), and each depth's own"
+    assert told["n"] == "6 facts"
+    assert verdicts(*noise_rows(6, in_band=0.5, beyond=9.0))["robust residual networks"]["verdict"] == "survives"
+    assert verdicts(*noise_rows(4, in_band=5.0))["robust residual networks"]["verdict"] == "not decided: too few"
+    outside = [row for row in noise_rows(6, in_band=5.0) if row.get("depth") in (None, 0.9)]
+    assert "no noise within the edited band" in verdicts(*outside)["robust residual networks"]["verdict"]
+
+
+def test_rank_is_set_against_drift_within_facts_that_were_trained() -> None:
+    arms = [f"lora {r}" for r in (1, 2, 4, 8)]
+    rows = [rank_row(arm, i, 0.01 * place + i) for i in range(6) for place, arm in enumerate([*arms, "full"], 1)]
+    rows += [rank_row("adalora", i, 0.001 * i + i) for i in range(6)]
+    rows += [{**row, "dropout": 0.1, "arm": "dropout", "drift_kl": 2.0 * row["drift_kl"] + 0.01} for row in rows[4::5]]
+    told = verdicts(*rows)
+    assert told["low rank regularises"]["verdict"] == "survives"
+    assert told["low rank regularises"]["n"] == "30 edits of 6 facts, 0 not trained to the stop left out"
+    assert told["AdaLoRA beside full fine-tuning"]["p"] == "0.0312", "2 / 2^6 by hand"
+    assert told["AdaLoRA beside full fine-tuning"]["verdict"] == "has less drift"
+    assert told["dropout"]["verdict"] == "has more drift"
+    # What was not trained to the stop drifts little because it learned little: it is no pair.
+    rows[4] = {**rows[4], "trained": False, "drift_kl": 0.0}
+    told = verdicts(*rows)
+    assert "1 not trained to the stop left out" in told["low rank regularises"]["n"]
+    assert told["AdaLoRA beside full fine-tuning"]["n"].startswith("5 facts, 1 pairs not trained")
+    assert told["AdaLoRA beside full fine-tuning"]["verdict"] == "not decided"
 
 
 def test_editors_count_bytes_and_routes() -> None:

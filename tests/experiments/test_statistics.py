@@ -8,7 +8,7 @@ from collections.abc import Callable, Hashable
 
 import pytest
 
-from kvllm.experiments.statistics import Loss, correlation, fit_retention, paired_p, rank_test
+from kvllm.experiments.statistics import Loss, correlation, fit_retention, paired_p, rank_test, ratio_test
 
 STATES = (5, 10, 20, 40, 80, 160, 320)
 
@@ -81,16 +81,43 @@ def test_losing_everything_at_once_says_nothing() -> None:
     assert rank_test([Loss(1, 1)]) is None
 
 
-def test_correlation_is_spearmans() -> None:
-    rising = correlation([1, 2, 3, 4, 5, 6], [1, 4, 9, 16, 25, 36])
+def test_correlation_is_the_mean_of_spearmans_inside_groups() -> None:
+    rising = correlation([([1, 2, 3, 4, 5, math.inf], [1, 4, 9, 16, 25, 36])])
     assert rising is not None
     assert rising.rho == 1.0
     assert rising.p_value < 0.01
-    assert correlation([1, 2, 3], [1, 2, 3]) is None
-    assert correlation([1, 1, 1, 1], [1, 2, 3, 4]) is None
-    noise = correlation([1, 2, 3, 4, 5, 6, 7, 8], [3, 1, 4, 1, 5, 9, 2, 6])
-    assert noise is not None
-    assert noise.low < noise.rho < noise.high
+    assert correlation([([1, 2], [1, 2])]) is None
+    assert correlation([([1, 1, 1, 1], [1, 2, 3, 4])]) is None
+    # By hand: 1 − 6·Σd²/(n(n² − 1)) is 1 and 1 − 6·2/24 = 0.5.
+    two = correlation([([1, 2, 3], [5, 6, 7]), ([1, 2, 3], [6, 5, 7])])
+    assert two is not None
+    assert (two.rho, two.lowest, two.highest, two.n, two.groups) == (0.75, 0.5, 1.0, 6, 2)
+    # 36 orders, of which 1 + 4 are as high and as many as low: 10 / 36.
+    assert two.p_value == pytest.approx(10 / 36, abs=0.02)
+
+
+def test_what_groups_differ_in_is_no_correlation() -> None:
+    """Groups that lie along a line, and whose members fall across it: pooled, the correlation would be positive."""
+    groups = [([10.0 * g + i for i in range(5)], [10.0 * g - i for i in range(5)]) for g in range(8)]
+    found = correlation(groups)
+    assert found is not None
+    assert found.rho == -1.0
+    assert found.p_value < 0.001
+
+
+def test_ratios_are_tested_on_their_logarithms() -> None:
+    found = ratio_test([2.0, 8.0, 4.0, 4.0, 4.0])
+    assert found is not None
+    assert found.mean == 4.0
+    # By hand: logs of mean 2 and deviation √½ (to base 2) give t = 2·√5/√½ = 6.32 with 4 degrees of freedom.
+    assert found.p_value == pytest.approx(0.0032, abs=1e-4)
+    few = ratio_test([4.0] * 4)
+    assert few is not None
+    assert few.p_value is None
+    even = ratio_test([1.0] * 5)
+    assert even is not None
+    assert even.p_value == 1.0
+    assert ratio_test([]) is None
 
 
 def test_signed_rank_needs_differences() -> None:
