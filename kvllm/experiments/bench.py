@@ -242,6 +242,13 @@ def judged(
     return list(rows.values())
 
 
+def failed_row(case: Case, declared: Declared, error: Exception) -> dict[str, Any]:
+    """Return the row of a fact whose training failed: asked as the others are, and not recalled."""
+    kinds = [probe.kind for probe in probes_of(case, declared)]
+    asked = {"trained": kinds.count("trained"), "paraphrases": kinds.count("paraphrase")}
+    return {"kind": "failed", "error": str(error), **_row(case), **asked}
+
+
 def probes_of(case: Case, declared: Declared) -> list[Probe]:
     """Return what a case is asked: the declared number of trained questions, paraphrases and neighbours."""
     measure = declared.measure

@@ -39,6 +39,7 @@ _COLUMNS_NOTE = (
     "recite the fact; unchanged: share of neighbour answers that are the unedited model's, word for word. In-context: "
     "the unedited model with the nearest fact's text in the prompt."
 )
+_FAILED_NOTE = "A fact whose training failed counts as not recalled; drift, steps and seconds are those of the others."
 _REPAIRED = (
     "With replay an edit looks at the nearest older facts and repairs what it broke there: only a budget with replay 0 "
     "tests whether the nearest collide."
@@ -442,13 +443,14 @@ def _factors(declared: Declared, outcome: Outcome) -> tuple[list[str], list[Sect
     noise = [row for row in outcome.rows if row["kind"] == "noise"]
     rank = [row for row in outcome.rows if row["kind"] == "rank" and row not in plain]
     if keys:
-        sections += _key_sections(keys)
+        sections += _key_sections(keys, _of_part(outcome, "keys"))
         verdicts.append(_key_verdict(keys))
     if noise:
-        sections += _noise_sections(noise)
+        sections += _noise_sections(noise, _of_part(outcome, "noise"))
         verdicts.append(_noise_verdict(noise, declared.edit_config(seed=0).depth))
-    if rank:
-        sections += _rank_sections(plain, rank)
+    failed = _of_part(outcome, "rank")
+    if rank or failed:
+        sections += _rank_sections(plain, rank, failed)
         verdicts += [_rank_verdict(rank), _editor_verdict(rank), _dropout_verdict(rank)]
     note = (
         "One rule per explanation, declared before the numbers: it survives, does not, or was not decided (p ≥ 0.05). "
@@ -461,7 +463,18 @@ def _factors(declared: Declared, outcome: Outcome) -> tuple[list[str], list[Sect
     return [f"{v[0]}: {v[5]} ({v[1]} {v[2]}, p={v[3]}, n={v[4]})." for v in verdicts], [table, *sections]
 
 
-def _key_sections(keys: Sequence[Row]) -> list[Section]:
+def _of_part(outcome: Outcome, part: str) -> list[Row]:
+    return [row for row in outcome.rows if row["kind"] == "failed" and row["part"] == part]
+
+
+def _untaught(failed: Sequence[Row]) -> str:
+    """Return a sentence on edits that failed, where there are any."""
+    return (
+        f" Training failed, and nothing was measured, of: {', '.join(row['key'] for row in failed)}." if failed else ""
+    )
+
+
+def _key_sections(keys: Sequence[Row], failed: Sequence[Row]) -> list[Section]:
     rows = tuple(
         (
             str(row["known"]),
@@ -489,6 +502,7 @@ def _key_sections(keys: Sequence[Row]) -> list[Section]:
         "keys", "Damage to the known thing", series, x_label="distance of the taught key (tenths)", y_label="KL (nats)"
     )
     note = "Each key is taught alone; damage is measured on questions about the known thing that it may be near."
+    note += _untaught(failed)
     return [Section("Distinctness of keys against damage", note, Table(columns, rows), figure)]
 
 
@@ -510,7 +524,7 @@ def _verdict(holds: bool, p_value: float | None) -> str:
     return "not decided" if p_value >= 0.05 else "survives" if holds else "does not survive"
 
 
-def _noise_sections(noise: Sequence[Row]) -> list[Section]:
+def _noise_sections(noise: Sequence[Row], failed: Sequence[Row]) -> list[Section]:
     order = dict.fromkeys((row["noise"], row.get("depth"), row["scale"]) for row in noise)
     rows = []
     for kind, depth, scale in order:
@@ -553,7 +567,7 @@ def _noise_sections(noise: Sequence[Row]) -> list[Section]:
     )
     note = (
         "A random change of one layer, as large as a real delta is in one layer (times scale); recalled: with the real "
-        "edit in place beside it."
+        f"edit in place beside it.{_untaught(failed)}"
     )
     return [Section("Random changes of the same norm", note, Table(columns, tuple(rows)), figure)]
 
@@ -592,15 +606,16 @@ def _log_drift(row: Row) -> float:
     return math.log(max(row["drift_kl"], 5e-7))  # rows have six decimals
 
 
-def _rank_sections(plain: Sequence[Row], rank: Sequence[Row]) -> list[Section]:
+def _rank_sections(plain: Sequence[Row], rank: Sequence[Row], failed: Sequence[Row]) -> list[Section]:
     rows = []
-    for arm in dict.fromkeys(row["arm"] for row in [*plain, *rank]):
+    for arm in dict.fromkeys(row["arm"] for row in [*plain, *rank, *failed]):
         mine = [row for row in [*plain, *rank] if row["arm"] == arm]
+        lost = [row for row in failed if row["arm"] == arm]
         rows.append(
             (
                 arm,
-                str(sum(row["facts"] for row in mine)),
-                *_answer_cells(mine),
+                _of_taught(sum(row["facts"] for row in mine), len(lost)),
+                *_answer_cells([*mine, *lost]),
                 *_drift_cells(mine),
                 shown(_mean(mine, "effective_rank"), 1),
                 shown(_mean(mine, "norm"), 1),
@@ -612,7 +627,7 @@ def _rank_sections(plain: Sequence[Row], rank: Sequence[Row]) -> list[Section]:
     columns = (
         "editor", ">facts", *_ANSWER_COLUMNS, *_DRIFT_COLUMNS, ">effective rank", ">norm", ">steps", ">train s", ">MB",
     )  # fmt: skip
-    note = f"Single edits from the base, all trained to the same stop rule. {_COLUMNS_NOTE}"
+    note = f"Single edits from the base, all trained to the same stop rule. {_FAILED_NOTE} {_COLUMNS_NOTE}"
     loras = [row for row in rank if row.get("declared_rank") and not row["dropout"]]
     points = [
         (float(r), _mean([row for row in loras if row["declared_rank"] == r], "drift_kl") or 0.0)
@@ -687,10 +702,10 @@ def _editors(declared: Declared, outcome: Outcome) -> tuple[list[str], list[Sect
         facts = [row for row in outcome.rows if row["arm"] == arm and row["kind"] == "fact"]
         drift = [row for row in outcome.rows if row["arm"] == arm and row["kind"] == "drift"]
         routing = [row for row in outcome.rows if row["arm"] == arm and row["kind"] == "routing"]
-        failed = sum(row["arm"] == arm and row["kind"] == "failed" for row in outcome.rows)
-        if not facts:
+        failed = [row for row in outcome.rows if row["arm"] == arm and row["kind"] == "failed"]
+        if not facts and not failed:
             continue
-        shares = _shares(facts)
+        shares = _shares([*facts, *failed])
         routed = (
             f"{sum(r['routed_right'] for r in routing)} of {sum(r['routed_n'] for r in routing)}" if routing else ""
         )
@@ -700,15 +715,14 @@ def _editors(declared: Declared, outcome: Outcome) -> tuple[list[str], list[Sect
         rows.append(
             (
                 arm,
-                str(len(facts)),
+                _of_taught(len(facts), len(failed)),
                 *_share_cells(shares),
-                *(_drift_cells(drift) if any("drift_kl" in row for row in drift) else ("0 (not merged)", "", "")),
+                *(_drift_cells(drift) if any("drift_kl" in row for row in drift) else (_kept_drift(routing), "", "")),
                 shown(_mean(drift, "steps"), 1),
                 shown(_mean(drift, "train_seconds"), 1),
                 shown((_mean(drift, "bytes") or 0.0) / 1000, 1),
                 routed,
                 stray,
-                str(failed),
             )
         )
         right, n = shares["recalled"]
@@ -717,14 +731,22 @@ def _editors(declared: Declared, outcome: Outcome) -> tuple[list[str], list[Sect
         )
     columns = (
         "method", ">facts", *_ANSWER_COLUMNS, *_DRIFT_COLUMNS, ">steps", ">s per fact", ">kB per fact", ">routed right",
-        ">general routed", ">failed",
+        ">general routed",
     )  # fmt: skip
     note = (
-        f"{_COLUMNS_NOTE} Merged methods: each fact is a single edit from the base. Prompt tuning, prefix tuning and "
-        "P-tuning: one adapter a fact, all at once; a question gets the nearest key's adapter if it is near enough "
-        "(routed right: questions about a fact that got its own; general routed: general questions that got any)."
+        f"{_COLUMNS_NOTE} {_FAILED_NOTE} Merged methods: each fact is a single edit from the base. "
+        "Prompt tuning, prefix tuning and P-tuning: one adapter a fact, all at once; a question gets the nearest key's "
+        "adapter if it is near enough (routed right: questions about a fact that got its own; general routed: general "
+        "questions that got any; where one does, drift is not none, and is not measured)."
     )
     return findings, [Section("Methods", note, Table(columns, tuple(rows)))]
+
+
+def _kept_drift(routing: Sequence[Row]) -> str:
+    """Return the drift of adapters that are kept: none, as long as no general question gets one."""
+    if not routing:
+        return "–"
+    return "not measured" if any(row["general_routed"] for row in routing) else "0 (not merged)"
 
 
 # ------------------------------------------------------------------ cells
@@ -765,6 +787,11 @@ def _share_cells(shares: Mapping[str, tuple[int, int]]) -> tuple[str, ...]:
     cells = {name: shown(a / b) if b else "–" for name, (a, b) in shares.items()}
     interval = "" if band is None else f"{shown(band.low)} to {shown(band.high)}"
     return (cells["recalled"], interval, cells["generalized"], cells["leak"], cells["unchanged"])
+
+
+def _of_taught(trained: int, failed: int) -> str:
+    """Return how many facts were trained, and where training failed, of how many."""
+    return f"{trained} of {trained + failed} taught" if failed else str(trained)
 
 
 def _drift_cells(rows: Sequence[Row]) -> tuple[str, ...]:

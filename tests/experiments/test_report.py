@@ -8,9 +8,13 @@ from typing import Any
 
 import pytest
 
+from kvllm.errors import EditFailed
+from kvllm.experiments.bench import failed_row, shares
 from kvllm.experiments.declared import Declared, Run, declare
+from kvllm.experiments.facts import Case
 from kvllm.experiments.report import experiment_document
 from kvllm.experiments.runner import Outcome
+from kvllm.records import Fact
 from kvllm.reports.document import Document
 from kvllm.reports.render import render
 
@@ -272,8 +276,36 @@ def test_editors_count_bytes_and_routes() -> None:
     assert methods["adalora"]["kB per fact"] == "750.0"
     assert methods["prefix-tuning"]["routed right"] == "3 of 4"
     assert methods["prefix-tuning"]["general routed"] == "1 of 44"
-    assert methods["prefix-tuning"]["drift_kl"] == "0 (not merged)"
+    assert methods["prefix-tuning"]["drift_kl"] == "not measured", "a general question got an adapter"
     assert methods["unedited"]["recalled"] == "0.000"
+    rows[-1]["general_routed"] = 0
+    methods = {row["method"]: row for row in table(document("editors", rows), "Methods")}
+    assert methods["prefix-tuning"]["drift_kl"] == "0 (not merged)"
+
+
+def test_a_failed_fact_counts_as_not_recalled() -> None:
+    case = Case(Fact("k", "A text."), neighbours=("What is it?",))
+    declared = declare({"kind": "editors", "invented": 1})
+    failed = {**failed_row(case, declared, EditFailed("No.")), "seed": 0}
+    fact = {"kind": "fact", "arm": "lora", "seed": 0, "key": "k", "difficulty": "", "unchanged": 2, **COUNTS}
+    methods = document("editors", [{**failed, "arm": "full"}, fact, {**failed, "arm": "lora"}])
+    cells = {row["method"]: (row["facts"], row["recalled"], row["leak"]) for row in table(methods, "Methods")}
+    assert cells == {"full": ("0 of 1 taught", "0.000", "–"), "lora": ("1 of 2 taught", "0.500", "0.000")}
+
+    lost = {"kind": "failed", "part": "rank", "arm": "full", "seed": 0, "key": "k1", "facts": 1, **shares([failed])}
+    rows = [rank_row("adalora", 0, 0.1), rank_row("full", 0, 0.1, **shared(1.0) | {"recalled_n": 2}), lost]
+    ranks = {
+        row["editor"]: row for row in table(document("factors", rows, known=KNOWN), "Low rank against full fine-tuning")
+    }
+    assert (ranks["full"]["facts"], ranks["full"]["recalled"]) == ("1 of 2 taught", "0.500")
+    assert ranks["adalora"]["facts"] == "1"
+    gone = {**lost, "part": "keys", "key": "Trellick", "arm": "Paris"}
+    (section,) = [
+        s
+        for s in document("factors", [*key_rows("Paris", 0.1), gone], known=KNOWN).sections
+        if s.title.startswith("Distinctness")
+    ]
+    assert "Training failed, and nothing was measured, of: Trellick." in section.note
 
 
 def test_no_format_obeys_a_key() -> None:

@@ -20,7 +20,10 @@ import pytest
 import torch
 
 from kvllm import KnowledgeBase
-from kvllm.errors import Busy, ConfigError, StoreError
+from kvllm.editing.editor import EditTask, Training
+from kvllm.editing.engine import Engine
+from kvllm.editing.soft_prompts import SoftPromptEditor
+from kvllm.errors import Busy, ConfigError, EditFailed, StoreError
 from kvllm.experiments.capacity import _bits, _parameters, _Watch
 from kvllm.experiments.declared import Declared
 from kvllm.experiments.desk import Desk
@@ -243,6 +246,57 @@ def test_editors_all_learn_the_fact_and_leave_the_weights(make: Make, home: Path
         assert all(row["bytes"] > 0 for row in of(outcome, "drift", arm))
     assert not of(outcome, "failed")
     _check_report(declared, outcome)
+
+
+def test_training_that_fails_ends_no_run_of_a_kept_method(
+    make: Make, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    declared = make("editors", n=2, settings={"methods": ["prompt-tuning"]}, edit={"max_steps": 2})
+    train, finish = SoftPromptEditor.train, Desk.finish
+    calls: list[EditTask] = []
+
+    def fails_once(self: SoftPromptEditor, copy: Any, pool: Any, task: EditTask, config: Any) -> Training:
+        calls.append(task)
+        if len(calls) == 1:
+            raise EditFailed("The loss was not finite at step 3.")
+        return train(self, copy, pool, task, config)
+
+    class Enough(Exception):
+        """Stands for whatever ends a process."""
+
+    def killed(desk: Desk, step: str, rows: Any) -> None:
+        if step == "ask":
+            raise Enough
+        finish(desk, step, rows)
+
+    monkeypatch.setattr(SoftPromptEditor, "train", fails_once)
+    with monkeypatch.context() as patched:
+        patched.setattr(Desk, "finish", killed)
+        with pytest.raises(Enough):
+            run_experiment(declared, home)
+    outcome = run_experiment(declared, home)
+    assert (outcome.failed, len(calls)) == ({}, 2)
+    (failed,) = of(outcome, "failed")
+    assert (failed["key"], failed["trained"], failed["trained_right"]) == (declared.cases[0].key, 1, 0)
+    assert [row["key"] for row in of(outcome, "fact")] == [declared.cases[1].key], "it is not asked with another's"
+
+
+def test_training_that_fails_ends_no_run_of_the_factors(
+    make: Make, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = {"known": "Berlin", "questions": ["What is Berlin?"], "keys": ["Quorvane", "Berlim"], "text": "a tool"}
+    settings = {"known": [known], "depths": [0.5], "scales": [1.0], "noise_facts": 1, "editors": [{"name": "AdaLoRA"}]}
+    declared = make("factors", n=1, settings=settings)
+
+    def fails(*_: Any, **__: Any) -> None:
+        raise EditFailed("The loss was not finite at step 3.")
+
+    monkeypatch.setattr(Engine, "train", fails)
+    outcome = run_experiment(declared, home)
+    assert (outcome.failed, outcome.unfinished) == ({}, ())
+    assert [row["part"] for row in of(outcome, "failed")] == ["keys", "keys", "noise", "rank"]
+    assert [(row["recalled"], row["recalled_n"]) for row in of(outcome, "failed", "AdaLoRA")] == [(0.0, 1)]
+    assert experiment_document(declared, outcome).sections
 
 
 def _check_report(declared: Declared, outcome: Outcome) -> None:
