@@ -75,7 +75,7 @@ def execute(run: Run, desk: Desk) -> None:
     """Do what is left of a run."""
     declared = desk.declared
     cases = declared.ordered(run.seed)
-    with Bench(declared, desk.folder, progress=desk.progress) as bench:
+    with Bench(desk) as bench:
         if run.settings["mode"] != "edit":
             for point in checkpoints(declared):
                 if desk.open(f"ask-{point:04}"):

@@ -52,7 +52,7 @@ def execute(run: Run, desk: Desk) -> None:
     """Do what is left of a run."""
     declared, method = desk.declared, str(run.settings["method"])
     cases = declared.ordered(run.seed)
-    with Bench(declared, desk.folder, progress=desk.progress) as bench:
+    with Bench(desk) as bench:
         if method in ("unedited", "in-context"):
             if desk.open("ask"):
                 rows = bench.ask(cases, in_context=method == "in-context")
@@ -108,6 +108,8 @@ def _kept(run: Run, desk: Desk, bench: Bench, cases: Sequence[Case], method: str
             desk.finish(step, [row])
         elif failure.exists():
             continue
+        elif not path.exists():
+            raise desk.missing(path)
         else:
             shelf.put(case.key, read_tensors(path))
         taught.append(case)

@@ -80,7 +80,7 @@ def runs(declared: Declared) -> list[Run]:
 def execute(run: Run, desk: Desk) -> None:
     """Do what is left of a run."""
     part = run.settings["part"]
-    with Bench(desk.declared, desk.folder, progress=desk.progress) as bench:
+    with Bench(desk) as bench:
         if part in ("unedited", "in-context"):
             if desk.open("ask"):
                 asked = bench.ask(desk.declared.ordered(0), in_context=part == "in-context")

@@ -6,6 +6,7 @@ import html
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -348,6 +349,42 @@ def test_an_interrupted_run_goes_on_where_it_was(make: Make, home: Path) -> None
     with KnowledgeBase.open(home / "runs" / "sequential-0" / "my.kb", readonly=True) as kb:
         assert [edit.created_at for edit in reversed(kb.history())][: len(made)] == made
     assert without_times(outcome.rows) == without_times(run_experiment(declared, home.parent / "whole").rows)
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "last", "gone"),
+    [
+        ("injection", {"arms": [ARMS[2]]}, "ask-0002", "my.kb"),
+        ("capacity", {"budgets": [{"name": "sequential"}]}, "ask-0002", "my.kb"),
+        ("editors", {"methods": ["prompt-tuning"]}, "ask", "kept/0001.safetensors"),
+    ],
+)
+def test_a_run_whose_folder_is_gone_does_not_go_on_untaught(
+    make: Make, home: Path, monkeypatch: pytest.MonkeyPatch, kind: str, settings: Any, last: str, gone: str
+) -> None:
+    declared = make(kind, n=2, settings=settings, edit={"max_steps": 2})
+    finish = Desk.finish
+
+    class Enough(Exception):
+        """Stands for whatever ends a process."""
+
+    def killed(desk: Desk, step: str, rows: Any) -> None:
+        if step == last and desk.run.arm not in ("unedited", "in-context"):
+            raise Enough
+        finish(desk, step, rows)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Desk, "finish", killed)
+        with pytest.raises(Enough):
+            run_experiment(declared, home)
+    rows = read_outcome(declared, home).rows
+    (run,) = read_outcome(declared, home).unfinished
+    shutil.rmtree(home / "runs" / run)
+    outcome = run_experiment(declared, home)
+    assert list(outcome.failed) == [run]
+    assert f"{gone} of its folder runs/{run}, which is not there; nothing was run" in outcome.failed[run]
+    assert outcome.rows == rows
+    assert list(run_experiment(declared, home).failed) == [run], "nor at the next attempt"
 
 
 def test_results_of_another_declaration_are_never_mixed(make: Make, home: Path) -> None:
