@@ -58,8 +58,8 @@ def fit_retention(answers: Mapping[Hashable, Sequence[tuple[int, int, int]]], *,
         seed: Of the bootstrap.
 
     Returns:
-        The fit, or None with fewer than three states, and where the curve is below half somewhere but does not fall:
-        its steepness may be 0.
+        The fit, or None with fewer than three states, where the curve is below half from the first state on, and where
+        it does not fall: its steepness may be 0.
     """
     states = sorted({facts for told in answers.values() for facts, _, asked in told if asked > 0})
     if len(states) < 3:
@@ -76,7 +76,9 @@ def fit_retention(answers: Mapping[Hashable, Sequence[tuple[int, int, int]]], *,
     middle = x.mean()
     at_ends = level - slope * (x[[0, -1]] - middle)
     steepness = round(float(slope), 4)
-    if bool((at_ends >= 0).all()):
+    if at_ends[0] < 0:
+        return None
+    if at_ends[1] >= 0:
         return RetentionFit(None, None, None, steepness, states[-1], len(answers))
     rng = np.random.default_rng(seed)
     drawn = rng.multinomial(len(answers), np.full(len(answers), 1 / len(answers)), RESAMPLES).astype(float)

@@ -55,6 +55,12 @@ def test_a_curve_above_half_up_to_the_last_state_says_no_more_than_that() -> Non
 def test_a_curve_that_does_not_fall_is_not_fitted() -> None:
     assert fit_retention(answers(lambda _: 0.4, 100)) is None
     assert fit_retention(answers(lambda n: n / 400, 100)) is None
+    # Of twenty facts two are lost: one in eight draws of twenty has neither, (18/20)²⁰ = 0.12, and does not fall.
+    level = {i: [(n, int(i < (11 if n <= 20 else 9)), 1) for n in STATES] for i in range(20)}
+    assert fit_retention(level) is None
+    steeper = {i: [(n, int(i < (16 if n <= 20 else 4)), 1) for n in STATES] for i in range(20)}
+    assert fit_retention(steeper) is not None
+    assert fit_retention(answers(lambda _: 0.0, 100)) is None, "half was before what was seen"
 
 
 def test_losing_always_the_nearest_is_no_chance() -> None:
