@@ -3,7 +3,7 @@
 Edits go through the knowledge base itself, with a gate that measures nothing; what is measured is measured here, on
 the questions of the declaration and in the same way for every arm.
 
-    with Bench(declared, folder) as bench:
+    with Bench(desk) as bench:
         bench.teach(cases, config); rows = bench.ask(cases); state = bench.drift()
 """
 
@@ -14,7 +14,6 @@ import json
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -23,6 +22,7 @@ from kvllm.config import EditConfig, GateConfig, ModelConfig, cache_folder
 from kvllm.editing.engine import Engine
 from kvllm.errors import ModelError, ending_error
 from kvllm.experiments.declared import Declared
+from kvllm.experiments.desk import Desk
 from kvllm.experiments.facts import Case
 from kvllm.knowledge_base import KnowledgeBase
 from kvllm.lm.model import LanguageModel
@@ -46,20 +46,30 @@ class Bench:
 
     def __init__(
         self,
-        declared: Declared,
-        folder: Path,
+        desk: Desk,
         *,
         masters: str = "float32",
-        progress: Callable[[Progress], None] | None = None,
     ) -> None:
+        """Open the run's knowledge base, or make it.
+
+        Args:
+            desk: The run at work; its knowledge base is in its folder.
+            masters: What the sums are kept in.
+
+        Raises:
+            StoreError: edits of the run are finished, and their knowledge base is gone.
+        """
+        declared = desk.declared
         self.declared = declared
-        self.progress = progress
-        path = folder / "my.kb"
+        self.progress = desk.progress
+        path = desk.folder / "my.kb"
         if not Store.exists(path):
+            if desk.begun("edit-"):
+                raise desk.missing(path)
             shutil.rmtree(path, ignore_errors=True)  # killed while it was being made
             KnowledgeBase.create(path, model=declared.model, dtype=declared.dtype, device=declared.device).close()
         model = ModelConfig(dtype=declared.dtype, device=declared.device, masters=masters)
-        self.kb = KnowledgeBase(Session(Store.open(path), model_config=model, gate=UNMEASURED, progress=progress))
+        self.kb = KnowledgeBase(Session(Store.open(path), model_config=model, gate=UNMEASURED, progress=self.progress))
         self._encoder: Encoder | None = None
 
     def __enter__(self) -> Bench:
@@ -245,6 +255,13 @@ def judged(
             row[name] += 1
             row[f"{name}_right"] += states(answer, case)
     return list(rows.values())
+
+
+def failed_row(case: Case, declared: Declared, error: Exception) -> dict[str, Any]:
+    """Return the row of a fact whose training failed: asked as the others are, and not recalled."""
+    kinds = [probe.kind for probe in probes_of(case, declared)]
+    asked = {"trained": kinds.count("trained"), "paraphrases": kinds.count("paraphrase")}
+    return {"kind": "failed", "error": str(error), **_row(case), **asked}
 
 
 def probes_of(case: Case, declared: Declared) -> list[Probe]:

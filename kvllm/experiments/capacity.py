@@ -1,6 +1,7 @@
 """Question 2: is there a limit, and who collides?
 
-Facts are inserted one edit after the other, at several adapter budgets, until fewer than half are recalled. After every
+Facts are inserted one edit after the other, at several adapter budgets, until surely fewer than half are recalled: the
+upper end of the share's 95 % Wilson interval is below it, so that no single unlucky question ends a budget. After every
 edit each fact so far is watched (would the model still recite it, token by token?); whatever an edit breaks is ranked
 among all that it could have broken, by how near its key is to the edit's. At declared numbers of facts everything is
 asked live.
@@ -11,22 +12,27 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from kvllm.editing.delta import Delta
 from kvllm.errors import ConfigError, EditFailed
 from kvllm.experiments.bench import Bench, shares
 from kvllm.experiments.declared import Declared, Run
 from kvllm.experiments.desk import Desk
 from kvllm.experiments.facts import Case
 from kvllm.experiments.injection import checkpoints, edit_row, slug
+from kvllm.metrics import mean
+from kvllm.paired import wilson
 from kvllm.probing.encoder import Encoder, HiddenStateEncoder
 from kvllm.prompts import key_question
 
+_GIVEN_UP = "given-up.json"
 _KNOWN = {"name", "mode", "edit"}
 _BUDGETS: tuple[dict[str, Any], ...] = (
     {"name": "default"},
-    {"name": "rank 2", "edit": {"init_rank": 3, "target_rank": 2}},
+    # With replay each edit repairs what it broke among the nearest facts: who collides shows only without.
+    {"name": "no replay", "edit": {"replay": 0}},
     {"name": "rank 32", "edit": {"init_rank": 48, "target_rank": 32}},
 )
 
@@ -69,7 +75,7 @@ def execute(run: Run, desk: Desk) -> None:
     """Do what is left of a run."""
     declared = desk.declared
     cases = declared.ordered(run.seed)
-    with Bench(declared, desk.folder, progress=desk.progress) as bench:
+    with Bench(desk) as bench:
         if run.settings["mode"] != "edit":
             for point in checkpoints(declared):
                 if desk.open(f"ask-{point:04}"):
@@ -78,12 +84,14 @@ def execute(run: Run, desk: Desk) -> None:
                     desk.finish(f"ask-{point:04}", [state])
             return
         watch = _Watch(bench, cases, desk)
+        ours = {case.key for case in cases}
+        untaught = [case for case in declared.cases if case.key not in ours]
         least = declared.setting("stop_below", 0.5)
         config = declared.edit_config(seed=run.seed, **dict(run.settings.get("edit", {})))
         for n in range(1, declared.n + 1):
             step = f"edit-{n:04}"
             if desk.open(step):
-                if _given_up(desk):
+                if _given_up(desk, n):
                     desk.finish(step, [])
                     continue
                 try:
@@ -93,19 +101,27 @@ def execute(run: Run, desk: Desk) -> None:
                 rows = [edit_row(edit) | {"facts": n} for edit in edits]
                 desk.finish(step, [*rows, *watch.look(n, config)])
             if n in checkpoints(declared) and desk.open(f"ask-{n:04}"):
-                if _given_up(desk):
+                if _given_up(desk, n):
                     desk.finish(f"ask-{n:04}", [])
                     continue
-                rows = _state(bench, cases[:n], last=n == declared.n)
-                share = rows[-1]["recalled"]
-                if share is not None and share < least:
-                    _write(desk.folder / "given-up.json", {"facts": n, "recalled": share})
+                rows = _state(bench, cases[:n], untaught, least)
+                if rows[-1]["given_up"]:
+                    # Before the step is kept: whoever is killed in between asks this state again.
+                    _write(desk.folder / _GIVEN_UP, {"facts": n, "recalled": rows[-1]["recalled"]})
                 desk.finish(f"ask-{n:04}", rows)
 
 
-def _given_up(desk: Desk) -> bool:
-    """Say whether fewer facts than declared were recalled at an earlier step."""
-    return (desk.folder / "given-up.json").exists()
+def _given_up(desk: Desk, n: int) -> bool:
+    """Say whether too few facts were recalled at a state before the n-th fact."""
+    path = desk.folder / _GIVEN_UP
+    return path.exists() and n > int(json.loads(path.read_text(encoding="utf-8"))["facts"])
+
+
+def _too_few(state: Mapping[str, Any], least: float) -> bool:
+    """Say whether the share recalled is surely below the least: the upper end of its Wilson interval is."""
+    n = state["recalled_n"]
+    band = wilson(round((state["recalled"] or 0.0) * n), n)
+    return band is not None and band.high < least
 
 
 class _Watch:
@@ -118,19 +134,23 @@ class _Watch:
         self._near: dict[str, Any] | None = None
 
     def look(self, n: int, config: Any) -> list[dict[str, Any]]:
-        """Watch the first n facts after the n-th edit; return a row for the state and one for each loss."""
+        """Watch the first n facts after the n-th edit; return a row for the state and one for each first loss.
+
+        A fact that was lost before is no candidate: lost again, it would count twice.
+        """
         lm = self._bench.lm
         rows = [lm.row(case.trained(1)[0], case.fact.text) for case in self._cases[:n]]
         recited = self._bench.engine.recites(rows, config)
-        before = self._read(n - 1)
-        _write(self._path(n), recited)
-        could = [i for i in range(n - 1) if before[i]]
-        lost = [i for i in could if not recited[i]]
+        before, ever = self._read(n - 1)
+        could = [i for i in range(n - 1) if before[i] and not ever[i]]
+        first = [i for i in could if not recited[i]]
+        lost = [i for i in range(n - 1) if before[i] and not recited[i]]
         gained = sum(recited[i] for i in range(n - 1) if not before[i])
+        _write(self._path(n), {"recited": recited, "ever_lost": [*(e or i in lost for i, e in enumerate(ever)), False]})
         found: list[dict[str, Any]] = [
             {"kind": "watch", "facts": n, "recited": sum(recited), "lost": len(lost), "gained": gained}
         ]
-        for i in lost:
+        for i in first:
             row = {"kind": "loss", "facts": n, "key": self._cases[i].key, "broken_by": self._cases[n - 1].key}
             row |= {"age": n - 1 - i, "candidates": len(could), "edit": f"{self._desk.run.id} {n}"}
             for name, matrix in self._similarities().items():
@@ -156,38 +176,68 @@ class _Watch:
     def _path(self, n: int) -> Any:
         return self._desk.folder / "watch" / f"{n:04}.json"
 
-    def _read(self, n: int) -> list[bool]:
+    def _read(self, n: int) -> tuple[list[bool], list[bool]]:
+        """Return which of the first n facts were recited after the n-th edit, and which were ever lost by then."""
         if n == 0:
-            return []
-        found: list[bool] = json.loads(self._path(n).read_text(encoding="utf-8"))
-        return found
+            return [], []
+        found = json.loads(self._path(n).read_text(encoding="utf-8"))
+        return found["recited"], found["ever_lost"]
 
 
-def _state(bench: Bench, cases: Sequence[Case], *, last: bool) -> list[dict[str, Any]]:
+def _state(bench: Bench, cases: Sequence[Case], untaught: Sequence[Case], least: float) -> list[dict[str, Any]]:
     """Ask everything, and count what the weights hold: bits of the texts that they no longer find surprising."""
     asked = bench.ask(cases)
-    lm = bench.lm
-    rows = [lm.row(case.trained(1)[0], case.fact.text) for case in cases]
-    now = [score.nll * len(row.answer) for score, row in zip(lm.score(rows), rows, strict=True)]
-    with bench.engine.base_weights():
-        base = [score.nll * len(row.answer) for score, row in zip(lm.score(rows), rows, strict=True)]
-    bits = sum(max(0.0, b - a) for a, b in zip(now, base, strict=True)) / math.log(2)
+    told = shares(asked)
+    given_up = _too_few(told, least)
     history = [edit for edit in bench.kb.history() if edit.delta is not None]
-    trained = sum(a.numel() + b.numel() for a, b in bench.engine.history_delta(bench.kb.head()).values())
     matrices = sum(bench.engine.weights.master(name).numel() for name in bench.engine.weights.touched)
     facts = [{"kind": "fact", "facts": len(cases), "place": i, **row} for i, row in enumerate(asked)]
     state = {
         "kind": "state",
         "facts": len(cases),
-        **shares(asked),
-        **bench.drift(last=last),
-        "bits": round(bits, 2),
-        "bits_of_base": round(sum(base) / math.log(2), 2),
-        "adapter_parameters": trained,
+        **told,
+        "given_up": given_up,
+        # Whatever is a budget's last state is measured as such.
+        **bench.drift(last=given_up or len(cases) == bench.declared.n),
+        **_bits(bench, cases, untaught[: len(cases)]),
+        "adapter_parameters": _parameters(bench.engine.history_delta(bench.kb.head())),
         "matrix_parameters": matrices,
         "train_seconds": round(sum(edit.seconds for edit in history), 3),
     }
     return [*facts, state]
+
+
+def _bits(bench: Bench, taught: Sequence[Case], untaught: Sequence[Case]) -> dict[str, Any]:
+    """Return by how many bits the taught texts surprise less than they surprise the base, in all.
+
+    Invented texts share their sentences, which are learned once: what as many untaught texts gain is no knowledge of a
+    fact, and is taken off. Without untaught texts `bits` is None.
+    """
+    texts = [*taught, *untaught]
+    lm = bench.lm
+    rows = [lm.row(case.trained(1)[0], case.fact.text) for case in texts]
+    now = [score.nll * len(row.answer) for score, row in zip(lm.score(rows), rows, strict=True)]
+    with bench.engine.base_weights():
+        base = [score.nll * len(row.answer) for score, row in zip(lm.score(rows), rows, strict=True)]
+    gains = [(b - a) / math.log(2) for a, b in zip(now, base, strict=True)]
+    n = len(taught)
+    gained, common = sum(gains[:n]), mean(gains[n:])
+    return {
+        "bits": None if common is None else round(gained - n * common, 2),
+        "bits_taught": round(gained, 2),
+        "bits_untaught": None if common is None else round(n * common, 2),
+        "untaught_n": len(untaught),
+        "bits_of_base": round(sum(base[:n]) / math.log(2), 2),
+    }
+
+
+def _parameters(delta: Delta) -> int:
+    """Return the numbers that adapters hold: those of the ranks that are not the zeros of a file's padding."""
+    found = 0
+    for a, b in delta.values():
+        used = a.ne(0).any(dim=1) & b.ne(0).any(dim=0)  # (rank,)
+        found += int(used.sum()) * (a.shape[1] + b.shape[0])
+    return found
 
 
 def _write(path: Any, value: Any) -> None:

@@ -1,7 +1,8 @@
 """An experiment's runs on a Ray cluster: one task a run; finished steps travel to one actor, which alone writes them.
 
-A task whose worker dies is started again by Ray, perhaps elsewhere: what its run kept in files may be gone, so it is
-worked out anew, but steps that the actor has are not kept twice. Needs the extra `ray`.
+A task whose worker dies is started again by Ray, perhaps elsewhere: the experiment's folder must be the same on every
+machine, or a run whose files were left behind fails and says so. Steps that the actor has are not kept twice. Needs the
+extra `ray`.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ def run_on_ray(
     Args:
         declared: The experiment.
         waiting: Its unfinished runs.
-        home: Its folder; on another machine the same path there holds the runs' files.
+        home: Its folder, at the same path on every machine; the runs' files are there.
         results: The leader's own connection; only its place is used.
         jobs: Processors of a cluster that is started here.
         look: Called now and then, to look for finished steps.

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from kvllm.errors import EditFailed
+from kvllm.errors import EditFailed, StoreError
 from kvllm.experiments.declared import Declared, Run
 from kvllm.records import Progress
 
@@ -76,6 +76,18 @@ class Desk:
         self._done.add(step)
         if self._on_step is not None:
             self._on_step(step, seconds)
+
+    def begun(self, steps: str) -> bool:
+        """Say whether a step whose name begins so is finished."""
+        return any(step.startswith(steps) for step in self._done)
+
+    def missing(self, path: Path) -> StoreError:
+        """Return the error for what a finished step kept and is there no more: the rest would be another experiment."""
+        inside = path.relative_to(self.folder).as_posix()
+        return StoreError(
+            f"The run {self.run.id} has finished steps kept in {inside} of its folder runs/{self.folder.name}, "
+            "which is not there; nothing was run. Put the folder back, or run the experiment into another one."
+        )
 
     @property
     def complete(self) -> bool:

@@ -14,7 +14,7 @@ from kvllm.editing.editor import EditTask
 from kvllm.editing.editors import EDITORS, KEPT
 from kvllm.editing.soft_prompts import SoftPromptEditor, SoftPrompts
 from kvllm.errors import ConfigError, EditFailed
-from kvllm.experiments.bench import Bench, judged, probes_of, shares
+from kvllm.experiments.bench import Bench, failed_row, judged, probes_of, shares
 from kvllm.experiments.declared import Declared, Run
 from kvllm.experiments.desk import Desk
 from kvllm.experiments.facts import Case
@@ -52,7 +52,7 @@ def execute(run: Run, desk: Desk) -> None:
     """Do what is left of a run."""
     declared, method = desk.declared, str(run.settings["method"])
     cases = declared.ordered(run.seed)
-    with Bench(declared, desk.folder, progress=desk.progress) as bench:
+    with Bench(desk) as bench:
         if method in ("unedited", "in-context"):
             if desk.open("ask"):
                 rows = bench.ask(cases, in_context=method == "in-context")
@@ -77,7 +77,7 @@ def _merged(run: Run, desk: Desk, bench: Bench, cases: Sequence[Case], method: s
                 state = {"kind": "drift", "key": case.key, **bench.drift(), **edit.row}
             desk.finish(f"fact-{place:04}", [fact, state])
         except EditFailed as error:
-            desk.finish(f"fact-{place:04}", [{"kind": "failed", "key": case.key, "error": str(error)}])
+            desk.finish(f"fact-{place:04}", [failed_row(case, desk.declared, error)])
 
 
 def _kept(run: Run, desk: Desk, bench: Bench, cases: Sequence[Case], method: str) -> None:
@@ -86,27 +86,43 @@ def _kept(run: Run, desk: Desk, bench: Bench, cases: Sequence[Case], method: str
 
     config = desk.declared.edit_config(seed=run.seed)
     shelf = SoftPrompts(bench.lm, method)
+    taught = []
     for place, case in enumerate(cases, 1):
         step, path = f"fact-{place:04}", desk.folder / "kept" / f"{place:04}.safetensors"
+        failure = path.with_suffix(".failed")
         if desk.open(step):
             started = time.perf_counter()
-            training = SoftPromptEditor(method).train(
-                bench.engine.training_copy(config), None, _task(bench, case, run.seed), config
-            )
+            try:
+                training = SoftPromptEditor(method).train(
+                    bench.engine.training_copy(config), None, _task(bench, case, run.seed), config
+                )
+            except EditFailed as error:
+                failure.parent.mkdir(parents=True, exist_ok=True)
+                failure.write_text(str(error), encoding="utf-8")
+                desk.finish(step, [failed_row(case, desk.declared, error)])
+                continue
             write_tensors(path, training.kept)
             shelf.put(case.key, training.kept)
             row = {"kind": "drift", "key": case.key, "steps": training.steps, "trained": training.recalled}
             row |= {"bytes": shelf.bytes(case.key), "train_seconds": round(time.perf_counter() - started, 3)}
             desk.finish(step, [row])
+        elif failure.exists():
+            continue
+        elif not path.exists():
+            raise desk.missing(path)
         else:
             shelf.put(case.key, read_tensors(path))
+        taught.append(case)
     if desk.open("ask"):
+        if not taught:
+            desk.finish("ask", [])
+            return
         near = desk.declared.setting("near", _NEAR)
-        chosen = _Chooser(bench, cases, near)
-        probes = [(case, probe) for case in cases for probe in probes_of(case, desk.declared)]
+        chosen = _Chooser(bench, taught, near)
+        probes = [(case, probe) for case in taught for probe in probes_of(case, desk.declared)]
         routes = chosen.routes([probe.question for _, probe in probes])
         answers = _answers(bench, shelf, [probe for _, probe in probes], routes)
-        rows = judged(bench, cases, probes, answers)
+        rows = judged(bench, taught, probes, answers)
         hits = sum(route == case.key for (case, probe), route in zip(probes, routes, strict=True) if _own(probe))
         own = sum(_own(probe) for _, probe in probes)
         general = chosen.routes(bench.general_questions())

@@ -21,8 +21,8 @@ import torch
 
 from kvllm.editing.delta import Delta, Factors, is_transposed, product
 from kvllm.editing.files import read_tensors, write_tensors
-from kvllm.errors import ConfigError
-from kvllm.experiments.bench import Bench, shares
+from kvllm.errors import ConfigError, EditFailed
+from kvllm.experiments.bench import Bench, failed_row, shares
 from kvllm.experiments.declared import Declared, Run
 from kvllm.experiments.desk import Desk
 from kvllm.experiments.facts import Case
@@ -80,7 +80,7 @@ def runs(declared: Declared) -> list[Run]:
 def execute(run: Run, desk: Desk) -> None:
     """Do what is left of a run."""
     part = run.settings["part"]
-    with Bench(desk.declared, desk.folder, progress=desk.progress) as bench:
+    with Bench(desk) as bench:
         if part in ("unedited", "in-context"):
             if desk.open("ask"):
                 asked = bench.ask(desk.declared.ordered(0), in_context=part == "in-context")
@@ -121,11 +121,15 @@ def _keys(run: Run, desk: Desk, bench: Bench) -> None:
         assert distances is not None
         probe.text = text  # names the key
         case = Case(Fact(key, text))
-        with single_edit(bench, case, config) as edit:
-            asked = bench.ask([case])
-            row = {"kind": "key", "known": run.settings["known"], "key": key, "level": place, **edit.row}
-            row |= {name: round(found[place], 4) for name, found in distances.items()}
-            desk.finish(step, [row | shares(asked) | probe.row() | bench.drift()])
+        try:
+            with single_edit(bench, case, config) as edit:
+                asked = bench.ask([case])
+                row = {"kind": "key", "known": run.settings["known"], "key": key, "level": place, **edit.row}
+                row |= {name: round(found[place], 4) for name, found in distances.items()}
+                row |= shares(asked) | probe.row() | bench.drift()
+        except EditFailed as error:
+            row = _failed(bench, case, "keys", error)
+        desk.finish(step, [row])
 
 
 def _distances(bench: Bench, keys: Sequence[str], questions: Sequence[str]) -> dict[str, list[float]]:
@@ -159,7 +163,13 @@ def _noise(run: Run, desk: Desk, bench: Bench) -> None:
     case = declared.ordered(run.seed)[int(run.settings["place"])]
     if desk.complete:
         return
-    edit = _real_edit(desk, bench, case)
+    try:
+        edit = _real_edit(desk, bench, case)
+    except EditFailed as error:  # the same each time: there is no real delta that noise could be as large as
+        for step in run.steps:
+            if desk.open(step):
+                desk.finish(step, [_failed(bench, case, "noise", error)] if step == "real-edit" else [])
+        return
     for step, depth, kind, scale in _noise_plan(declared):
         if not desk.open(step):
             continue
@@ -264,14 +274,23 @@ def _rank(run: Run, desk: Desk, bench: Bench) -> None:
         step = f"fact-{place:04}"
         if not desk.open(step):
             continue
-        with single_edit(bench, case, config) as edit:
-            asked = bench.ask([case])
-            effective = [_effective_rank(factors) for factors in edit.delta.values()]
-            row = {"kind": "rank", "key": case.key, "difficulty": case.difficulty, "facts": 1, **edit.row}
-            row |= {"editor": config.editor, "dropout": config.dropout}
-            row |= {"declared_rank": config.target_rank if config.editor == "lora" else None}
-            row |= {"effective_rank": round(sum(effective) / max(1, len(effective)), 3)}
-            desk.finish(step, [row | shares(asked) | bench.drift()])
+        try:
+            with single_edit(bench, case, config) as edit:
+                asked = bench.ask([case])
+                effective = [_effective_rank(factors) for factors in edit.delta.values()]
+                row = {"kind": "rank", "key": case.key, "difficulty": case.difficulty, "facts": 1, **edit.row}
+                row |= {"editor": config.editor, "dropout": config.dropout}
+                row |= {"declared_rank": config.target_rank if config.editor == "lora" else None}
+                row |= {"effective_rank": round(sum(effective) / max(1, len(effective)), 3)}
+                row |= shares(asked) | bench.drift()
+        except EditFailed as error:
+            row = _failed(bench, case, "rank", error)
+        desk.finish(step, [row])
+
+
+def _failed(bench: Bench, case: Case, part: str, error: EditFailed) -> dict[str, Any]:
+    row = failed_row(case, bench.declared, error)
+    return {"kind": "failed", "part": part, "key": case.key, "error": row["error"], "facts": 1, **shares([row])}
 
 
 def _effective_rank(factors: Factors) -> float:

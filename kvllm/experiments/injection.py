@@ -74,7 +74,7 @@ def execute(run: Run, desk: Desk) -> None:
     cases = declared.ordered(run.seed)
     mode = str(arm["mode"])
     config = declared.edit_config(seed=run.seed, **dict(arm.get("edit", {})))
-    with Bench(declared, desk.folder, masters=str(arm.get("masters", "float32")), progress=desk.progress) as bench:
+    with Bench(desk, masters=str(arm.get("masters", "float32"))) as bench:
         taught = 0
         for place, size in enumerate(_chunks(declared, arm), 1):
             chunk = cases[taught : taught + size]

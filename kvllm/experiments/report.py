@@ -7,7 +7,9 @@ Nothing is measured here; every sentence is made of the rows' numbers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import math
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from datetime import datetime, timezone
 from itertools import pairwise
 from typing import Any
@@ -15,7 +17,7 @@ from typing import Any
 import kvllm
 from kvllm.experiments.declared import Declared
 from kvllm.experiments.runner import Outcome, in_words
-from kvllm.experiments.statistics import Loss, correlation, fit_retention, paired_p, rank_test
+from kvllm.experiments.statistics import Loss, correlation, fit_retention, paired_p, rank_test, ratio_test
 from kvllm.metrics import mean, shown, shown_p
 from kvllm.paired import bootstrap, holm, mcnemar, wilson
 from kvllm.reports.document import Document, Origin, Section, Table
@@ -46,6 +48,11 @@ _COLUMNS_NOTE = (
     f"{_RECALLED}; generalized: the same on paraphrases never trained on, with its interval; leak: share of neighbour "
     "questions that recite the fact; unchanged: share of neighbour answers that are the unedited model's, word for "
     "word. In-context: the unedited model with the nearest fact's text in the prompt."
+)
+_FAILED_NOTE = "A fact whose training failed counts as not recalled; drift, steps and seconds are those of the others."
+_REPAIRED = (
+    "With replay an edit looks at the nearest older facts and repairs what it broke there: only a budget with replay 0 "
+    "tests whether the nearest collide."
 )
 
 
@@ -325,33 +332,24 @@ def _ages(rows: Sequence[Row], n: int) -> list[Section]:
 
 def _capacity(declared: Declared, outcome: Outcome) -> tuple[list[str], list[Section]]:
     states = [row for row in outcome.rows if row["kind"] == "state"]
-    losses = [row for row in outcome.rows if row["kind"] == "loss"]
     arms = list(dict.fromkeys(row["arm"] for row in states))
     findings, rows = [], []
     for arm in arms:
         mine = [row for row in states if row["arm"] == arm]
-        points = [(r["facts"], round((r["recalled"] or 0.0) * r["recalled_n"]), r["recalled_n"]) for r in mine]
-        last = [row for row in mine if row["facts"] == max(r["facts"] for r in mine)]
+        # Runs may give up at different points: each has its own last state.
+        last = [max((r for r in mine if r["run"] == run), key=_facts) for run in dict.fromkeys(r["run"] for r in mine)]
+        reached = " and ".join(str(n) for n in sorted({row["facts"] for row in last}))
         edited = arm not in ("unedited", "in-context")
-        fit = fit_retention(points) if edited else None
-        half = (
-            "–"
-            if fit is None
-            else (f"over {10 * max(p[0] for p in points)}" if fit.half is None else f"{fit.half:.0f}")
-        )
-        band = (
-            "–"
-            if fit is None or fit.low is None
-            else f"{fit.low:.0f} to {'∞' if fit.high is None else f'{fit.high:.0f}'}"
-        )
+        half, band = _half(outcome.rows, arm) if edited else ("–", "–")
         bits, adapter = _mean(last, "bits"), _mean(last, "adapter_parameters")
         matrices = _mean(last, "matrix_parameters")
         rows.append(
             (
                 arm,
-                str(last[0]["facts"]),
+                reached,
                 *_answer_cells(last),
                 *_drift_cells(last),
+                " and ".join(str(n) for n in sorted({row["drift_n"] for row in last})),
                 half,
                 band,
                 shown(bits, 0),
@@ -359,65 +357,133 @@ def _capacity(declared: Declared, outcome: Outcome) -> tuple[list[str], list[Sec
                 shown(bits / matrices, 6) if bits is not None and matrices else "–",
             )
         )
-        if fit is not None:
-            findings.append(
-                f"{arm}: {shown(_mean(last, 'recalled'))} recalled after {last[0]['facts']} facts; half are recalled "
-                f"at {half} facts (95 % interval {band})."
-            )
+        if edited:
+            if half == "–":
+                told = "where half are recalled cannot be said"
+            else:
+                told = f"{half} facts" if band == "–" else f"half are recalled at {half} facts (95 % interval {band})"
+            findings.append(f"{arm}: {shown(_mean(last, 'recalled'))} recalled after {reached} facts; {told}.")
     columns: tuple[str, ...] = (
-        "budget", ">facts", *_ANSWER_COLUMNS, *_DRIFT_COLUMNS, ">half at", ">95 %", ">bits",
+        "budget", ">facts", *_ANSWER_COLUMNS, *_DRIFT_COLUMNS, ">drift n", ">half at", ">95 %", ">bits",
         ">bits per adapter parameter",
         ">bits per matrix parameter",
     )  # fmt: skip
     note = (
-        f"{_COLUMNS_NOTE} Half at: facts at which half are recalled, by a logistic fit over the logarithm of their "
-        "number (parametric bootstrap). Bits: by how much less surprising the texts are than to the base "
-        "(teacher-forced)."
+        f"{_COLUMNS_NOTE} Drift n: prompts that drift_kl is measured on, more at a budget's last state. Half "
+        "at: facts at which half are recalled, by a logistic fit over the logarithm of their "
+        "number, with a bootstrap interval that draws facts; a dash where the curve does not fall. Bits: by how much "
+        "less surprising the taught texts are than to the base (teacher-forced), less what as many untaught texts "
+        "gain: the sentences that all invented facts share. Adapter parameters: without a file's padding."
     )
     sections = [Section("At the last state of each budget", note, Table(columns, tuple(rows)))]
-    sections += _curves(states)
-    tests = []
-    for arm in ["all budgets", *(a for a in arms if a not in ("unedited", "in-context"))]:
-        mine = [row for row in losses if arm in ("all budgets", row["arm"])]
-        for name, what in (("encoder", "encoder"), ("hidden", "hidden states")):
-            found = rank_test([Loss(r[f"rank_{name}"], r["candidates"], r["edit"]) for r in mine])
-            if found is None:
-                continue
-            tests.append(
-                (
-                    arm,
-                    what,
-                    str(found.n),
-                    shown(found.mean),
-                    shown_p(found.p_value),
-                    f"{found.nearest} ({shown(found.expected_nearest, 1)})",
-                    shown(mean(r["age"] for r in mine), 1),
-                )
-            )
-            if arm == "all budgets":
-                verdict = "nearer than chance" if found.p_value < 0.05 else "not nearer than chance"
-                findings.append(
-                    f"Lost facts are {verdict} to the edit that broke them, by {what}: mean relative rank "
-                    f"{shown(found.mean)} (0.5 is chance), p={shown_p(found.p_value)}, n={found.n}; the very nearest "
-                    f"was lost {found.nearest} times, chance would give {shown(found.expected_nearest, 1)}."
-                )
-    if not losses and any(arm not in ("unedited", "in-context") for arm in arms):
-        findings.append("No fact was lost, so that nothing can be said of collisions.")
+    # Drift on other questions is another number: the plot holds what was measured on as many.
+    usual = Counter(row["drift_n"] for row in states).most_common(1)
+    alike = [row for row in states if [row["drift_n"]] == [n for n, _ in usual]]
+    sections += _course(states, "recalled", "Recall of all facts so far", "share recalled", most=1.0)
+    sections += _course(alike, "drift_kl", "Drift", "drift_kl (nats per token)")
+    who, collided = _collisions(declared, outcome)
+    return findings + collided, [*sections, *who]
+
+
+def _course(states: Sequence[Row], name: str, title: str, label: str, *, most: float | None = None) -> list[Section]:
+    """Return the plot of a measurement over the number of facts, one line a budget, and its table."""
+    series = []
+    for arm in dict.fromkeys(row["arm"] for row in states):
+        mine = [row for row in states if row["arm"] == arm and row[name] is not None]
+        points = sorted({row["facts"] for row in mine})
+        series.append((arm, [(float(n), _mean([r for r in mine if r["facts"] == n], name) or 0.0) for n in points]))
+    figure = lines_plot(name, title, series, x_label="facts", y_label=label, most=most)
+    if figure is None:
+        return []
+    cells = tuple((arm, str(int(x)), shown(y)) for arm, points in series for x, y in points)
+    return [Section(title, "", Table(("arm", ">facts", f">{name}"), cells), figure, minor=True)]
+
+
+def _facts(row: Row) -> int:
+    return int(row["facts"])
+
+
+def _half(rows: Sequence[Row], arm: str) -> tuple[str, str]:
+    """Return where half of a budget's facts are recalled, and the interval of that; dashes where it cannot be said."""
+    answers: dict[Hashable, list[tuple[int, int, int]]] = {}
+    for row in rows:
+        if row["kind"] == "fact" and row["arm"] == arm:
+            answers.setdefault(row["key"], []).append((row["facts"], row["trained_right"], row["trained"]))
+    fit = fit_retention(answers)
+    if fit is None:
+        return "–", "–"
+    if fit.half is None:
+        return f"not below half up to {fit.last}", "–"
+    low = f"over {fit.last}" if fit.low is None else f"{fit.low:.0f}"
+    return f"{fit.half:.0f}", f"{low} to {f'over {fit.last}' if fit.high is None else f'{fit.high:.0f}'}"
+
+
+def _collisions(declared: Declared, outcome: Outcome) -> tuple[list[Section], list[str]]:
+    """Set lost facts against chance, budget by budget: budgets share facts and order, so that none are put together."""
+    asked = {row["arm"] for row in outcome.rows if row["kind"] == "state"}
+    replays = {
+        run.arm: declared.edit_config(seed=0, **dict(run.settings.get("edit", {}))).replay
+        for run in outcome.runs
+        if run.arm not in ("unedited", "in-context") and run.arm in asked
+    }
+    if not replays:
+        return [], []
+    losses = {arm: [r for r in outcome.rows if r["kind"] == "loss" and r["arm"] == arm] for arm in replays}
+    found = {
+        f"{arm}, by {what}": (arm, what, test)
+        for arm, mine in losses.items()
+        for name, what in (("encoder", "encoder"), ("hidden", "hidden states"))
+        for test in [rank_test([Loss(r[f"rank_{name}"], r["candidates"], r["edit"]) for r in mine])]
+        if test is not None
+    }
+    adjusted = holm({name: test.p_value for name, (_, _, test) in found.items()})
+    rows = tuple(
+        (
+            arm,
+            what,
+            str(replays[arm]),
+            str(test.n),
+            shown(test.mean),
+            shown_p(test.p_value),
+            shown_p(adjusted[name]),
+            f"{test.nearest} ({shown(test.expected_nearest, 1)})",
+            shown(mean(r["age"] for r in losses[arm]), 1),
+        )
+        for name, (arm, what, test) in found.items()
+    )
+    free = [arm for arm, replay in replays.items() if replay == 0]
+    told = []
+    for arm in free or replays:
+        if not losses[arm]:
+            told.append(f"{arm}: no fact was lost, so that nothing can be said of collisions.")
+    for name, (arm, what, test) in found.items():
+        if free and arm not in free:
+            continue
+        side = "nearer than chance" if test.mean < 0.5 else "farther than chance"
+        told.append(
+            f"{arm}: lost facts are {side if adjusted[name] < 0.05 else 'neither nearer nor farther than chance'} "
+            f"to the edit that broke them, by {what}: mean relative rank {shown(test.mean)} (0.5 is chance), "
+            f"p={shown_p(adjusted[name])} after Holm, n={test.n}; the very nearest was lost {test.nearest} times, "
+            f"by chance {shown(test.expected_nearest, 1)}.{' ' + _REPAIRED if replays[arm] else ''}"
+        )
     columns = (
         "budget",
         "similarity by",
+        ">replay",
         ">losses",
         ">mean relative rank",
         ">p",
+        ">p (Holm)",
         ">nearest of all (chance)",
         ">mean age",
     )
     note = (
-        "Each lost fact is ranked among all that were recited before the edit, the nearest to the edit's key first. "
-        "p: share of random losses with as low a mean rank (one-sided, Monte Carlo). Watched after every edit, "
-        "teacher-forced: every token the greedy choice."
+        "Each fact that is lost for the first time is ranked among all that were recited before the edit and had never "
+        "been lost, the nearest to the edit's key first. p: twice the share of random losses with a mean rank as far "
+        "on this side (two-sided, Monte Carlo); Holm over all rows. "
+        f"Watched after every edit, teacher-forced: every token the greedy choice. {_REPAIRED}"
     )
-    return findings, [*sections, Section("Who is lost", note, Table(columns, tuple(tests)))]
+    return [Section("Who is lost", note, Table(columns, rows))], told
 
 
 # ------------------------------------------------------------------ question 3
@@ -431,21 +497,38 @@ def _factors(declared: Declared, outcome: Outcome) -> tuple[list[str], list[Sect
     noise = [row for row in outcome.rows if row["kind"] == "noise"]
     rank = [row for row in outcome.rows if row["kind"] == "rank" and row not in plain]
     if keys:
-        sections += _key_sections(keys)
+        sections += _key_sections(keys, _of_part(outcome, "keys"))
         verdicts.append(_key_verdict(keys))
     if noise:
-        sections += _noise_sections(noise)
-        verdicts.append(_noise_verdict(noise))
-    if rank:
-        sections += _rank_sections(plain, rank)
-        verdicts.append(_rank_verdict(rank))
-    note = "One rule per explanation, declared before the numbers: it survives, does not, or was not decided."
+        sections += _noise_sections(noise, _of_part(outcome, "noise"))
+        verdicts.append(_noise_verdict(noise, declared.edit_config(seed=0).depth))
+    failed = _of_part(outcome, "rank")
+    if rank or failed:
+        sections += _rank_sections(plain, rank, failed)
+        verdicts += [_rank_verdict(rank), _editor_verdict(rank), _dropout_verdict(rank)]
+    note = (
+        "One rule per explanation, declared before the numbers: it survives, does not, or was not decided (p ≥ 0.05). "
+        "Distinct inputs: the farther a key, the less damage, among the keys of one known thing. Robust residual "
+        "networks: random changes of layers of the edited band cost no more than the real ones of the same fact. Low "
+        "rank regularises: the higher the rank (full fine-tuning last), the more drift, among one fact's trained edits."
+    )
     columns = ("explanation", "measured", ">number", ">p", ">n", "verdict")
     table = Section("Which explanation survives", note, Table(columns, tuple(verdicts)))
     return [f"{v[0]}: {v[5]} ({v[1]} {v[2]}, p={v[3]}, n={v[4]})." for v in verdicts], [table, *sections]
 
 
-def _key_sections(keys: Sequence[Row]) -> list[Section]:
+def _of_part(outcome: Outcome, part: str) -> list[Row]:
+    return [row for row in outcome.rows if row["kind"] == "failed" and row["part"] == part]
+
+
+def _untaught(failed: Sequence[Row]) -> str:
+    """Return a sentence on edits that failed, where there are any."""
+    return (
+        f" Training failed, and nothing was measured, of: {', '.join(row['key'] for row in failed)}." if failed else ""
+    )
+
+
+def _key_sections(keys: Sequence[Row], failed: Sequence[Row]) -> list[Section]:
     rows = tuple(
         (
             str(row["known"]),
@@ -473,20 +556,29 @@ def _key_sections(keys: Sequence[Row]) -> list[Section]:
         "keys", "Damage to the known thing", series, x_label="distance of the taught key (tenths)", y_label="KL (nats)"
     )
     note = "Each key is taught alone; damage is measured on questions about the known thing that it may be near."
+    note += _untaught(failed)
     return [Section("Distinctness of keys against damage", note, Table(columns, rows), figure)]
 
 
 def _key_verdict(keys: Sequence[Row]) -> tuple[str, ...]:
-    found = correlation([row["distance_encoder"] for row in keys], [row["near_kl"] for row in keys])
+    what = "mean Spearman of distance and damage within a known thing"
+    groups = [[row for row in keys if row["known"] == known] for known in dict.fromkeys(row["known"] for row in keys)]
+    found = correlation(([r["distance_encoder"] for r in g], [r["near_kl"] for r in g]) for g in groups)
     if found is None:
-        return ("distinct inputs", "Spearman of distance and damage", "–", "–", str(len(keys)), "not decided: too few")
-    survives = found.rho < 0 and found.p_value < 0.05
-    number = f"{shown(found.rho)} ({shown(found.low)} to {shown(found.high)})"
-    verdict = "survives" if survives else "not decided" if found.rho < 0 else "does not survive"
-    return ("distinct inputs", "Spearman of distance and damage", number, shown_p(found.p_value), str(found.n), verdict)
+        return ("distinct inputs", what, "–", "–", str(len(keys)), "not decided: too few")
+    number = f"{shown(found.rho)} ({shown(found.lowest)} to {shown(found.highest)} by thing)"
+    n = f"{found.n} keys in {found.groups} groups"
+    return ("distinct inputs", what, number, shown_p(found.p_value), n, _verdict(found.rho < 0, found.p_value))
 
 
-def _noise_sections(noise: Sequence[Row]) -> list[Section]:
+def _verdict(holds: bool, p_value: float | None) -> str:
+    """Return what follows from a number on one side or the other, and its p-value."""
+    if p_value is None:
+        return "not decided: too few"
+    return "not decided" if p_value >= 0.05 else "survives" if holds else "does not survive"
+
+
+def _noise_sections(noise: Sequence[Row], failed: Sequence[Row]) -> list[Section]:
     order = dict.fromkeys((row["noise"], row.get("depth"), row["scale"]) for row in noise)
     rows = []
     for kind, depth, scale in order:
@@ -529,41 +621,55 @@ def _noise_sections(noise: Sequence[Row]) -> list[Section]:
     )
     note = (
         "A random change of one layer, as large as a real delta is in one layer (times scale); recalled: with the real "
-        "edit in place beside it."
+        f"edit in place beside it.{_untaught(failed)}"
     )
     return [Section("Random changes of the same norm", note, Table(columns, tuple(rows)), figure)]
 
 
-def _noise_verdict(noise: Sequence[Row]) -> tuple[str, ...]:
-    real = _mean([r for r in noise if r["noise"].startswith("real delta, its layers")], "drift_kl")
-    some = [r["drift_kl"] for r in noise if r.get("depth") is not None and r["scale"] == 1.0]
-    what = "drift_kl of noise over that of a real layer"
-    if not some or not real:
-        return ("robust residual networks", what, "–", "–", str(len(some)), "not decided: too few")
-    p = paired_p([value - real for value in some])
-    ratio = (mean(some) or 0.0) / real
-    verdict = (
-        "survives" if ratio <= 1 and p is not None and p < 0.05 else "does not survive" if ratio > 1 else "not decided"
-    )
-    return (
+def _noise_verdict(noise: Sequence[Row], band: tuple[float, float]) -> tuple[str, ...]:
+    """Set each fact's noise against its own real layers; facts are the independent values, layers of one are not."""
+    name, what = (
         "robust residual networks",
-        what,
-        f"×{shown(ratio, 2)}",
-        "–" if p is None else shown_p(p),
-        str(len(some)),
-        verdict,
+        "drift_kl of noise over that of the same fact's real layers, geometric mean",
     )
+    ratios: dict[float, dict[str, list[float]]] = {}
+    for key in dict.fromkeys(row["key"] for row in noise):
+        mine = [row for row in noise if row["key"] == key]
+        real = [_log_drift(r) for r in mine if r["noise"].startswith("real delta, its layers")]
+        for row in mine:
+            if real and row.get("depth") is not None and row["scale"] == 1.0:
+                logs = ratios.setdefault(row["depth"], {}).setdefault(key, [])
+                logs.append(_log_drift(row) - sum(real) / len(real))
+    own: dict[str, list[float]] = {}
+    for depth, by_fact in ratios.items():
+        if band[0] <= depth < band[1]:
+            for key, logs in by_fact.items():
+                own.setdefault(key, []).extend(logs)
+    found = ratio_test([math.exp(sum(logs) / len(logs)) for logs in own.values()])
+    if found is None:
+        return (name, what, "–", "–", "0", "not decided: no noise within the edited band")
+    by_depth = [
+        math.exp(mean(sum(logs) / len(logs) for logs in by_fact.values()) or 0.0) for by_fact in ratios.values()
+    ]
+    number = f"×{shown(found.mean, 2)} (×{shown(min(by_depth), 2)} to ×{shown(max(by_depth), 2)} over all depths)"
+    p = "–" if found.p_value is None else shown_p(found.p_value)
+    return (name, what, number, p, f"{found.n} facts", _verdict(found.mean <= 1, found.p_value))
 
 
-def _rank_sections(plain: Sequence[Row], rank: Sequence[Row]) -> list[Section]:
+def _log_drift(row: Row) -> float:
+    return math.log(max(row["drift_kl"], 5e-7))  # rows have six decimals
+
+
+def _rank_sections(plain: Sequence[Row], rank: Sequence[Row], failed: Sequence[Row]) -> list[Section]:
     rows = []
-    for arm in dict.fromkeys(row["arm"] for row in [*plain, *rank]):
+    for arm in dict.fromkeys(row["arm"] for row in [*plain, *rank, *failed]):
         mine = [row for row in [*plain, *rank] if row["arm"] == arm]
+        lost = [row for row in failed if row["arm"] == arm]
         rows.append(
             (
                 arm,
-                str(sum(row["facts"] for row in mine)),
-                *_answer_cells(mine),
+                _of_taught(sum(row["facts"] for row in mine), len(lost)),
+                *_answer_cells([*mine, *lost], sum(row["facts"] for row in mine) + len(lost)),
                 *_drift_cells(mine),
                 shown(_mean(mine, "effective_rank"), 1),
                 shown(_mean(mine, "norm"), 1),
@@ -575,7 +681,7 @@ def _rank_sections(plain: Sequence[Row], rank: Sequence[Row]) -> list[Section]:
     columns = (
         "editor", ">facts", *_ANSWER_COLUMNS, *_DRIFT_COLUMNS, ">effective rank", ">norm", ">steps", ">train s", ">MB",
     )  # fmt: skip
-    note = f"Single edits from the base, all trained to the same stop rule. {_COLUMNS_NOTE}"
+    note = f"Single edits from the base, all trained to the same stop rule. {_FAILED_NOTE} {_COLUMNS_NOTE}"
     loras = [row for row in rank if row.get("declared_rank") and not row["dropout"]]
     points = [
         (float(r), _mean([row for row in loras if row["declared_rank"] == r], "drift_kl") or 0.0)
@@ -591,23 +697,54 @@ def _rank_sections(plain: Sequence[Row], rank: Sequence[Row]) -> list[Section]:
 
 
 def _rank_verdict(rank: Sequence[Row]) -> tuple[str, ...]:
-    what = "drift_kl of full fine-tuning less AdaLoRA's, fact by fact"
-    full = {row["key"]: row["drift_kl"] for row in rank if row["editor"] == "full" and not row["dropout"]}
-    low = {row["key"]: row["drift_kl"] for row in rank if row["editor"] == "adalora" and not row["dropout"]}
-    differences = [full[key] - low[key] for key in full if key in low]
-    if not differences:
-        return ("low rank regularises", what, "–", "–", "0", "not decided: too few")
-    p, size = paired_p(differences), mean(differences) or 0.0
-    decided = p is not None and p < 0.05
-    verdict = ("survives" if size > 0 else "does not survive") if decided else "not decided"
-    return (
-        "low rank regularises",
-        what,
-        shown(size, 4),
-        "–" if p is None else shown_p(p),
-        str(len(differences)),
-        verdict,
+    name, what = "low rank regularises", "mean Spearman of rank and drift_kl within a fact"
+    ladder = [r for r in rank if not r["dropout"] and (r["declared_rank"] or r["editor"] == "full")]
+    trained = [row for row in ladder if row["trained"]]
+    groups = [[row for row in trained if row["key"] == key] for key in dict.fromkeys(row["key"] for row in trained)]
+    found = correlation(([r["declared_rank"] or math.inf for r in g], [r["drift_kl"] for r in g]) for g in groups)
+    left_out = f"{len(ladder) - len(trained)} not trained to the stop left out"
+    if found is None:
+        return (name, what, "–", "–", f"0 facts, {left_out}", "not decided: too few")
+    number = f"{shown(found.rho)} ({shown(found.lowest)} to {shown(found.highest)} by fact)"
+    n = f"{found.n} edits of {found.groups} facts, {left_out}"
+    return (name, what, number, shown_p(found.p_value), n, _verdict(found.rho > 0, found.p_value))
+
+
+def _editor_verdict(rank: Sequence[Row]) -> tuple[str, ...]:
+    """Compare AdaLoRA with full fine-tuning on the facts that both were trained on to the stop."""
+    full, low = (
+        {row["key"]: row for row in rank if row["editor"] == editor and not row["dropout"]}
+        for editor in ("full", "adalora")
     )
+    pairs = [(full[key], low[key]) for key in full if key in low]
+    trained = [(a, b) for a, b in pairs if a["trained"] and b["trained"]]
+    name, what = "AdaLoRA beside full fine-tuning", "drift_kl of full fine-tuning less AdaLoRA's, fact by fact"
+    return _difference(name, what, [a["drift_kl"] - b["drift_kl"] for a, b in trained], len(pairs) - len(trained))
+
+
+def _dropout_verdict(rank: Sequence[Row]) -> tuple[str, ...]:
+    """Compare dropout with none, by the mean over the editors that have both; a fact is one value."""
+    plain = {_same(row): row for row in rank if not row["dropout"]}
+    pairs = [(plain[same], row) for row in rank if row["dropout"] for same in [_same(row)] if same in plain]
+    differences: dict[str, list[float]] = {}
+    for without, row in pairs:
+        if without["trained"] and row["trained"]:
+            differences.setdefault(row["key"], []).append(without["drift_kl"] - row["drift_kl"])
+    left_out = len(pairs) - sum(map(len, differences.values()))
+    what = "drift_kl without dropout less that with it, fact by fact"
+    return _difference("dropout", what, [mean(found) or 0.0 for found in differences.values()], left_out)
+
+
+def _same(row: Row) -> tuple[Any, ...]:
+    return row["key"], row["editor"], row["declared_rank"]
+
+
+def _difference(name: str, what: str, differences: Sequence[float], left_out: int) -> tuple[str, ...]:
+    p, size = paired_p(differences), mean(differences)
+    more = "has less drift" if (size or 0.0) > 0 else "has more drift"
+    n = f"{len(differences)} facts, {left_out} pairs not trained to the stop left out"
+    verdict = "not decided: too few" if p is None else "not decided" if p >= 0.05 else more
+    return (name, what, shown(size, 4), "–" if p is None else shown_p(p), n, verdict)
 
 
 # ------------------------------------------------------------------ editors
@@ -619,10 +756,10 @@ def _editors(declared: Declared, outcome: Outcome) -> tuple[list[str], list[Sect
         facts = [row for row in outcome.rows if row["arm"] == arm and row["kind"] == "fact"]
         drift = [row for row in outcome.rows if row["arm"] == arm and row["kind"] == "drift"]
         routing = [row for row in outcome.rows if row["arm"] == arm and row["kind"] == "routing"]
-        failed = sum(row["arm"] == arm and row["kind"] == "failed" for row in outcome.rows)
-        if not facts:
+        failed = [row for row in outcome.rows if row["arm"] == arm and row["kind"] == "failed"]
+        if not facts and not failed:
             continue
-        shares = _shares(facts)
+        shares = _shares([*facts, *failed])
         routed = (
             f"{sum(r['routed_right'] for r in routing)} of {sum(r['routed_n'] for r in routing)}" if routing else ""
         )
@@ -632,15 +769,14 @@ def _editors(declared: Declared, outcome: Outcome) -> tuple[list[str], list[Sect
         rows.append(
             (
                 arm,
-                str(len(facts)),
-                *_share_cells(shares),
-                *(_drift_cells(drift) if any("drift_kl" in row for row in drift) else ("0 (not merged)", "", "")),
+                _of_taught(len(facts), len(failed)),
+                *_share_cells(shares, len({row["key"] for row in [*facts, *failed]})),
+                *(_drift_cells(drift) if any("drift_kl" in row for row in drift) else (_kept_drift(routing), "", "")),
                 shown(_mean(drift, "steps"), 1),
                 shown(_mean(drift, "train_seconds"), 1),
                 shown((_mean(drift, "bytes") or 0.0) / 1000, 1),
                 routed,
                 stray,
-                str(failed),
             )
         )
         right, n = shares["recalled"]
@@ -649,14 +785,22 @@ def _editors(declared: Declared, outcome: Outcome) -> tuple[list[str], list[Sect
         )
     columns = (
         "method", ">facts", *_ANSWER_COLUMNS, *_DRIFT_COLUMNS, ">steps", ">s per fact", ">kB per fact", ">routed right",
-        ">general routed", ">failed",
+        ">general routed",
     )  # fmt: skip
     note = (
-        f"{_COLUMNS_NOTE} Merged methods: each fact is a single edit from the base. Prompt tuning, prefix tuning and "
-        "P-tuning: one adapter a fact, all at once; a question gets the nearest key's adapter if it is near enough "
-        "(routed right: questions about a fact that got its own; general routed: general questions that got any)."
+        f"{_COLUMNS_NOTE} {_FAILED_NOTE} Merged methods: each fact is a single edit from the base. "
+        "Prompt tuning, prefix tuning and P-tuning: one adapter a fact, all at once; a question gets the nearest key's "
+        "adapter if it is near enough (routed right: questions about a fact that got its own; general routed: general "
+        "questions that got any; where one does, drift is not none, and is not measured)."
     )
     return findings, [Section("Methods", note, Table(columns, tuple(rows)))]
+
+
+def _kept_drift(routing: Sequence[Row]) -> str:
+    """Return the drift of adapters that are kept: none, as long as no general question gets one."""
+    if not routing:
+        return "–"
+    return "not measured" if any(row["general_routed"] for row in routing) else "0 (not merged)"
 
 
 # ------------------------------------------------------------------ cells
@@ -670,8 +814,8 @@ def _shares(facts: Sequence[Row]) -> dict[str, tuple[int, int]]:
     return {name: (sum(r[a] for r in facts), sum(r[b] for r in facts)) for name, (a, b) in _NAMES.items()}
 
 
-def _answer_cells(states: Sequence[Row]) -> tuple[str, ...]:
-    """Return the cells of state rows, whose shares carry their n."""
+def _answer_cells(states: Sequence[Row], facts: int | None = None) -> tuple[str, ...]:
+    """Return the cells of state rows, whose shares carry their n: of so many facts, by default as in the largest."""
     counts = {
         "recalled": "recalled_n",
         "generalized": "generalized_n",
@@ -682,7 +826,7 @@ def _answer_cells(states: Sequence[Row]) -> tuple[str, ...]:
         name: (round(sum((r[name] or 0.0) * r[n] for r in states)), sum(r[n] for r in states))
         for name, n in counts.items()
     }
-    return _share_cells(found, max((int(row["facts"]) for row in states), default=None))
+    return _share_cells(found, max((int(row["facts"]) for row in states), default=None) if facts is None else facts)
 
 
 def _share_cells(shares: Mapping[str, tuple[int, int]], facts: int | None = None) -> tuple[str, ...]:
@@ -697,6 +841,11 @@ def _band(right: int, n: int, facts: int | None) -> str:
     draws = n if facts is None else min(n, facts)
     band = wilson(round(right / n * draws), draws) if n else None
     return "" if band is None else f"{shown(band.low)} to {shown(band.high)}"
+
+
+def _of_taught(trained: int, failed: int) -> str:
+    """Return how many facts were trained, and where training failed, of how many."""
+    return f"{trained} of {trained + failed} taught" if failed else str(trained)
 
 
 def _drift_cells(rows: Sequence[Row]) -> tuple[str, ...]:

@@ -1,24 +1,30 @@
-"""The experiments' statistics: a retention curve's fit, ranks against chance, correlation. Numbers in, numbers out.
+"""The experiments' statistics: a retention curve's fit, ranks against chance, correlations within groups.
 
-fit_retention([(10, 10, 10), (100, 40, 100)]).half      # the number of facts at which half are recalled
+Numbers in, numbers out.
+
+fit_retention({"Ada": [(10, 1, 1), (100, 0, 1)], …}).half   # the number of facts at which half are recalled
 rank_test([Loss(rank=1, candidates=20)])                # mean relative rank, and its p-value against random loss
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import optimize, special, stats
+from scipy import special, stats
 
 from kvllm.records import Record
 
 Floats = NDArray[np.float64]
 DRAWS = 10_000
-RESAMPLES = 400
+RESAMPLES = 2_000
+# Below this fall per ln n (a factor of e in facts moves the odds by a twentieth) a curve is level.
+_FLAT = 0.05
+_NEWTON_STEPS = 60
+_FEWEST = 5
 
 
 @dataclass(frozen=True)
@@ -26,64 +32,85 @@ class RetentionFit(Record):
     """recalled(n) = 1 / (1 + exp((ln n − ln half) · steepness)), by maximum likelihood on counts.
 
     Attributes:
-        half: Facts at which half are recalled; None where the curve never bends within ten times what was seen.
-        low, high: 95 % parametric bootstrap interval of `half`, None likewise.
+        half: Facts at which half are recalled; None where the fitted curve stays above half up to the last state.
+        low, high: 95 % bootstrap interval of `half`, None beyond the last state.
         steepness: Of the fall over ln n.
-        n: Points.
+        last: Facts of the last state.
+        n: Facts that were drawn by the bootstrap.
     """
 
     half: float | None
     low: float | None
     high: float | None
     steepness: float
+    last: int
     n: int
 
 
-def fit_retention(points: Sequence[tuple[int, int, int]], *, seed: int = 0) -> RetentionFit | None:
+def fit_retention(answers: Mapping[Hashable, Sequence[tuple[int, int, int]]], *, seed: int = 0) -> RetentionFit | None:
     """Fit a logistic curve over the logarithm of the number of facts.
 
+    The facts of a state are those of the next one too, and a fact that is hard is hard in all: the bootstrap draws
+    facts, each with its answers in every state. Answers drawn one by one would give far too narrow an interval.
+
     Args:
-        points: (facts, recalled, asked) per state.
+        answers: By fact: (facts taught, right, asked) in every state in which it was asked.
         seed: Of the bootstrap.
 
     Returns:
-        The fit, or None with fewer than three states.
+        The fit, or None with fewer than three states, where the curve is below half from the first state on, and where
+        it does not fall: its steepness may be 0.
     """
-    used = [(facts, recalled, asked) for facts, recalled, asked in points if facts > 0 and asked > 0]
-    if len(used) < 3:
+    states = sorted({facts for told in answers.values() for facts, _, asked in told if asked > 0})
+    if len(states) < 3:
         return None
-    x = np.log([float(facts) for facts, _, _ in used])
-    k = np.array([recalled for _, recalled, _ in used], dtype=float)
-    n = np.array([asked for _, _, asked in used], dtype=float)
-    found = _logistic(x, k, n)
+    place = {facts: i for i, facts in enumerate(states)}
+    right, asked = np.zeros((len(answers), len(states))), np.zeros((len(answers), len(states)))
+    for i, told in enumerate(answers.values()):
+        for facts, k, n in told:
+            if n > 0:
+                right[i, place[facts]] += k
+                asked[i, place[facts]] += n
+    x = np.log(np.array(states, dtype=float))
+    ((level, slope),) = _logistic(x, right.sum(0)[None], asked.sum(0)[None])
+    middle = x.mean()
+    at_ends = level - slope * (x[[0, -1]] - middle)
+    steepness = round(float(slope), 4)
+    if at_ends[0] < 0:
+        return None
+    if at_ends[1] >= 0:
+        return RetentionFit(None, None, None, steepness, states[-1], len(answers))
     rng = np.random.default_rng(seed)
-    shares = special.expit(-(x - found[0]) * math.exp(found[1]))
-    halves = sorted(
-        math.exp(min(_logistic(x, rng.binomial(n.astype(int), shares).astype(float), n)[0], 700.0))
-        for _ in range(RESAMPLES)
-    )
-    far = 10 * max(facts for facts, _, _ in used)
+    drawn = rng.multinomial(len(answers), np.full(len(answers), 1 / len(answers)), RESAMPLES).astype(float)
+    levels, slopes = _logistic(x, drawn @ right, drawn @ asked).T
+    if float(np.quantile(slopes, 0.025)) < _FLAT:
+        return None
+    # A draw that does not fall crosses half nowhere: beyond everything.
+    falling = np.maximum(slopes, 1e-6)
+    halves = np.sort(np.exp(np.minimum(middle + levels / falling, 700.0)))
 
     def within(value: float) -> float | None:
-        return round(value, 2) if value <= far else None
+        return round(value, 2) if value <= states[-1] else None
 
-    low, high = halves[int(0.025 * RESAMPLES)], halves[int(0.975 * RESAMPLES) - 1]
-    half = math.exp(min(float(found[0]), 700.0))
-    return RetentionFit(within(half), within(low), within(high), round(math.exp(float(found[1])), 4), len(used))
+    low, high = float(halves[int(0.025 * RESAMPLES)]), float(halves[math.ceil(0.975 * RESAMPLES) - 1])
+    half = math.exp(min(middle + float(level) / float(slope), 700.0))
+    return RetentionFit(within(half), within(low), within(high), steepness, states[-1], len(answers))
 
 
 def _logistic(x: Floats, k: Floats, n: Floats) -> Floats:
-    """Return (ln half, ln steepness) of greatest likelihood, with a weak prior that keeps perfect data finite."""
+    """Return (logit at mean x, fall per x) of greatest likelihood for each draw's counts (draws, states).
 
-    def cost(given: Floats) -> float:
-        middle, log_steepness = given
-        at = -(x - middle) * math.exp(min(log_steepness, 6.0))
-        likelihood = k * special.log_expit(at) + (n - k) * special.log_expit(-at)
-        return float(-likelihood.sum() + 0.001 * (middle - x.mean()) ** 2 + 0.2 * log_steepness**2)
-
-    starts = [np.array([start, 0.7]) for start in (x.mean(), x.max(), x.max() + 2.0)]
-    best = min((optimize.minimize(cost, start, method="Nelder-Mead") for start in starts), key=lambda r: r.fun)
-    found: Floats = best.x
+    Newton's method; a weak prior keeps perfect data finite.
+    """
+    design = np.stack([np.ones_like(x), -(x - x.mean())], axis=1)  # (states, 2)
+    prior = np.diag([1e-3, 1e-2])
+    found = np.zeros((len(k), 2))
+    for _ in range(_NEWTON_STEPS):
+        shares = special.expit(found @ design.T)
+        slope = (k - n * shares) @ design - found @ prior
+        curve = np.einsum("ds,si,sj->dij", n * shares * (1 - shares), design, design) + prior
+        step = np.linalg.solve(curve, slope[..., None])[..., 0]
+        found = found + step / np.maximum(1.0, np.abs(step).max(axis=1, keepdims=True))
     return found
 
 
@@ -104,11 +131,11 @@ class Loss:
 
 @dataclass(frozen=True)
 class RankTest(Record):
-    """Are lost facts nearer to the edit that broke them than chance would have it?
+    """Are lost facts nearer to the edit that broke them than chance would have it, or farther?
 
     Attributes:
         mean: Mean relative rank in (0, 1); 0.5 is chance, 0 the nearest.
-        p_value: Share of random losses with a mean at most this (one-sided), by Monte Carlo.
+        p_value: Twice the share of random losses with a mean as far on this side (two-sided), by Monte Carlo.
         n: Losses with more than one candidate.
         nearest: How many were the nearest of all.
         expected_nearest: How many chance would give.
@@ -124,8 +151,9 @@ class RankTest(Record):
 def rank_test(losses: Sequence[Loss], *, seed: int = 0) -> RankTest | None:
     """Compare the mean relative rank of losses with that of losses drawn at random from the same candidates.
 
-    A rank r of m has the relative rank (r − ½) / m. The p-value is (1 + draws as extreme) / (1 + draws), which is never
-    0. By hand: a loss of rank 1 of 20 has 0.025, and one in twenty random losses is as near.
+    A rank r of m has the relative rank (r − ½) / m. The p-value is 2 · (1 + draws as extreme) / (1 + draws) on the side
+    where the mean lies, at most 1 and never 0. By hand: a loss of rank 1 of 20 has 0.025; one in twenty random losses
+    is as near, so that p is 0.1.
     """
     used = [loss for loss in losses if loss.candidates > 1]
     if not used:
@@ -144,10 +172,11 @@ def rank_test(losses: Sequence[Loss], *, seed: int = 0) -> RankTest | None:
         else:
             order = rng.random((DRAWS, m)).argsort(axis=1)[:, :size] + 1
             totals += ((order - 0.5) / m).sum(axis=1)
-    extreme = int((totals / len(used) <= mean + 1e-12).sum())
+    means = totals / len(used)
+    extreme = min(int((means <= mean + 1e-12).sum()), int((means >= mean - 1e-12).sum()))
     return RankTest(
         round(mean, 4),
-        (1 + extreme) / (1 + DRAWS),
+        min(1.0, 2 * (1 + extreme) / (1 + DRAWS)),
         len(used),
         sum(loss.rank <= 1 for loss in used),
         round(sum(1 / loss.candidates for loss in used), 3),
@@ -156,34 +185,88 @@ def rank_test(losses: Sequence[Loss], *, seed: int = 0) -> RankTest | None:
 
 @dataclass(frozen=True)
 class Correlation(Record):
-    """Spearman's rank correlation with its two-sided p-value and 95 % bootstrap interval."""
+    """The mean of Spearman's rank correlations within groups.
+
+    Attributes:
+        rho: The mean over groups.
+        p_value: Two-sided, by permutations inside groups.
+        lowest, highest: Of the groups' own correlations.
+        n: Pairs.
+        groups: Groups with enough of them.
+    """
 
     rho: float
     p_value: float
-    low: float
-    high: float
+    lowest: float
+    highest: float
+    n: int
+    groups: int
+
+
+def correlation(groups: Iterable[tuple[Sequence[float], Sequence[float]]], *, seed: int = 0) -> Correlation | None:
+    """Correlate two measurements by rank inside each group, where what a group's members share plays no part.
+
+    Members of a group are not independent of each other, and groups differ: under the null hypothesis a group's second
+    measurements could stand in any order. The p-value is (1 + permutations as extreme) / (1 + permutations).
+
+    Args:
+        groups: (x, y) of each; those with fewer than three members, or constant ones, say nothing and are left out.
+        seed: Of the permutations.
+
+    Returns:
+        The correlation, or None where every group was left out.
+    """
+    rng = np.random.default_rng(seed)
+    own: list[float] = []
+    totals, n = np.zeros(DRAWS), 0
+    for x, y in groups:
+        if len(x) != len(y):
+            raise ValueError("a correlation needs pairs")
+        if len(x) < 3 or len(set(x)) < 2 or len(set(y)) < 2:
+            continue
+        a, b = _standardised(x), _standardised(y)
+        own.append(float(a @ b))
+        totals += rng.permuted(np.broadcast_to(b, (DRAWS, len(b))), axis=1) @ a
+        n += len(x)
+    if not own:
+        return None
+    rho = sum(own) / len(own)
+    extreme = int((np.abs(totals / len(own)) >= abs(rho) - 1e-12).sum())
+    return Correlation(round(rho, 4), (1 + extreme) / (1 + DRAWS), round(min(own), 4), round(max(own), 4), n, len(own))
+
+
+def _standardised(values: Sequence[float]) -> Floats:
+    """Return ranks with mean 0 and length 1; ties have their mean rank."""
+    ranks = stats.rankdata(np.asarray(values, dtype=float))
+    centred: Floats = ranks - ranks.mean()
+    return centred / np.linalg.norm(centred)
+
+
+@dataclass(frozen=True)
+class Ratio(Record):
+    """A geometric mean of ratios, and the two-sided p-value of Student's t-test on their logarithms against 1."""
+
+    mean: float
+    p_value: float | None
     n: int
 
 
-def correlation(x: Sequence[float], y: Sequence[float], *, seed: int = 0) -> Correlation | None:
-    """Correlate two measurements of the same things by rank; None of fewer than four, or of constants."""
-    if len(x) != len(y):
-        raise ValueError("a correlation needs pairs")
-    a, b = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
-    if len(a) < 4 or np.ptp(a) == 0 or np.ptp(b) == 0:
+def ratio_test(ratios: Sequence[float]) -> Ratio | None:
+    """Compare positive ratios with 1; without a p-value below five of them, None of none.
+
+    Of five, a signed-rank test cannot reach 0.05 (2 / 2⁵ = 0.0625), which is why the logarithms' sizes are used.
+    """
+    if not ratios:
         return None
-    found = stats.spearmanr(a, b)
-    rng = np.random.default_rng(seed)
-    drawn = []
-    for _ in range(RESAMPLES):
-        picked = rng.integers(0, len(a), len(a))
-        if np.ptp(a[picked]) > 0 and np.ptp(b[picked]) > 0:
-            drawn.append(float(stats.spearmanr(a[picked], b[picked]).statistic))
-    low, high = (float(v) for v in np.quantile(drawn, [0.025, 0.975])) if drawn else (-1.0, 1.0)
-    return Correlation(round(float(found.statistic), 4), float(found.pvalue), round(low, 4), round(high, 4), len(a))
+    logs = np.log(np.asarray(ratios, dtype=float))
+    p: float | None = None
+    if len(logs) >= _FEWEST:
+        level = np.ptp(logs) < 1e-12
+        p = float(abs(logs.mean()) < 1e-12) if level else float(stats.ttest_1samp(logs, 0.0).pvalue)
+    return Ratio(round(math.exp(logs.mean()), 4), p, len(logs))
 
 
 def paired_p(differences: Sequence[float]) -> float | None:
     """Return the two-sided p-value of Wilcoxon's signed-rank test; None where nothing differs or too few are there."""
     nonzero = [d for d in differences if d != 0]
-    return float(stats.wilcoxon(nonzero).pvalue) if len(nonzero) >= 5 else None
+    return float(stats.wilcoxon(nonzero).pvalue) if len(nonzero) >= _FEWEST else None

@@ -39,7 +39,12 @@ def test_every_kind_has_a_small_and_a_long_form() -> None:
         assert small.n <= 4
     assert load(EXPERIMENTS / "injection" / "long.toml").n >= 64
     assert len(load(EXPERIMENTS / "injection" / "long.toml").seeds) >= 2
-    assert load(EXPERIMENTS / "capacity" / "long.toml").n >= 200
+    capacity = load(EXPERIMENTS / "capacity" / "long.toml")
+    assert capacity.n >= 200
+    assert len(capacity.cases) >= 2 * capacity.n, "as many untaught facts as taught: what their sentences share"
+    replays = [capacity.edit_config(seed=0, **run.settings.get("edit", {})).replay for run in runs_of(capacity)]
+    assert 0 in replays, "who collides shows only where nothing is repaired"
+    assert load(EXPERIMENTS / "factors" / "long.toml").settings["noise_facts"] >= 5, "fewer decide nothing"
 
 
 def test_own_facts_are_many_diverse_and_probed() -> None:

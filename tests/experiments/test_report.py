@@ -6,9 +6,15 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+import pytest
+
+from kvllm.errors import EditFailed
+from kvllm.experiments.bench import failed_row, shares
 from kvllm.experiments.declared import Declared, Run, declare
+from kvllm.experiments.facts import Case
 from kvllm.experiments.report import experiment_document
 from kvllm.experiments.runner import Outcome
+from kvllm.records import Fact
 from kvllm.reports.document import Document
 from kvllm.reports.render import render
 
@@ -16,9 +22,14 @@ DRIFT = {"drift_kl": 0.02, "drift_n": 10, "ppl_ratio": 1.01, "qa_known": 20, "qa
 COUNTS = {"trained": 2, "trained_right": 2, "paraphrases": 2, "paraphrases_right": 1, "neighbours": 2, "leaked": 0}
 
 
-def document(kind: str, rows: Sequence[dict[str, Any]], n: int = 6, **settings: Any) -> Document:
+def document(
+    kind: str, rows: Sequence[dict[str, Any]], n: int = 6, edits: dict[str, Any] | None = None, **settings: Any
+) -> Document:
     declared: Declared = declare({"kind": kind, "invented": n, "n": n, "settings": settings})
-    runs = [Run(f"{row['arm']}-{row['seed']}", row["arm"], row["seed"], ("s",)) for row in rows]
+    runs = [
+        Run(f"{row['arm']}-{row['seed']}", row["arm"], row["seed"], ("s",), {"edit": (edits or {}).get(row["arm"], {})})
+        for row in rows
+    ]
     unique = tuple({run.id: run for run in runs}.values())
     whole = tuple({"run": f"{row['arm']}-{row['seed']}", "step": "s", **row} for row in rows)
     return experiment_document(declared, Outcome(declared.configuration(), unique, whole, {}, 60.0, {}, ()))
@@ -126,62 +137,172 @@ def test_injection_plots_drift_of_one_suite_and_gives_a_failed_fact_no_age() -> 
     assert ages == [("1 to 2", "2"), ("3 to 3", "1"), ("4 to 5", "2")], "the youngest, k5, is not among them"
 
 
-def test_capacity_says_who_was_lost_against_chance() -> None:
+def capacity_rows(arm: str, seed: int, *shares: tuple[int, float]) -> list[dict[str, Any]]:
+    """Return the states of a run with a share recalled in each, always the first facts."""
+    base = {"arm": arm, "seed": seed}
+    facts = [
+        {**base, "kind": "fact", "facts": n, "key": f"k{i}", **COUNTS, "trained": 1,
+         "trained_right": int(i < share * n)}
+        for n, share in shares for i in range(n)
+    ]  # fmt: skip
     states = [
-        {"kind": "state", "arm": "default", "seed": 0, "facts": n, **shared(share), "recalled_n": 100, **DRIFT,
-         "bits": 500.0, "adapter_parameters": 1000, "matrix_parameters": 10_000}
-        for n, share in ((5, 1.0), (20, 0.9), (80, 0.5), (200, 0.1))
+        {**base, "kind": "state", "facts": n, **shared(share), "recalled_n": n, **DRIFT, "bits": 500.0,
+         "adapter_parameters": 1000, "matrix_parameters": 10_000}
+        for n, share in shares
     ]  # fmt: skip
-    losses = [
-        {"kind": "loss", "arm": "default", "seed": 0, "facts": n, "key": "a", "broken_by": "b", "age": 3,
-         "candidates": 40, "edit": f"e{n}", "rank_encoder": 1.0, "rank_hidden": 20.5}
-        for n in range(50, 58)
+    return [*facts, *states]
+
+
+def test_capacity_says_where_half_are_recalled() -> None:
+    rows = [
+        *capacity_rows("default", 0, (5, 1.0), (20, 0.9), (80, 0.5), (200, 0.1)),
+        *capacity_rows("wide", 0, (5, 1.0), (20, 1.0), (80, 0.95), (200, 0.9)),
+        *capacity_rows("weak", 0, (5, 0.4), (20, 0.4), (80, 0.4)),
+        *capacity_rows("weak", 1, (5, 0.4), (20, 0.2)),
+    ]
+    found = document("capacity", rows)
+    main = {row["budget"]: row for row in table(found, "At the last state of each budget")}
+    assert 70 < float(main["default"]["half at"]) < 90
+    assert main["default"]["bits per adapter parameter"] == "0.50000"
+    assert (main["wide"]["half at"], main["wide"]["95 %"]) == ("not below half up to 200", "–")
+    assert main["weak"]["half at"] == "–", "a level curve is not fitted"
+    assert (main["weak"]["facts"], main["weak"]["recalled"]) == ("20 and 80", "0.360"), "each run's own last state"
+    assert "wide: 0.900 recalled after 200 facts; not below half up to 200 facts." in found.findings
+
+
+def test_capacity_shows_on_how_many_questions_drift_was_measured_and_plots_like_with_like() -> None:
+    rows = capacity_rows("default", 0, (5, 1.0), (20, 0.9), (80, 0.5))
+    rows[-1] |= {"drift_n": 60, "drift_kl": 0.9}
+    found = document("capacity", [*rows, *capacity_rows("unedited", 0, (5, 0.0), (20, 0.0), (80, 0.0))])
+    main = {row["budget"]: row for row in table(found, "At the last state of each budget")}
+    assert (main["default"]["drift n"], main["unedited"]["drift n"]) == ("60", "10")
+    assert main["default"]["drift_kl"] == "0.900"
+    assert [row["facts"] for row in table(found, "Drift") if row["arm"] == "default"] == ["5", "20"]
+    assert [row["facts"] for row in table(found, "Recall of all facts so far")] == ["5", "20", "80"] * 2
+
+
+def lost(arm: str, *ranks: float) -> list[dict[str, Any]]:
+    """Return rows of a budget whose every edit but the first lost the fact of one rank among 40."""
+    state = {"kind": "state", "arm": arm, "seed": 0, "facts": 5, **shared(1.0), **DRIFT}
+    return [state] + [
+        {"kind": "loss", "arm": arm, "seed": 0, "facts": n, "key": f"k{n}", "broken_by": "b", "age": 3,
+         "candidates": 40, "edit": f"{arm} {n}", "rank_encoder": rank, "rank_hidden": 20.5}
+        for n, rank in enumerate(ranks, 50)
     ]  # fmt: skip
-    found = document("capacity", [*states, *losses])
-    (row,) = table(found, "At the last state of each budget")
-    assert 70 < float(row["half at"]) < 90
-    assert row["bits per adapter parameter"] == "0.50000"
-    lost = {row["similarity by"]: row for row in table(found, "Who is lost") if row["budget"] == "all budgets"}
-    assert lost["encoder"]["losses"] == "8"
-    assert float(lost["hidden states"]["mean relative rank"]) == 0.5
-    assert any("nearer than chance to the edit that broke them, by encoder" in said for said in found.findings)
-    assert any("not nearer than chance to the edit that broke them, by hidden" in said for said in found.findings)
+
+
+def test_capacity_says_who_was_lost_against_chance_where_nothing_repairs_them() -> None:
+    rows = [*lost("default", *[1.0] * 8), *lost("near", *[1.0] * 8), *lost("far", *[40.0] * 8)]
+    found = document("capacity", rows, edits={arm: {"replay": 0} for arm in ("near", "far")})
+    who = {(row["budget"], row["similarity by"]): row for row in table(found, "Who is lost")}
+    assert list(who) == [(arm, by) for arm in ("default", "near", "far") for by in ("encoder", "hidden states")]
+    assert {budget: row["replay"] for (budget, _), row in who.items()} == {"default": "4", "near": "0", "far": "0"}
+    assert who["near", "encoder"]["losses"] == "8"
+    assert float(who["near", "hidden states"]["mean relative rank"]) == 0.5
+    # The least p of six is multiplied by six, and the largest by one.
+    p, held = (float(who["near", "encoder"][name]) for name in ("p", "p (Holm)"))
+    assert held == pytest.approx(6 * p, abs=2e-4)
+    assert who["near", "hidden states"]["p (Holm)"] == "1.0000"
+    assert [said.split(" to the edit")[0] for said in found.findings[3:]] == [
+        "near: lost facts are nearer than chance",
+        "near: lost facts are neither nearer nor farther than chance",
+        "far: lost facts are farther than chance",
+        "far: lost facts are neither nearer nor farther than chance",
+    ]
+    (section,) = [s for s in found.sections if s.title == "Who is lost"]
+    assert "only a budget with replay 0 tests" in section.note
+    alone = document("capacity", lost("default", *[1.0] * 8))
+    assert "only a budget with replay 0 tests" in alone.findings[1], "where there is no other, it is said with it"
 
 
 def test_capacity_without_a_loss_says_so() -> None:
-    state = {"kind": "state", "arm": "default", "seed": 0, "facts": 5, **shared(1.0), **DRIFT}
-    assert any("No fact was lost" in said for said in document("capacity", [state]).findings)
+    found = document("capacity", [*lost("default", 1.0, 1.0), *lost("no replay")], edits={"no replay": {"replay": 0}})
+    assert found.findings[2:] == ("no replay: no fact was lost, so that nothing can be said of collisions.",)
+    assert found.findings[0] == "default: 1.000 recalled after 5 facts; where half are recalled cannot be said."
 
 
-def test_factors_give_one_verdict_per_explanation() -> None:
-    keys = [
-        {"kind": "key", "arm": "Paris", "seed": 0, "known": "Paris", "key": f"k{i}", "level": i, "steps": 9,
-         "distance_encoder": i / 10, "distance_hidden": 0.1, "recalled": 1.0, "near_kl": 1 - i / 10,
+KNOWN = [{"known": "Paris", "questions": ["What is Paris?"], "keys": ["x"], "text": "{key}"}]
+
+
+def key_rows(known: str, *damage: float) -> list[dict[str, Any]]:
+    """Return keys at growing distance from a known thing, with what each did to it."""
+    return [
+        {"kind": "key", "arm": known, "seed": 0, "known": known, "key": f"k{i}", "level": i, "steps": 9,
+         "distance_encoder": i / 10, "distance_hidden": 0.1, "recalled": 1.0, "near_kl": kl,
          "near_changed": 1, "near_recited": 0, "near_n": 2, **DRIFT}
-        for i in range(8)
+        for i, kl in enumerate(damage)
     ]  # fmt: skip
-    real = {"kind": "noise", "arm": "noise", "seed": 0, "layer": "l", "scale": 1.0, "size": 2.0, **DRIFT}
-    noise = [
-        {**real, "noise": "real delta, its layers apart", "drift_kl": 0.01},
-        *({**real, "noise": "gaussian", "depth": d / 10, "drift_kl": 0.05, "recalled": 1.0} for d in range(8)),
-    ]
-    rank = [
-        {"kind": "rank", "arm": arm, "seed": 0, "key": f"k{i}", "facts": 1, "editor": arm, "dropout": 0.0,
-         "declared_rank": None, "effective_rank": 2.0, "norm": 1.0, "steps": 9, "train_seconds": 3.0, "bytes": 1000,
-         **shared(1.0), **DRIFT, "drift_kl": 0.02 + 0.01 * (arm == "full") + i / 1e4 * (arm == "full")}
-        for arm in ("adalora", "full") for i in range(8)
-    ]  # fmt: skip
-    known = [{"known": "Paris", "questions": ["What is Paris?"], "keys": ["x"], "text": "{key}"}]
-    found = document("factors", [*keys, *noise, *rank], known=known)
-    verdicts = {row["explanation"]: row for row in table(found, "Which explanation survives")}
-    assert verdicts["distinct inputs"]["verdict"] == "survives"
-    assert verdicts["distinct inputs"]["number"].startswith("-1.000")
-    assert verdicts["robust residual networks"]["verdict"] == "does not survive"
-    assert verdicts["robust residual networks"]["number"] == "×5.00"
-    assert verdicts["low rank regularises"]["verdict"] == "survives"
-    assert verdicts["low rank regularises"]["p"] == "0.0078", "2 / 2^8 by hand"
-    flipped = document("factors", [{**row, "near_kl": row["distance_encoder"]} for row in keys], known=known)
-    assert table(flipped, "Which explanation survives")[0]["verdict"] == "does not survive"
+
+
+def noise_rows(facts: int, *, in_band: float, beyond: float = 1.0) -> list[dict[str, Any]]:
+    """Return noise that costs so many times what the same fact's real layers cost; each fact has its own level."""
+    rows = []
+    for fact in range(facts):
+        level = 0.01 * 10 ** (fact % 3)
+        base = {"kind": "noise", "arm": "noise", "seed": 0, "layer": "l", "scale": 1.0, "size": 2.0, **DRIFT}
+        base |= {"key": f"k{fact}", "recalled": 1.0}
+        rows += [{**base, "noise": "real delta, its layers apart", "drift_kl": kl * level} for kl in (0.5, 2.0)]
+        for depth, times in ((0.4, in_band), (0.5, in_band * (1.01 if fact else 1.0)), (0.9, beyond)):
+            rows.append({**base, "noise": "gaussian", "depth": depth, "drift_kl": times * level})
+    return rows
+
+
+def rank_row(arm: str, key: int, drift: float, **more: Any) -> dict[str, Any]:
+    """Return an edit of one fact."""
+    editor = arm.split()[0]
+    return {
+        "kind": "rank", "arm": arm, "seed": 0, "key": f"k{key}", "facts": 1, "editor": editor, "dropout": 0.0,
+        "declared_rank": int(arm.split()[1]) if editor == "lora" else None, "effective_rank": 2.0, "norm": 1.0,
+        "steps": 9, "train_seconds": 3.0, "bytes": 1000, "trained": True, **shared(1.0), **DRIFT, "drift_kl": drift,
+        **more,
+    }  # fmt: skip
+
+
+def verdicts(*rows: dict[str, Any]) -> dict[str, dict[str, str]]:
+    found = document("factors", rows, known=KNOWN)
+    return {row["explanation"]: row for row in table(found, "Which explanation survives")}
+
+
+def test_distance_is_set_against_damage_among_the_keys_of_one_thing() -> None:
+    falling = [key_rows(f"thing {g}", *(g + damage for damage in (0.5, 0.4, 0.3, 0.2, 0.1))) for g in range(8)]
+    told = verdicts(*(row for rows in falling for row in rows))["distinct inputs"]
+    assert told["verdict"] == "survives"
+    assert told["number"] == "-1.000 (-1.000 to -1.000 by thing)"
+    assert told["n"] == "40 keys in 8 groups"
+    rising = [key_rows(f"thing {g}", 0.1, 0.2, 0.3, 0.4, 0.5) for g in range(8)]
+    assert verdicts(*(row for rows in rising for row in rows))["distinct inputs"]["verdict"] == "does not survive"
+    assert verdicts(*key_rows("Paris", 0.1, 0.2, 0.3))["distinct inputs"]["verdict"] == "not decided"
+    assert verdicts(*key_rows("Paris", 0.1, 0.2))["distinct inputs"]["verdict"] == "not decided: too few"
+
+
+def test_noise_is_set_against_the_same_facts_real_layers_within_the_edited_band() -> None:
+    told = verdicts(*noise_rows(6, in_band=5.0, beyond=0.1))["robust residual networks"]
+    assert told["verdict"] == "does not survive"
+    assert told["number"].startswith("×5.02 (×0.10 to ×5.04"), "by hand: 5 · 1.01^(5/12), and each depth's own"
+    assert told["n"] == "6 facts"
+    assert verdicts(*noise_rows(6, in_band=0.5, beyond=9.0))["robust residual networks"]["verdict"] == "survives"
+    assert verdicts(*noise_rows(4, in_band=5.0))["robust residual networks"]["verdict"] == "not decided: too few"
+    outside = [row for row in noise_rows(6, in_band=5.0) if row.get("depth") in (None, 0.9)]
+    assert "no noise within the edited band" in verdicts(*outside)["robust residual networks"]["verdict"]
+
+
+def test_rank_is_set_against_drift_within_facts_that_were_trained() -> None:
+    arms = [f"lora {r}" for r in (1, 2, 4, 8)]
+    rows = [rank_row(arm, i, 0.01 * place + i) for i in range(6) for place, arm in enumerate([*arms, "full"], 1)]
+    rows += [rank_row("adalora", i, 0.001 * i + i) for i in range(6)]
+    rows += [{**row, "dropout": 0.1, "arm": "dropout", "drift_kl": 2.0 * row["drift_kl"] + 0.01} for row in rows[4::5]]
+    told = verdicts(*rows)
+    assert told["low rank regularises"]["verdict"] == "survives"
+    assert told["low rank regularises"]["n"] == "30 edits of 6 facts, 0 not trained to the stop left out"
+    assert told["AdaLoRA beside full fine-tuning"]["p"] == "0.0312", "2 / 2^6 by hand"
+    assert told["AdaLoRA beside full fine-tuning"]["verdict"] == "has less drift"
+    assert told["dropout"]["verdict"] == "has more drift"
+    # What was not trained to the stop drifts little because it learned little: it is no pair.
+    rows[4] = {**rows[4], "trained": False, "drift_kl": 0.0}
+    told = verdicts(*rows)
+    assert "1 not trained to the stop left out" in told["low rank regularises"]["n"]
+    assert told["AdaLoRA beside full fine-tuning"]["n"].startswith("5 facts, 1 pairs not trained")
+    assert told["AdaLoRA beside full fine-tuning"]["verdict"] == "not decided"
 
 
 def test_editors_count_bytes_and_routes() -> None:
@@ -197,8 +318,36 @@ def test_editors_count_bytes_and_routes() -> None:
     assert methods["adalora"]["kB per fact"] == "750.0"
     assert methods["prefix-tuning"]["routed right"] == "3 of 4"
     assert methods["prefix-tuning"]["general routed"] == "1 of 44"
-    assert methods["prefix-tuning"]["drift_kl"] == "0 (not merged)"
+    assert methods["prefix-tuning"]["drift_kl"] == "not measured", "a general question got an adapter"
     assert methods["unedited"]["recalled"] == "0.000"
+    rows[-1]["general_routed"] = 0
+    methods = {row["method"]: row for row in table(document("editors", rows), "Methods")}
+    assert methods["prefix-tuning"]["drift_kl"] == "0 (not merged)"
+
+
+def test_a_failed_fact_counts_as_not_recalled() -> None:
+    case = Case(Fact("k", "A text."), neighbours=("What is it?",))
+    declared = declare({"kind": "editors", "invented": 1})
+    failed = {**failed_row(case, declared, EditFailed("No.")), "seed": 0}
+    fact = {"kind": "fact", "arm": "lora", "seed": 0, "key": "k", "difficulty": "", "unchanged": 2, **COUNTS}
+    methods = document("editors", [{**failed, "arm": "full"}, fact, {**failed, "arm": "lora"}])
+    cells = {row["method"]: (row["facts"], row["recalled"], row["leak"]) for row in table(methods, "Methods")}
+    assert cells == {"full": ("0 of 1 taught", "0.000", "–"), "lora": ("1 of 2 taught", "0.500", "0.000")}
+
+    lost = {"kind": "failed", "part": "rank", "arm": "full", "seed": 0, "key": "k1", "facts": 1, **shares([failed])}
+    rows = [rank_row("adalora", 0, 0.1), rank_row("full", 0, 0.1, **shared(1.0) | {"recalled_n": 2}), lost]
+    ranks = {
+        row["editor"]: row for row in table(document("factors", rows, known=KNOWN), "Low rank against full fine-tuning")
+    }
+    assert (ranks["full"]["facts"], ranks["full"]["recalled"]) == ("1 of 2 taught", "0.500")
+    assert ranks["adalora"]["facts"] == "1"
+    gone = {**lost, "part": "keys", "key": "Trellick", "arm": "Paris"}
+    (section,) = [
+        s
+        for s in document("factors", [*key_rows("Paris", 0.1), gone], known=KNOWN).sections
+        if s.title.startswith("Distinctness")
+    ]
+    assert "Training failed, and nothing was measured, of: Trellick." in section.note
 
 
 def test_no_format_obeys_a_key() -> None:

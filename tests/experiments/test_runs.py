@@ -4,22 +4,34 @@ from __future__ import annotations
 
 import html
 import json
+import math
 import os
+import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from kvllm import KnowledgeBase
-from kvllm.errors import Busy, ConfigError, StoreError
+from kvllm.editing.editor import EditTask, Training
+from kvllm.editing.engine import Engine
+from kvllm.editing.soft_prompts import SoftPromptEditor
+from kvllm.errors import Busy, ConfigError, EditFailed, StoreError
+from kvllm.experiments.capacity import _bits, _parameters, _Watch
 from kvllm.experiments.declared import Declared
+from kvllm.experiments.desk import Desk
+from kvllm.experiments.facts import Case
 from kvllm.experiments.report import experiment_document
 from kvllm.experiments.runner import Outcome, read_outcome, remaining, run_experiment, runs_of
-from kvllm.records import Progress
+from kvllm.records import Fact, Progress
 from kvllm.reports.render import render
 from kvllm.store.results import Results
 from tests.experiments.kit import tiny, without_times
@@ -100,7 +112,11 @@ def test_capacity_watches_every_edit_and_counts_bits(make: Make, home: Path) -> 
     assert [row["facts"] for row in of(outcome, "watch")] == [1, 2, 3]
     states = of(outcome, "state", "one")
     assert [row["facts"] for row in states] == [1, 2, 3]
-    assert 0 < states[-1]["bits"] <= states[-1]["bits_of_base"]
+    assert 0 < states[-1]["bits_taught"] <= states[-1]["bits_of_base"]
+    for row in states:
+        assert row["untaught_n"] == row["facts"]
+        assert row["bits"] == pytest.approx(row["bits_taught"] - row["bits_untaught"], abs=0.02)
+    assert states[-1]["bits"] > 0
     # Twice the matrices' sizes is what full rank would take; the adapters of three edits are counted one by one.
     assert states[0]["adapter_parameters"] < states[1]["adapter_parameters"] < states[2]["adapter_parameters"]
     for row in of(outcome, "loss"):
@@ -108,13 +124,91 @@ def test_capacity_watches_every_edit_and_counts_bits(make: Make, home: Path) -> 
     _check_report(declared, outcome)
 
 
-def test_capacity_stops_where_too_little_is_recalled(make: Make, home: Path) -> None:
+def test_capacity_stops_where_surely_too_little_is_recalled_and_keeps_that_state_through_a_kill(
+    make: Make, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     budget = {"name": "one step", "edit": {"max_steps": 1, "value_lr": 1e-6}}
-    declared = make("capacity", settings={"budgets": [budget], "checkpoints": [1]})
+    settings = {"budgets": [budget], "checkpoints": [1, 4]}
+    declared = make("capacity", n=5, settings=settings, measure={"last_questions": 6})
+    finish = Desk.finish
+
+    class Enough(Exception):
+        """Stands for whatever ends a process."""
+
+    def killed(desk: Desk, step: str, rows: Any) -> None:
+        if desk.run.arm == "one step" and step == "ask-0004":
+            raise Enough
+        finish(desk, step, rows)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Desk, "finish", killed)
+        with pytest.raises(Enough):
+            run_experiment(declared, home)
     outcome = run_experiment(declared, home)
-    assert [row["facts"] for row in of(outcome, "edit", "one step")] == [1]
-    assert [row["facts"] for row in of(outcome, "state", "one step")] == [1]
+    # None of one question is no proof: its interval reaches 0.79. None of four reaches 0.49.
+    assert [row["facts"] for row in of(outcome, "edit", "one step")] == [1, 2, 3, 4]
+    states = of(outcome, "state", "one step")
+    assert [(row["facts"], row["recalled"], row["given_up"]) for row in states] == [(1, 0, False), (4, 0, True)]
+    assert states[1]["drift_n"] > states[0]["drift_n"], "the last state of a budget is measured as the last"
     assert len(outcome.rows) == len(read_outcome(declared, home).rows)
+
+
+def test_bits_take_off_what_untaught_texts_gain_and_a_loss_counts_too() -> None:
+    """By hand, in bits a text: taught 8 to 2 and 8 to 9, untaught 8 to 7 and 8 to 6: 5 less 2 times 1.5 is 2."""
+    bits = {"a": 2.0, "b": 9.0, "c": 7.0, "d": 6.0}
+
+    class Scores:
+        base = False
+
+        def row(self, question: str, text: str) -> Any:
+            return SimpleNamespace(text=text, answer=[0, 0])
+
+        def score(self, rows: list[Any]) -> list[Any]:
+            return [SimpleNamespace(nll=(8.0 if self.base else bits[r.text]) * math.log(2) / 2) for r in rows]
+
+        @contextmanager
+        def base_weights(self) -> Iterator[None]:
+            self.base = True
+            yield
+            self.base = False
+
+    lm = Scores()
+    bench: Any = SimpleNamespace(lm=lm, engine=lm)
+    taught, untaught = ([Case(Fact(f"key {text}", text)) for text in texts] for texts in ("ab", "cd"))
+    assert _bits(bench, taught, untaught) == {
+        "bits": 2.0, "bits_taught": 5.0, "bits_untaught": 3.0, "untaught_n": 2, "bits_of_base": 16.0,
+    }  # fmt: skip
+    assert _bits(bench, taught, [])["bits"] is None
+
+
+def test_padding_holds_no_parameters() -> None:
+    a, b = torch.ones(3, 5), torch.ones(4, 3)
+    padded = torch.cat([a, torch.zeros(2, 5)]), torch.cat([b, torch.zeros(4, 2)], dim=1)
+    assert _parameters({"one": (a, b), "two": padded}) == 2 * 3 * (5 + 4)
+
+
+def test_a_fact_that_is_lost_twice_counts_once(make: Make, tmp_path: Path) -> None:
+    """The tiny model forgets at random: what is recited is given here, edit by edit."""
+    declared = make("capacity", n=4)
+    told = iter([[True], [True, True], [False, True, True], [True, True, True, True], [False, False, True, True, True]])
+
+    class Says:
+        def row(self, question: str, text: str) -> str:
+            return question + text
+
+        def recites(self, rows: list[str], config: Any) -> list[bool]:
+            return next(told)
+
+    says = Says()
+    bench: Any = SimpleNamespace(lm=says, engine=says)
+    desk: Any = SimpleNamespace(folder=tmp_path, run=SimpleNamespace(id="one-0"))
+    watch = _Watch(bench, declared.cases[:5], desk)
+    watch._near = {"encoder": np.array([[0.1 * i + 0.01 * j for j in range(5)] for i in range(5)])}
+    rows = [row for n in range(1, 6) for row in watch.look(n, None)]
+    assert [row["lost"] for row in rows if row["kind"] == "watch"] == [0, 0, 1, 0, 2]
+    losses = [(row["facts"], row["key"], row["candidates"]) for row in rows if row["kind"] == "loss"]
+    first, second = (case.key for case in declared.cases[:2])
+    assert losses == [(3, first, 2), (5, second, 3)], "a fact lost before is no candidate either"
 
 
 def test_factors_measure_all_three_explanations(make: Make, home: Path) -> None:
@@ -153,6 +247,57 @@ def test_editors_all_learn_the_fact_and_leave_the_weights(make: Make, home: Path
         assert all(row["bytes"] > 0 for row in of(outcome, "drift", arm))
     assert not of(outcome, "failed")
     _check_report(declared, outcome)
+
+
+def test_training_that_fails_ends_no_run_of_a_kept_method(
+    make: Make, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    declared = make("editors", n=2, settings={"methods": ["prompt-tuning"]}, edit={"max_steps": 2})
+    train, finish = SoftPromptEditor.train, Desk.finish
+    calls: list[EditTask] = []
+
+    def fails_once(self: SoftPromptEditor, copy: Any, pool: Any, task: EditTask, config: Any) -> Training:
+        calls.append(task)
+        if len(calls) == 1:
+            raise EditFailed("The loss was not finite at step 3.")
+        return train(self, copy, pool, task, config)
+
+    class Enough(Exception):
+        """Stands for whatever ends a process."""
+
+    def killed(desk: Desk, step: str, rows: Any) -> None:
+        if step == "ask":
+            raise Enough
+        finish(desk, step, rows)
+
+    monkeypatch.setattr(SoftPromptEditor, "train", fails_once)
+    with monkeypatch.context() as patched:
+        patched.setattr(Desk, "finish", killed)
+        with pytest.raises(Enough):
+            run_experiment(declared, home)
+    outcome = run_experiment(declared, home)
+    assert (outcome.failed, len(calls)) == ({}, 2)
+    (failed,) = of(outcome, "failed")
+    assert (failed["key"], failed["trained"], failed["trained_right"]) == (declared.cases[0].key, 1, 0)
+    assert [row["key"] for row in of(outcome, "fact")] == [declared.cases[1].key], "it is not asked with another's"
+
+
+def test_training_that_fails_ends_no_run_of_the_factors(
+    make: Make, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = {"known": "Berlin", "questions": ["What is Berlin?"], "keys": ["Quorvane", "Berlim"], "text": "a tool"}
+    settings = {"known": [known], "depths": [0.5], "scales": [1.0], "noise_facts": 1, "editors": [{"name": "AdaLoRA"}]}
+    declared = make("factors", n=1, settings=settings)
+
+    def fails(*_: Any, **__: Any) -> None:
+        raise EditFailed("The loss was not finite at step 3.")
+
+    monkeypatch.setattr(Engine, "train", fails)
+    outcome = run_experiment(declared, home)
+    assert (outcome.failed, outcome.unfinished) == ({}, ())
+    assert [row["part"] for row in of(outcome, "failed")] == ["keys", "keys", "noise", "rank"]
+    assert [(row["recalled"], row["recalled_n"]) for row in of(outcome, "failed", "AdaLoRA")] == [(0.0, 1)]
+    assert experiment_document(declared, outcome).sections
 
 
 def _check_report(declared: Declared, outcome: Outcome) -> None:
@@ -204,6 +349,42 @@ def test_an_interrupted_run_goes_on_where_it_was(make: Make, home: Path) -> None
     with KnowledgeBase.open(home / "runs" / "sequential-0" / "my.kb", readonly=True) as kb:
         assert [edit.created_at for edit in reversed(kb.history())][: len(made)] == made
     assert without_times(outcome.rows) == without_times(run_experiment(declared, home.parent / "whole").rows)
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "last", "gone"),
+    [
+        ("injection", {"arms": [ARMS[2]]}, "ask-0002", "my.kb"),
+        ("capacity", {"budgets": [{"name": "sequential"}]}, "ask-0002", "my.kb"),
+        ("editors", {"methods": ["prompt-tuning"]}, "ask", "kept/0001.safetensors"),
+    ],
+)
+def test_a_run_whose_folder_is_gone_does_not_go_on_untaught(
+    make: Make, home: Path, monkeypatch: pytest.MonkeyPatch, kind: str, settings: Any, last: str, gone: str
+) -> None:
+    declared = make(kind, n=2, settings=settings, edit={"max_steps": 2})
+    finish = Desk.finish
+
+    class Enough(Exception):
+        """Stands for whatever ends a process."""
+
+    def killed(desk: Desk, step: str, rows: Any) -> None:
+        if step == last and desk.run.arm not in ("unedited", "in-context"):
+            raise Enough
+        finish(desk, step, rows)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Desk, "finish", killed)
+        with pytest.raises(Enough):
+            run_experiment(declared, home)
+    rows = read_outcome(declared, home).rows
+    (run,) = read_outcome(declared, home).unfinished
+    shutil.rmtree(home / "runs" / run)
+    outcome = run_experiment(declared, home)
+    assert list(outcome.failed) == [run]
+    assert f"{gone} of its folder runs/{run}, which is not there; nothing was run" in outcome.failed[run]
+    assert outcome.rows == rows
+    assert list(run_experiment(declared, home).failed) == [run], "nor at the next attempt"
 
 
 def test_results_of_another_declaration_are_never_mixed(make: Make, home: Path) -> None:
