@@ -20,11 +20,11 @@ _PLAIN = frozenset(",;?'\"%/(")
 # ... but not where it means nothing to anybody, so that a report can be read as it lies in a repository, too.
 _HARMLESS = re.compile(
     r"(?<=\d)[.-](?=\d)"  # 0.5, 2026-11-23
-    r"|(?<=\w)[.:](?=\s|$)"
-    r"|(?<=\w)-(?=[^\W\d])|(?<=[^\W_])_(?=[^\W_])"  # within a word, but not the issue GH-1
+    r"|(?<=[\w)%])[.:](?=\s|$)"
+    r"|(?<=\w)-(?=[^\W\d])|(?<=[a-z])(?<!gh)-(?=\d)|(?<=[^\W_])_(?=[^\W_])"  # within a word, but not the issue GH-1
     r"|\)|(?<=\S)\+|\+(?=\S)"
 )
-_NUMBERED = re.compile(r"\s*\d+[.)]")  # begins a list
+_NUMBERED = re.compile(r"\s*\d+[.)](?=\s|$)")  # begins a list
 
 
 def neutral(text: str, *, keep: str = "\n\t") -> str:

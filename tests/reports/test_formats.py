@@ -253,6 +253,22 @@ def test_markdown_shows_any_marks_as_they_are(text: str) -> None:
         assert squeezed(Page(reader.render(markdown(shown_text))).text) == squeezed(shown_text)
 
 
+def test_numbers_and_names_stay_readable_in_markdown() -> None:
+    for text in (
+        "0.980",
+        "31.0",
+        "0.917 to 0.997",
+        "chunked-16",
+        "arm-0, 2 of 3.",
+        "drift_kl (nats): x",
+        "5 %.",
+        "64 + 1",
+    ):
+        assert markdown(text) == text.replace("+", "&#43;")
+    for text in ("1. a", "1) a", "GH-1", "gh-1", "ABC-12", "- a", "a.b", "x://y", "_a_", "www.a"):
+        assert markdown(text) != text
+
+
 def test_xml_carries_every_text_and_nothing_that_xml_forbids() -> None:
     for kind in KINDS:
         root = ElementTree.fromstring(rendered(kind, "junit").encode())
