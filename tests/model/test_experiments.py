@@ -30,7 +30,10 @@ def test_injection_recalls_what_the_unedited_model_does_not_know(tmp_path: Path)
     assert states["sequential"]["recalled"] == 1
     assert 0 < states["sequential"]["drift_kl"] < 0.5
     assert states["in-context"]["recalled_n"] == 1
-    assert any("sequential" in finding for finding in experiment_document(declared, outcome).findings)
+    sections = {section.title: section.table for section in experiment_document(declared, outcome).sections}
+    compared = sections["Against sequential insertion"]
+    assert compared is not None
+    assert {row[0] for row in compared.rows} == {"unedited", "in-context"}
 
 
 @pytest.mark.skipif("KVLLM_CAMPAIGN" not in os.environ, reason="takes minutes each; set KVLLM_CAMPAIGN=1")

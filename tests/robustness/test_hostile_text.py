@@ -24,7 +24,7 @@ import pytest
 from kvllm import KnowledgeBase
 from kvllm.cli import main
 from kvllm.errors import ConfigError, KeyExists
-from kvllm.records import Edit, Fact
+from kvllm.records import Answer, Edit, Fact
 from kvllm.store import NewEdit, Store, files, sqlite
 from tests.importing.given import parse_rows
 from tests.robustness.hostile import attempt, tree
@@ -252,7 +252,7 @@ def test_an_answer_full_of_escapes_never_reaches_the_terminal_raw(
     """The model may say anything: a view, JSON on a pipe and a terminal, and -r on a terminal."""
     n = 0
     for text in ESCAPES:
-        monkeypatch.setattr(KnowledgeBase, "ask_many", lambda self, prompts, text=text, **_: [f"a{text}b"])
+        monkeypatch.setattr(KnowledgeBase, "ask_many", lambda self, prompts, text=text, **_: [Answer(f"a{text}b")])
         for options in ([], ["--json"]):
             assert main(["ask", str(place), "x", *options]) == 0
             out = capfd.readouterr().out
