@@ -18,7 +18,7 @@ from typing import Any
 from kvllm.editing.delta import Delta
 from kvllm.errors import ConfigError, EditFailed
 from kvllm.experiments.bench import Bench, shares
-from kvllm.experiments.declared import Declared, Run
+from kvllm.experiments.declared import UNTRAINED, Declared, Run
 from kvllm.experiments.desk import Desk
 from kvllm.experiments.facts import Case
 from kvllm.experiments.injection import checkpoints, edit_row, slug
@@ -47,10 +47,7 @@ def runs(declared: Declared) -> list[Run]:
     if not isinstance(budgets, list) or not budgets:
         raise ConfigError("settings.budgets must be a list of tables; nothing was run.")
     asked = tuple(f"ask-{point:04}" for point in checkpoints(declared))
-    found = [
-        Run(f"{mode}-{declared.seeds[0]}", mode, declared.seeds[0], asked, {"mode": mode})
-        for mode in ("unedited", "in-context")
-    ]
+    found = [Run(f"{mode}-{declared.seeds[0]}", mode, declared.seeds[0], asked, {"mode": mode}) for mode in UNTRAINED]
     for budget in budgets:
         unknown = sorted(set(budget) - _KNOWN)
         if unknown:

@@ -33,6 +33,7 @@ else:
     import tomli as tomllib
 
 KINDS = ("injection", "capacity", "factors", "editors")
+UNTRAINED = ("unedited", "in-context")  # what every table has beside the edited models
 T = TypeVar("T")
 
 

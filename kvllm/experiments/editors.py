@@ -15,7 +15,7 @@ from kvllm.editing.editors import EDITORS, KEPT
 from kvllm.editing.soft_prompts import SoftPromptEditor, SoftPrompts
 from kvllm.errors import ConfigError, EditFailed
 from kvllm.experiments.bench import Bench, failed_row, judged, probes_of, shares
-from kvllm.experiments.declared import Declared, Run
+from kvllm.experiments.declared import UNTRAINED, Declared, Run
 from kvllm.experiments.desk import Desk
 from kvllm.experiments.facts import Case
 from kvllm.experiments.single import single_edit
@@ -23,7 +23,7 @@ from kvllm.probing.runner import SPARE_TOKENS
 from kvllm.probing.suites import Probe
 from kvllm.prompts import training_questions
 
-METHODS = ("unedited", "in-context", *EDITORS, *KEPT)
+METHODS = (*UNTRAINED, *EDITORS, *KEPT)
 # A question is near enough to a key from this cosine to one of its trained questions on.
 _NEAR = 0.6
 
@@ -41,7 +41,7 @@ def runs(declared: Declared) -> list[Run]:
     facts = tuple(f"fact-{place:04}" for place in range(1, declared.n + 1))
     found = []
     for method in dict.fromkeys(methods):
-        alone = method in ("unedited", "in-context")
+        alone = method in UNTRAINED
         steps = ("ask",) if alone else (*facts, "ask") if method in KEPT else facts
         for seed in declared.seeds[:1] if alone else declared.seeds:
             found.append(Run(f"{method}-{seed}", method, seed, steps, {"method": method}))
@@ -53,7 +53,7 @@ def execute(run: Run, desk: Desk) -> None:
     declared, method = desk.declared, str(run.settings["method"])
     cases = declared.ordered(run.seed)
     with Bench(desk) as bench:
-        if method in ("unedited", "in-context"):
+        if method in UNTRAINED:
             if desk.open("ask"):
                 rows = bench.ask(cases, in_context=method == "in-context")
                 state = {"kind": "drift", **bench.drift(), "bytes": 0, "train_seconds": 0.0}

@@ -23,7 +23,7 @@ from kvllm.editing.delta import Delta, Factors, is_transposed, product
 from kvllm.editing.files import read_tensors, write_tensors
 from kvllm.errors import ConfigError, EditFailed
 from kvllm.experiments.bench import Bench, failed_row, shares
-from kvllm.experiments.declared import Declared, Run
+from kvllm.experiments.declared import UNTRAINED, Declared, Run
 from kvllm.experiments.desk import Desk
 from kvllm.experiments.facts import Case
 from kvllm.experiments.injection import slug
@@ -56,7 +56,7 @@ def runs(declared: Declared) -> list[Run]:
     if strange or not parts:
         raise ConfigError(f"settings.parts names some of {', '.join(PARTS)}, not {strange}; nothing was run.")
     seed = declared.seeds[0]
-    found = [Run(f"{mode}-{seed}", mode, seed, ("ask",), {"part": mode}) for mode in ("unedited", "in-context")]
+    found = [Run(f"{mode}-{seed}", mode, seed, ("ask",), {"part": mode}) for mode in UNTRAINED]
     if "keys" in parts:
         for group in _groups(declared):
             steps = tuple(f"key-{place:02}" for place in range(len(group["keys"])))
@@ -81,7 +81,7 @@ def execute(run: Run, desk: Desk) -> None:
     """Do what is left of a run."""
     part = run.settings["part"]
     with Bench(desk) as bench:
-        if part in ("unedited", "in-context"):
+        if part in UNTRAINED:
             if desk.open("ask"):
                 asked = bench.ask(desk.declared.ordered(0), in_context=part == "in-context")
                 desk.finish("ask", [{"kind": "rank", "facts": len(asked), **shares(asked), **bench.drift()}])

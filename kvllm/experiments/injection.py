@@ -13,13 +13,12 @@ from typing import Any
 from kvllm.config import EditConfig
 from kvllm.errors import ConfigError, EditFailed, EditRejected
 from kvllm.experiments.bench import UNMEASURED, Bench, shares
-from kvllm.experiments.declared import Declared, Run
+from kvllm.experiments.declared import UNTRAINED, Declared, Run
 from kvllm.experiments.desk import Desk
 from kvllm.experiments.facts import Case
 from kvllm.records import Edit
 
-MODES = ("sequential", "chunked", "batched", "unedited", "in-context")
-_UNTRAINED = ("unedited", "in-context")
+MODES = ("sequential", "chunked", "batched", *UNTRAINED)
 _ARMS: tuple[dict[str, Any], ...] = (
     {"name": "unedited", "mode": "unedited"},
     {"name": "in-context", "mode": "in-context"},
@@ -53,10 +52,10 @@ def runs(declared: Declared) -> list[Run]:
                 f"An arm has a mode ({', '.join(MODES)}) and may have {', '.join(sorted(_KNOWN - {'mode'}))}; "
                 f"{', '.join(unknown) or repr(mode)} was given; nothing was run."
             )
-        if arm.get("compact", False) not in ((True, False) if mode not in _UNTRAINED else (False,)):
+        if arm.get("compact", False) not in ((True, False) if mode not in UNTRAINED else (False,)):
             raise ConfigError("compact is true or false, and only for an arm that trains; nothing was run.")
         name = str(arm.get("name", mode))
-        seeds = arm.get("seeds", declared.seeds if mode not in _UNTRAINED else declared.seeds[:1])
+        seeds = arm.get("seeds", declared.seeds if mode not in UNTRAINED else declared.seeds[:1])
         if not isinstance(seeds, (list, tuple)) or not seeds or not set(seeds) <= set(declared.seeds):
             raise ConfigError("An arm's seeds are some of the experiment's; nothing was run.")
         for seed in seeds:
@@ -80,7 +79,7 @@ def execute(run: Run, desk: Desk) -> None:
             chunk = cases[taught : taught + size]
             taught += size
             step = f"edit-{place:04}"
-            if mode not in _UNTRAINED and desk.open(step):
+            if mode not in UNTRAINED and desk.open(step):
                 desk.finish(step, _edit_rows(bench, chunk, taught, config))
             reached = f"ask-{taught:04}"
             if reached in run.steps and desk.open(reached):
@@ -98,7 +97,7 @@ def _steps(declared: Declared, arm: Mapping[str, Any]) -> list[str]:
     taught = 0
     for place, size in enumerate(_chunks(declared, arm), 1):
         earlier, taught = taught, taught + size
-        if arm["mode"] not in _UNTRAINED:
+        if arm["mode"] not in UNTRAINED:
             found.append(f"edit-{place:04}")
         if any(earlier < point <= taught for point in points):
             found.append(f"ask-{taught:04}")
@@ -116,7 +115,7 @@ def checkpoints(declared: Declared) -> list[int]:
 def _chunks(declared: Declared, arm: Mapping[str, Any]) -> list[int]:
     """Return the sizes of an arm's edits; the arms that train nothing go from checkpoint to checkpoint."""
     mode, n = arm["mode"], declared.n
-    if mode in _UNTRAINED:
+    if mode in UNTRAINED:
         points = checkpoints(declared)
         return [b - a for a, b in zip([0, *points], points, strict=False)]
     size = {"sequential": 1, "batched": n}.get(str(mode)) or int(arm.get("chunk", 4))

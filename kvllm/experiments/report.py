@@ -15,17 +15,16 @@ from itertools import pairwise
 from typing import Any
 
 import kvllm
-from kvllm.experiments.declared import Declared
+from kvllm.experiments.declared import UNTRAINED, Declared
 from kvllm.experiments.runner import Outcome, in_words
 from kvllm.experiments.statistics import Loss, correlation, fit_retention, paired_p, rank_test, ratio_test
 from kvllm.metrics import mean, shown, shown_p
-from kvllm.paired import bootstrap, holm, mcnemar, wilson
+from kvllm.paired import Interval, bootstrap, holm, mcnemar, wilson
 from kvllm.reports.document import Document, Origin, Section, Table
 from kvllm.reports.plots import lines_plot
 
 SCHEMA = "kvllm-experiment/1"
 Row = Mapping[str, Any]
-_UNTRAINED = ("unedited", "in-context")
 _SAME = 1e-9
 # Share → its counts in a fact's row.
 _NAMES = {
@@ -165,7 +164,7 @@ def _injection(declared: Declared, outcome: Outcome) -> tuple[list[str], list[Se
     sections += _ages(outcome.rows, declared.n)
     # Arms of fewer seeds had other orders and trainings: they are not ranked among the others.
     whole = max((len(mine) for mine in final.values()), default=0)
-    trained = {key: mine for key, mine in final.items() if key[0] not in _UNTRAINED and len(mine) == whole}
+    trained = {key: mine for key, mine in final.items() if key[0] not in UNTRAINED and len(mine) == whole}
     findings = []
     if len(trained) > 1:
         best = max(trained, key=lambda key: _merit(trained[key]))
@@ -191,28 +190,12 @@ def _steps_per_fact(rows: Sequence[Row], n: int) -> dict[tuple[str, str], str]:
 
 
 def _curves(states: Sequence[Row]) -> list[Section]:
-    sections = []
-    arms = list(dict.fromkeys(row["arm"] for row in states))
-    for name, title, label, most in (
-        ("recalled", "Recall of all facts so far", "share recalled", 1.0),
-        ("drift_kl", "Drift", "drift_kl (nats per token)", None),
-    ):
-        series = []
-        for arm in arms:
-            mine = [row for row in states if row["arm"] == arm and not row.get("after")]
-            # The last state of some arms was measured on more questions, which are other questions.
-            usual = min((row["drift_n"] for row in mine), default=0)
-            points = {row["facts"] for row in mine if name != "drift_kl" or row["drift_n"] == usual}
-            series.append((arm, [(float(n), _mean(_of(states, arm, n), name) or 0.0) for n in sorted(points)]))
-        figure = lines_plot(name, title, series, x_label="facts", y_label=label, most=most)
-        if figure is not None:
-            cells = tuple((arm, str(int(x)), shown(y)) for arm, points in series for x, y in points)
-            sections.append(Section(title, "", Table(("arm", ">facts", f">{name}"), cells), figure, minor=True))
-    return sections
-
-
-def _of(states: Sequence[Row], arm: str, n: int) -> list[Row]:
-    return [row for row in states if row["arm"] == arm and row["facts"] == n and not row.get("after")]
+    mine = [row for row in states if not row.get("after")]
+    usual: dict[str, int] = {}
+    for row in mine:
+        usual[row["arm"]] = min(row["drift_n"], usual.get(row["arm"], row["drift_n"]))
+    # The last state of some arms was measured on more questions, which are other questions.
+    return _courses(mine, [row for row in mine if row["drift_n"] == usual[row["arm"]]])
 
 
 def _difficulty(facts: Sequence[Row], n: int) -> list[Section]:
@@ -239,19 +222,12 @@ def _against_sequential(facts: Sequence[Row], n: int) -> tuple[list[Section], li
     """
     mine = [row for row in facts if row["facts"] == n]
     arms = [key for key in dict.fromkeys((row["arm"], row["after"]) for row in mine) if key != ("sequential", "")]
-    found: dict[tuple[str, str], tuple[int, int, int, float, Any]] = {}
-    for name, (right, asked) in {"recalled": _NAMES["recalled"], "generalized": _NAMES["generalized"]}.items():
-
-        def counts(
-            arm: str, after: str, right: str = right, asked: str = asked
-        ) -> dict[tuple[str, int], tuple[int, int]]:
-            chosen = [row for row in mine if (row["arm"], row["after"]) == (arm, after) and row[asked]]
-            return {(row["key"], row["seed"]): (row[right], row[asked]) for row in chosen}
-
-        base = counts("sequential", "")
+    found: dict[tuple[str, str], tuple[int, int, int, float, Interval | None]] = {}
+    for name in ("recalled", "generalized"):
+        base = _counts(mine, "sequential", "", name)
         for arm, after in arms:
-            other = counts(arm, after)
-            if arm in _UNTRAINED:  # of one seed: every seed of the other side is compared with it
+            other = _counts(mine, arm, after, name)
+            if arm in UNTRAINED:  # of one seed: every seed of the other side is compared with it
                 by_key = {key: value for (key, _), value in other.items()}
                 other = {pair: by_key[pair[0]] for pair in base if pair[0] in by_key}
             shared = [pair for pair in base if pair in other]
@@ -278,7 +254,7 @@ def _against_sequential(facts: Sequence[Row], n: int) -> tuple[list[Section], li
             str(n_facts),
             str(lost),
             str(gained),
-            "" if band is None else f"{shown(band.low)} to {shown(band.high)}",
+            _interval(band),
             shown_p(p),
             shown_p(adjusted[f"{arm}/{name}"]),
         )
@@ -290,7 +266,7 @@ def _against_sequential(facts: Sequence[Row], n: int) -> tuple[list[Section], li
         "the share by a bootstrap that draws facts."
     )
     columns = ("arm", "of", ">facts", ">worse", ">better", ">95 % interval of the change", ">p", ">p (Holm)")
-    trained = {key: value for key, value in found.items() if key[0] not in _UNTRAINED}
+    trained = {key: value for key, value in found.items() if key[0] not in UNTRAINED}
     told = [
         f"{arm}: {name} of {gained} facts is better than by sequential insertion, of {lost} worse (n={n_facts}, "
         f"p={shown_p(adjusted[f'{arm}/{name}'])} after Holm)."
@@ -302,11 +278,18 @@ def _against_sequential(facts: Sequence[Row], n: int) -> tuple[list[Section], li
     return [Section("Against sequential insertion", note, Table(columns, rows))], told
 
 
+def _counts(facts: Sequence[Row], arm: str, after: str, name: str) -> dict[tuple[str, int], tuple[int, int]]:
+    """Return an arm's (right, asked) of a share by fact and seed, where anything was asked."""
+    right, asked = _NAMES[name]
+    chosen = [row for row in facts if (row["arm"], row["after"]) == (arm, after) and row[asked]]
+    return {(row["key"], row["seed"]): (row[right], row[asked]) for row in chosen}
+
+
 def _ages(rows: Sequence[Row], n: int) -> list[Section]:
     # A fact whose edit failed has no age.
     failed = {(r["run"], r["key"]) for r in rows if r["kind"] == "failed"}
     facts = [r for r in rows if r["kind"] == "fact" and (r["run"], r["key"]) not in failed]
-    mine = [r for r in facts if r["facts"] == n and not r["after"] and r["arm"] not in _UNTRAINED]
+    mine = [r for r in facts if r["facts"] == n and not r["after"] and r["arm"] not in UNTRAINED]
     edges = sorted({0, *(n * share // 4 for share in (1, 2, 3)), n})
     series, told = [], []
     for arm in dict.fromkeys(row["arm"] for row in mine):
@@ -339,7 +322,7 @@ def _capacity(declared: Declared, outcome: Outcome) -> tuple[list[str], list[Sec
         # Runs may give up at different points: each has its own last state.
         last = [max((r for r in mine if r["run"] == run), key=_facts) for run in dict.fromkeys(r["run"] for r in mine)]
         reached = " and ".join(str(n) for n in sorted({row["facts"] for row in last}))
-        edited = arm not in ("unedited", "in-context")
+        edited = arm not in UNTRAINED
         half, band = _half(outcome.rows, arm) if edited else ("–", "–")
         bits, adapter = _mean(last, "bits"), _mean(last, "adapter_parameters")
         matrices = _mean(last, "matrix_parameters")
@@ -379,14 +362,19 @@ def _capacity(declared: Declared, outcome: Outcome) -> tuple[list[str], list[Sec
     # Drift on other questions is another number: the plot holds what was measured on as many.
     usual = Counter(row["drift_n"] for row in states).most_common(1)
     alike = [row for row in states if [row["drift_n"]] == [n for n, _ in usual]]
-    sections += _course(states, "recalled", "Recall of all facts so far", "share recalled", most=1.0)
-    sections += _course(alike, "drift_kl", "Drift", "drift_kl (nats per token)")
+    sections += _courses(states, alike)
     who, collided = _collisions(declared, outcome)
     return findings + collided, [*sections, *who]
 
 
+def _courses(states: Sequence[Row], alike: Sequence[Row]) -> list[Section]:
+    """Return the plots of recall, and of drift in the states that were measured on as many questions."""
+    recall = _course(states, "recalled", "Recall of all facts so far", "share recalled", most=1.0)
+    return [*recall, *_course(alike, "drift_kl", "Drift", "drift_kl (nats per token)")]
+
+
 def _course(states: Sequence[Row], name: str, title: str, label: str, *, most: float | None = None) -> list[Section]:
-    """Return the plot of a measurement over the number of facts, one line a budget, and its table."""
+    """Return the plot of a measurement over the number of facts, one line an arm, and its table."""
     series = []
     for arm in dict.fromkeys(row["arm"] for row in states):
         mine = [row for row in states if row["arm"] == arm and row[name] is not None]
@@ -424,7 +412,7 @@ def _collisions(declared: Declared, outcome: Outcome) -> tuple[list[Section], li
     replays = {
         run.arm: declared.edit_config(seed=0, **dict(run.settings.get("edit", {}))).replay
         for run in outcome.runs
-        if run.arm not in ("unedited", "in-context") and run.arm in asked
+        if run.arm not in UNTRAINED and run.arm in asked
     }
     if not replays:
         return [], []
@@ -492,7 +480,7 @@ def _collisions(declared: Declared, outcome: Outcome) -> tuple[list[Section], li
 def _factors(declared: Declared, outcome: Outcome) -> tuple[list[str], list[Section]]:
     sections: list[Section] = []
     verdicts: list[tuple[str, ...]] = []
-    plain = [row for row in outcome.rows if row["kind"] == "rank" and row["arm"] in ("unedited", "in-context")]
+    plain = [row for row in outcome.rows if row["kind"] == "rank" and row["arm"] in UNTRAINED]
     keys = [row for row in outcome.rows if row["kind"] == "key"]
     noise = [row for row in outcome.rows if row["kind"] == "noise"]
     rank = [row for row in outcome.rows if row["kind"] == "rank" and row not in plain]
@@ -839,7 +827,10 @@ def _share_cells(shares: Mapping[str, tuple[int, int]], facts: int | None = None
 def _band(right: int, n: int, facts: int | None) -> str:
     """Return the interval of a share of n questions, with no more draws than there are facts."""
     draws = n if facts is None else min(n, facts)
-    band = wilson(round(right / n * draws), draws) if n else None
+    return _interval(wilson(round(right / n * draws), draws) if n else None)
+
+
+def _interval(band: Interval | None) -> str:
     return "" if band is None else f"{shown(band.low)} to {shown(band.high)}"
 
 
