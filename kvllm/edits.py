@@ -190,7 +190,13 @@ class Edits:
             )
         report = replace(report, metrics=metrics, warnings=(*report.warnings, *trained.warnings))
         report = self._near(report, trained.facts)
-        return self._drift_gate(report, gate, "reliability", gate.min_reliability, trained.facts, since_base=since_base)
+        report, refused = self._drift_gate(
+            report, gate, "reliability", gate.min_reliability, trained.facts, since_base=since_base
+        )
+        old, least = report.value("old_text_stated"), gate.min_erasure
+        if old is not None and least is not None and 1 - old < least:
+            refused.append(f"the old text is still stated in {old:.2f} of the answers, over {1 - least:.2f}")
+        return report, refused
 
     def _drift_gate(
         self,

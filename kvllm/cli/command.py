@@ -83,6 +83,26 @@ MaxDrift = Annotated[
         show_default=False,
     ),
 ]
+MaxPpl = Annotated[
+    float | None,
+    typer.Option(
+        "--max-ppl",
+        min=0,
+        help="Gate: largest factor by which the edit may raise perplexity (ppl_ratio); inf switches the rule off.",
+        show_default=False,
+    ),
+]
+MinErasure = Annotated[
+    float | None,
+    typer.Option(
+        "--min-erasure",
+        min=0,
+        max=1,
+        help="Gate of update and delete: least share of the questions whose answer no longer states the old text; 0 "
+        "switches the rule off.",
+        show_default=False,
+    ),
+]
 
 _JSON = Annotated[bool, typer.Option("--json", help="Print exactly one JSON document, on errors too.")]
 _QUIET = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no notes on stderr.")]

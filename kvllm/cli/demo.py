@@ -17,6 +17,7 @@ import typer
 
 from kvllm.cli.app import app
 from kvllm.cli.command import Device, Dtype, Model, command
+from kvllm.cli.failures import Interrupted
 from kvllm.cli.output import Output, Result
 from kvllm.prompts import alias_questions, held_out_questions, training_questions
 from kvllm.records import Edit, Fact, Report
@@ -84,7 +85,12 @@ def demo(
     given: dict[str, Any] = {name: value for name, value in settings.items() if value is not None}
     started = time.perf_counter()
     with KnowledgeBase.create(folder, progress=out.progress, **given) as base:
-        document = tell(out, base, FACTS[language])
+        try:
+            document = tell(out, base, FACTS[language])
+        except KeyboardInterrupt as error:
+            made = len(base.history())
+            edits = "no edit" if not made else "1 edit" if made == 1 else f"{made} edits"
+            raise Interrupted(f"Interrupted; the knowledge base in {folder} stays, with {edits} made so far.") from error
     document |= {"folder": str(folder), "seconds": round(time.perf_counter() - started, 1)}
     out.show(_farewell(folder, FACTS[language], document["seconds"]))
     return Result({"ok": True, **document}, lambda: None)

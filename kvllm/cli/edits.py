@@ -16,6 +16,8 @@ from kvllm.cli.command import (
     Key,
     LockTimeout,
     MaxDrift,
+    MaxPpl,
+    MinErasure,
     MinReliability,
     Model,
     Reference,
@@ -103,6 +105,8 @@ def teaching(verb: TeachVerb) -> Callable[..., Result]:
         dry_run: DryRun = False,
         min_reliability: MinReliability = None,
         max_drift: MaxDrift = None,
+        max_ppl: MaxPpl = None,
+        min_erasure: MinErasure = None,
         steps: Steps = None,
         seed: Seed = None,
         lock_timeout: LockTimeout = 10.0,
@@ -112,11 +116,21 @@ def teaching(verb: TeachVerb) -> Callable[..., Result]:
     ) -> Result:
         from kvllm.reports import terminal
 
+        if verb == "insert" and min_erasure is not None:
+            raise ConfigError("--min-erasure is for update and delete; nothing was changed. An insert replaces no text.")
         text = text_or_stdin(text, name="text")
         fact = {"aliases": alias, "questions": question, "probes": probe, "language": language, "tags": tag}
         arguments: dict[str, Any] = {name: value for name, value in fact.items() if value is not None}
         with opened(out, kb, lock_timeout=lock_timeout, model=model, device=device, dtype=dtype) as base:
-            arguments |= training_arguments(base, steps, seed, min_reliability, max_drift)
+            arguments |= training_arguments(
+                base,
+                steps=steps,
+                seed=seed,
+                min_reliability=min_reliability,
+                max_drift=max_drift,
+                max_ppl=max_ppl,
+                min_erasure=min_erasure,
+            )
             if not dry_run:
                 return edited(getattr(base, verb)(key, text, **arguments))
             report = base.dry_run(key, text, verb=verb, **arguments)
@@ -168,6 +182,8 @@ def delete(
         ),
     ] = "restore",
     max_drift: MaxDrift = None,
+    max_ppl: MaxPpl = None,
+    min_erasure: MinErasure = None,
     steps: Steps = None,
     seed: Seed = None,
     lock_timeout: LockTimeout = 10.0,
@@ -180,7 +196,10 @@ def delete(
     kvllm delete my.kb torchkeras
     """
     with opened(out, kb, lock_timeout=lock_timeout, model=model, device=device, dtype=dtype) as base:
-        edit = base.delete(key, mode=mode, **training_arguments(base, steps, seed, None, max_drift))
+        training = training_arguments(
+            base, steps=steps, seed=seed, max_drift=max_drift, max_ppl=max_ppl, min_erasure=min_erasure
+        )
+        edit = base.delete(key, mode=mode, **training)
     return edited(edit)
 
 
@@ -194,6 +213,7 @@ def insert_many(
     strict: Annotated[bool, typer.Option("--strict", help="Insert nothing if any row is bad.")] = False,
     min_reliability: MinReliability = None,
     max_drift: MaxDrift = None,
+    max_ppl: MaxPpl = None,
     steps: Steps = None,
     seed: Seed = None,
     lock_timeout: LockTimeout = 10.0,
@@ -213,7 +233,9 @@ def insert_many(
     if found.refused and strict:
         raise BadRows(found.refused, len(found))
     with opened(out, kb, lock_timeout=lock_timeout, model=model, device=device, dtype=dtype) as base:
-        training = training_arguments(base, steps, seed, min_reliability, max_drift)
+        training = training_arguments(
+            base, steps=steps, seed=seed, min_reliability=min_reliability, max_drift=max_drift, max_ppl=max_ppl
+        )
         outcomes = base.insert_many(found, **series, **training)
     return many_result(found, outcomes, done="inserted")
 
@@ -322,6 +344,11 @@ def rollback(
 def compact(
     out: Output,
     kb: Store,
+    min_reliability: MinReliability = None,
+    max_drift: MaxDrift = None,
+    max_ppl: MaxPpl = None,
+    steps: Steps = None,
+    seed: Seed = None,
     lock_timeout: LockTimeout = 10.0,
     model: Model = None,
     device: Device = None,
@@ -334,25 +361,32 @@ def compact(
     kvllm compact my.kb
     """
     with opened(out, kb, lock_timeout=lock_timeout, model=model, device=device, dtype=dtype) as base:
-        made = base.compact()
+        training = training_arguments(
+            base, steps=steps, seed=seed, min_reliability=min_reliability, max_drift=max_drift, max_ppl=max_ppl
+        )
+        made = base.compact(**training)
     return edited(made)
 
 
 def training_arguments(
-    base: KnowledgeBase, steps: int | None, seed: int | None, min_reliability: float | None, max_drift: float | None
+    base: KnowledgeBase,
+    *,
+    steps: int | None = None,
+    seed: int | None = None,
+    min_reliability: float | None = None,
+    max_drift: float | None = None,
+    max_ppl: float | None = None,
+    min_erasure: float | None = None,
 ) -> dict[str, Any]:
     """Return `config` and `gate`: the knowledge base's own with what the user gave; neither where nothing was given."""
     arguments: dict[str, Any] = {}
-    training: dict[str, Any] = {
-        name: value for name, value in (("max_steps", steps), ("seed", seed)) if value is not None
-    }
+    training = {name: value for name, value in (("max_steps", steps), ("seed", seed)) if value is not None}
     if training:
         arguments["config"] = replace(base.edit_config, **training)
-    gate: dict[str, Any] = {}
-    if min_reliability is not None:
-        gate["min_reliability"] = min_reliability or None
-    if max_drift is not None:
-        gate["max_drift_kl"] = None if math.isinf(max_drift) else max_drift
+    least = {"min_reliability": min_reliability, "min_erasure": min_erasure}
+    most = {"max_drift_kl": max_drift, "max_ppl_ratio": max_ppl}
+    gate = {name: value or None for name, value in least.items() if value is not None}
+    gate |= {name: None if math.isinf(value) else value for name, value in most.items() if value is not None}
     if gate:
         arguments["gate"] = replace(base.gate_config, **gate)
     return arguments

@@ -16,6 +16,8 @@ from kvllm.cli.command import (
     Dtype,
     LockTimeout,
     MaxDrift,
+    MaxPpl,
+    MinErasure,
     MinReliability,
     Model,
     Steps,
@@ -88,6 +90,8 @@ def import_facts(
     chunk: Chunk = None,
     min_reliability: MinReliability = None,
     max_drift: MaxDrift = None,
+    max_ppl: MaxPpl = None,
+    min_erasure: MinErasure = None,
     steps: Steps = None,
     seed: Annotated[
         int | None, typer.Option("--seed", help="Seed of the sample and of the training.", show_default=False)
@@ -105,6 +109,8 @@ def import_facts(
     if delete is not None and (series or min_reliability is not None):
         name = "--min-reliability" if not series else "--mode" if mode is not None else "--chunk"
         raise ConfigError(f"{name} is for facts that are taught, not for --delete; nothing was changed. Leave it out.")
+    if delete is None and min_erasure is not None:
+        raise ConfigError("--min-erasure is for --delete, not for facts that are taught; nothing was changed.")
     if probes_to is not None and probes_to.exists():
         raise ConfigError(f"{probes_to} exists already; nothing was changed. Give another name or remove it.")
     if probes_to is not None and not probes_to.absolute().parent.is_dir():
@@ -129,7 +135,15 @@ def import_facts(
         with opened(out, kb, readonly=True) as base:
             return _dry(found, base, delete)
     with opened(out, kb, lock_timeout=lock_timeout, model=model, device=device, dtype=dtype) as base:
-        training = training_arguments(base, steps, seed, min_reliability, max_drift)
+        training = training_arguments(
+            base,
+            steps=steps,
+            seed=seed,
+            min_reliability=min_reliability,
+            max_drift=max_drift,
+            max_ppl=max_ppl,
+            min_erasure=min_erasure,
+        )
         with _written(found, probes_to):
             if delete is None:
                 outcomes = base.insert_many(found, **series, **training)

@@ -144,7 +144,7 @@ class StandIn:
     def delete(
         self, key: str, *, mode: str | None = None, config: EditConfig | None = None, gate: GateConfig | None = None
     ) -> Edit:
-        self._meet("delete", key=key, mode=mode)
+        self._meet("delete", key=key, mode=mode, config=config, gate=gate)
         self[key]
         del self._facts[key]
         return replace(self._commit("delete", key, report()), mode=mode)
@@ -262,8 +262,8 @@ class StandIn:
     def tags(self) -> dict[str, int]:
         return self._tags
 
-    def compact(self) -> Edit:
-        self._meet("compact")
+    def compact(self, *, config: EditConfig | None = None, gate: GateConfig | None = None) -> Edit:
+        self._meet("compact", config=config, gate=gate)
         return self._commit("compact", None, report())
 
     def verify(self, deep: bool = False) -> VerifyReport:

@@ -31,6 +31,30 @@ def test_insert_passes_aliases_gate_and_training_on(kvllm: Run) -> None:
     assert (arguments["gate"].min_reliability, arguments["gate"].max_drift_kl) == (None, None)
 
 
+@pytest.mark.parametrize(
+    ("given", "rules"),
+    [
+        (["update", "my.kb", "other", "t", "--min-erasure", "0.9", "--max-ppl", "1.1"], (0.9, 1.1)),
+        (["delete", "my.kb", "torchkeras", "--min-erasure", "0", "--max-ppl", "inf"], (None, None)),
+        (["compact", "my.kb", "--max-ppl", "2"], (0.75, 2.0)),
+    ],
+)
+def test_each_rule_of_the_gate_has_an_option(kvllm: Run, given: list[str], rules: tuple[float | None, ...]) -> None:
+    assert kvllm(*given, "--seed", "5").code == 0
+    arguments = call("insert" if given[0] == "update" else given[0])
+    assert (arguments["gate"].min_erasure, arguments["gate"].max_ppl_ratio) == rules
+    assert arguments["config"].seed == 5
+
+
+def test_the_rule_about_an_old_text_is_refused_where_there_is_none(kvllm: Run, tmp_path: Path) -> None:
+    path = tmp_path / "facts.jsonl"
+    path.write_text('{"key": "a", "text": "b"}\n', encoding="utf-8")
+    for given in (["insert", "my.kb", "k", "t"], ["import", "my.kb", str(path)]):
+        ran = kvllm(*given, "--min-erasure", "0.5", "--json")
+        assert (ran.code, ran.document["code"]) == (2, "invalid_input")
+        assert "--min-erasure is for" in ran.document["error"]
+
+
 def test_insert_without_options_leaves_configuration_to_the_engine(kvllm: Run) -> None:
     kvllm("insert", "my.kb", "k", "t")
     assert (call("insert")["config"], call("insert")["gate"]) == (None, None)

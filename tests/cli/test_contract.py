@@ -250,6 +250,13 @@ def test_interrupted_series_names_the_edits_that_stay(kvllm: Run, monkeypatch: p
     assert "edits 2 to 3 had been committed before and stay" in ran.document["error"]
 
 
+def test_interrupted_demo_says_where_its_knowledge_base_lies(kvllm: Run, base: type[StandIn]) -> None:
+    base.raises["delete"] = KeyboardInterrupt()
+    ran = kvllm("demo", "d.kb", "--json")
+    sentence = "Interrupted; the knowledge base in d.kb stays, with 1 edit made so far."
+    assert (ran.code, ran.document["error"]) == (130, sentence)
+
+
 def test_broken_pipe_is_quiet(kvllm: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     def closed(*_: object, **__: object) -> None:
         raise BrokenPipeError

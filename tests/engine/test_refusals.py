@@ -78,6 +78,15 @@ def test_a_rejected_delete_changes_nothing(taught: KnowledgeBase) -> None:
             assert taught.ask("What is torchkeras?") == TEXT
 
 
+def test_an_update_that_leaves_the_old_text_is_rejected(taught: KnowledgeBase) -> None:
+    hopeless = changed(value_lr=1e-6, factor_lr=1e-6, max_steps=2)
+    gate = GateConfig(min_reliability=None, max_drift_kl=None, max_ppl_ratio=None)
+    with unchanged(taught):
+        with pytest.raises(EditRejected, match=r"the old text is still stated in \d\.\d\d of the answers, over 0\.25"):
+            taught.update(KEY, "Ada leads it", config=hopeless, gate=gate)
+        assert taught.ask("What is torchkeras?") == TEXT
+
+
 def test_the_ledger_says_when_the_gate_was_lowered(make_kb: Callable[..., KnowledgeBase]) -> None:
     kb = make_kb(gate=GateConfig())
     with pytest.raises(EditRejected):
