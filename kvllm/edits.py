@@ -193,9 +193,9 @@ class Edits:
         report, refused = self._drift_gate(
             report, gate, "reliability", gate.min_reliability, trained.facts, since_base=since_base
         )
-        old, least = report.value("old_text_stated"), gate.min_erasure
-        if old is not None and least is not None and 1 - old < least:
-            refused.append(f"the old text is still stated in {old:.2f} of the answers, over {1 - least:.2f}")
+        left, least = report.value("old_text_stated"), gate.min_erasure
+        if left is not None and least is not None and 1 - left < least:
+            refused.append(f"the old text is still stated in {left:.2f} of the answers, over {1 - least:.2f}")
         return report, refused
 
     def _drift_gate(

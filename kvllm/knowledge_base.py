@@ -827,7 +827,7 @@ class KnowledgeBase:
                 wrong still.
             yes: Let the repair give up committed data where nothing else brings the rest back.
         """
-        report = self._store.verify(deep=deep, repair=repair, yes=yes)
+        report = self._store.verify(deep=deep, repair=repair, yes=yes, tick=self._session.ticker("verifying"))
         if report.repairs:
             self._session.loaded = None  # the head may be another one now
         if not deep or not report.ok:
@@ -839,9 +839,12 @@ class KnowledgeBase:
             engine = self._session.engine
             engine.check_base_files()
             with engine.elsewhere():
-                for edit_id in self._digest_points():
+                points = self._digest_points()
+                replayed = self._session.ticker("replaying")
+                for done, edit_id in enumerate(points, 1):
                     if engine.replayed_digest(edit_id) != self._store.edit(edit_id).weights_digest:
                         problems.append(Problem("a replay gives other weights than were recorded", f"edit {edit_id}"))
+                    replayed(done, len(points))
         except KvllmError as error:
             problems.append(Problem(str(error), "replay"))
         return replace(report, problems=tuple(problems), ok=all(p.severity != "error" for p in problems))
@@ -883,7 +886,7 @@ class KnowledgeBase:
             StoreError: the folder holds something.
             Corrupt: this knowledge base is damaged; nothing is left at the path.
         """
-        return self._store.backup(path)
+        return self._store.backup(path, tick=self._session.ticker("copying"))
 
     def gc(self, *, dry_run: bool = False) -> GcReport:
         """Remove what no history needs: deltas of no edit, temporary names of killed writers, old snapshots.

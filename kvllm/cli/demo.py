@@ -90,7 +90,9 @@ def demo(
         except KeyboardInterrupt as error:
             made = len(base.history())
             edits = "no edit" if not made else "1 edit" if made == 1 else f"{made} edits"
-            raise Interrupted(f"Interrupted; the knowledge base in {folder} stays, with {edits} made so far.") from error
+            raise Interrupted(
+                f"Interrupted; the knowledge base in {folder} stays, with {edits} made so far."
+            ) from error
     document |= {"folder": str(folder), "seconds": round(time.perf_counter() - started, 1)}
     out.show(_farewell(folder, FACTS[language], document["seconds"]))
     return Result({"ok": True, **document}, lambda: None)

@@ -117,7 +117,9 @@ def teaching(verb: TeachVerb) -> Callable[..., Result]:
         from kvllm.reports import terminal
 
         if verb == "insert" and min_erasure is not None:
-            raise ConfigError("--min-erasure is for update and delete; nothing was changed. An insert replaces no text.")
+            raise ConfigError(
+                "--min-erasure is for update and delete, as an insert replaces no text; nothing was changed."
+            )
         text = text_or_stdin(text, name="text")
         fact = {"aliases": alias, "questions": question, "probes": probe, "language": language, "tags": tag}
         arguments: dict[str, Any] = {name: value for name, value in fact.items() if value is not None}
@@ -380,12 +382,14 @@ def training_arguments(
 ) -> dict[str, Any]:
     """Return `config` and `gate`: the knowledge base's own with what the user gave; neither where nothing was given."""
     arguments: dict[str, Any] = {}
-    training = {name: value for name, value in (("max_steps", steps), ("seed", seed)) if value is not None}
+    training: dict[str, Any] = {
+        name: value for name, value in (("max_steps", steps), ("seed", seed)) if value is not None
+    }
     if training:
         arguments["config"] = replace(base.edit_config, **training)
     least = {"min_reliability": min_reliability, "min_erasure": min_erasure}
     most = {"max_drift_kl": max_drift, "max_ppl_ratio": max_ppl}
-    gate = {name: value or None for name, value in least.items() if value is not None}
+    gate: dict[str, Any] = {name: value or None for name, value in least.items() if value is not None}
     gate |= {name: None if math.isinf(value) else value for name, value in most.items() if value is not None}
     if gate:
         arguments["gate"] = replace(base.gate_config, **gate)

@@ -177,7 +177,10 @@ class _Watch:
         """Return which of the first n facts were recited after the n-th edit, and which were ever lost by then."""
         if n == 0:
             return [], []
-        found = json.loads(self._path(n).read_text(encoding="utf-8"))
+        path = self._path(n)
+        if not path.exists():
+            raise self._desk.missing(path)
+        found = json.loads(path.read_text(encoding="utf-8"))
         return found["recited"], found["ever_lost"]
 
 

@@ -8,6 +8,7 @@ knowledge base and can be repeated. Every byte is compared before the copy is ca
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from kvllm.errors import ConfigError, Corrupt
@@ -18,8 +19,12 @@ from kvllm.store.opening import CREATING_NAME, DELTAS_NAME, LEDGER_NAME, LOCK_NA
 from kvllm.store.sqlite import connect, sqlite3, translated
 
 
-def copy(source: Path, db: sqlite3.Connection, target: Path) -> None:
+def copy(source: Path, db: sqlite3.Connection, target: Path, *, tick: Callable[[int, int], None] | None = None) -> None:
     """Copy the knowledge base at `source`, whose ledger is open as `db`, to a new or empty folder.
+
+    Args:
+        source, db, target: From where to where.
+        tick: Called with deltas copied, of how many.
 
     Raises:
         StoreError: The target holds something.
@@ -35,7 +40,7 @@ def copy(source: Path, db: sqlite3.Connection, target: Path) -> None:
         lock.acquire(timeout=0)
         try:
             opening.refuse_foreign(target)  # another process may have been faster
-            _fill(source, db, target)
+            _fill(source, db, target, tick)
             for made in missing:
                 files.fsync_folder(made.parent)
         except BaseException:
@@ -59,7 +64,7 @@ def discard(target: Path, *, remove_folder: bool) -> None:
         pass
 
 
-def _fill(source: Path, db: sqlite3.Connection, target: Path) -> None:
+def _fill(source: Path, db: sqlite3.Connection, target: Path, tick: Callable[[int, int], None] | None) -> None:
     creating = target / CREATING_NAME
     files.remove(creating)
     creating.mkdir()
@@ -70,7 +75,7 @@ def _fill(source: Path, db: sqlite3.Connection, target: Path) -> None:
         for name in (DELTAS_NAME, SNAPSHOTS_NAME):
             files.remove(target / name)
             (target / name).mkdir()
-        _copy_deltas(source / DELTAS_NAME, copied, target / DELTAS_NAME)
+        _copy_deltas(source / DELTAS_NAME, copied, target / DELTAS_NAME, tick)
         failpoint("backup.deltas")
         _copy_snapshots(source / SNAPSHOTS_NAME, copied, target / SNAPSHOTS_NAME)
     finally:
@@ -88,11 +93,13 @@ def _fill(source: Path, db: sqlite3.Connection, target: Path) -> None:
     files.fsync_folder(target)
 
 
-def _copy_deltas(source: Path, copied: sqlite3.Connection, target: Path) -> None:
+def _copy_deltas(
+    source: Path, copied: sqlite3.Connection, target: Path, tick: Callable[[int, int], None] | None
+) -> None:
     recorded: dict[str, dict[str, tuple[int, str]]] = {}
     for sha256, name, size, digest in copied.execute("SELECT delta, name, bytes, sha256 FROM delta_files"):
         recorded.setdefault(sha256, {})[name] = (size, digest)
-    for sha256, listing in recorded.items():
+    for done, (sha256, listing) in enumerate(recorded.items(), 1):
         if not artefacts.is_address(sha256) or set(listing) != set(artefacts.FILE_NAMES):
             raise Corrupt(f"The ledger has no complete delta {sha256[:12]!r}; no backup was made, run `kvllm verify`.")
         content = {}
@@ -107,6 +114,8 @@ def _copy_deltas(source: Path, copied: sqlite3.Connection, target: Path) -> None
                 raise _damaged(sha256)
         folder = files.write_folder(target, content, reached=lambda _: None)
         os.rename(folder, target / sha256)
+        if tick is not None:
+            tick(done, len(recorded))
 
 
 def _damaged(sha256: str) -> Corrupt:

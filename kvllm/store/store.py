@@ -15,7 +15,7 @@ import os
 import shutil
 import threading
 import unicodedata
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -749,20 +749,28 @@ class Store:
         finally:
             self._lock.release()
 
-    def verify(self, deep: bool = False, *, repair: bool = False, yes: bool = False) -> VerifyReport:
+    def verify(
+        self,
+        deep: bool = False,
+        *,
+        repair: bool = False,
+        yes: bool = False,
+        tick: Callable[[int, int], None] | None = None,
+    ) -> VerifyReport:
         """Compare rows, files and hashes in both directions; damage is reported, never raised.
 
         Args:
             deep: Read and hash every byte of every delta and snapshot, and check the deltas' numbers.
             repair: First restore what can be restored; see `kvllm.store.repair.repair`. Implies `deep`.
             yes: Let the repair give up committed data where nothing else brings the rest back.
+            tick: Called with deltas checked, of how many.
         """
         from kvllm.store.repair import repair as repaired
         from kvllm.store.verify import verify
 
         with self._mutex:
             if not repair:
-                return verify(self.path, self._connection(), deep=deep)
+                return verify(self.path, self._connection(), deep=deep, tick=tick)
             with self.writer(timeout=WRITER_SECONDS):
                 self.close()  # the ledger may be replaced
                 try:
@@ -774,10 +782,14 @@ class Store:
 
     # ---------------------------------------------------------------- backup and garbage
 
-    def backup(self, target: str | os.PathLike[str]) -> BackupResult:
+    def backup(self, target: str | os.PathLike[str], *, tick: Callable[[int, int], None] | None = None) -> BackupResult:
         """Copy the knowledge base to a new or empty folder, as it is at one moment, and verify the copy deeply.
 
         Neither readers nor a writer are held up; what is committed meanwhile is not in the copy.
+
+        Args:
+            target: A new or empty folder.
+            tick: Called with deltas copied, of how many.
 
         Raises:
             StoreError: The folder holds something.
@@ -788,7 +800,7 @@ class Store:
         folder = Path(target).expanduser()
         made = not folder.exists()
         with self._mutex:
-            backup.copy(self.path, self._connection(), folder)
+            backup.copy(self.path, self._connection(), folder, tick=tick)
         try:
             with translated(folder, "Making the backup"):
                 size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -44,7 +44,9 @@ class _Problems:
         self.found.append(Problem(what, where, severity))
 
 
-def verify(path: Path, db: sqlite3.Connection, *, deep: bool) -> VerifyReport:
+def verify(
+    path: Path, db: sqlite3.Connection, *, deep: bool, tick: Callable[[int, int], None] | None = None
+) -> VerifyReport:
     """Check the knowledge base at `path`, whose ledger is open as `db`; see `Store.verify`."""
     problems = _Problems()
     counts = {"edits": 0, "live_facts": 0, "deltas": 0}
@@ -78,7 +80,7 @@ def verify(path: Path, db: sqlite3.Connection, *, deep: bool) -> VerifyReport:
         problems.add(f"the ledger cannot be read to its end ({error})", "ledger.db")
     try:
         _check_top(path, problems)
-        _check_deltas(path / DELTAS_NAME, deltas, owners, problems, deep=deep)
+        _check_deltas(path / DELTAS_NAME, deltas, owners, problems, deep=deep, tick=tick)
         _check_snapshots(path / SNAPSHOTS_NAME, snapshots, problems, deep=deep)
     except OSError as error:
         problems.add(f"the folder cannot be read ({error.strerror or error})", str(error.filename or path))
@@ -241,6 +243,7 @@ def _check_deltas(
     problems: _Problems,
     *,
     deep: bool,
+    tick: Callable[[int, int], None] | None,
 ) -> None:
     present = {entry.name: entry for entry in _entries(parent)}
     for name in sorted(set(present) - set(recorded)):
@@ -251,7 +254,7 @@ def _check_deltas(
             artefacts.is_address(name),
             problems,
         )
-    for sha256, listing in recorded.items():
+    for done, (sha256, listing) in enumerate(recorded.items(), 1):
         edits = owners.get(sha256, [])
         where = f"deltas/{sha256} (edit {', '.join(map(str, edits)) or 'none'})"
         if not edits:
@@ -265,6 +268,8 @@ def _check_deltas(
             problems.add("is not a folder", where)
         else:
             _check_delta_folder(parent / sha256, listing, where, problems, deep=deep)
+        if tick is not None:
+            tick(done, len(recorded))
 
 
 def _check_delta_folder(

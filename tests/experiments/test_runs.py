@@ -352,15 +352,23 @@ def test_an_interrupted_run_goes_on_where_it_was(make: Make, home: Path) -> None
 
 
 @pytest.mark.parametrize(
-    ("kind", "settings", "last", "gone"),
+    ("kind", "settings", "last", "removed", "gone"),
     [
-        ("injection", {"arms": [ARMS[2]]}, "ask-0002", "my.kb"),
-        ("capacity", {"budgets": [{"name": "sequential"}]}, "ask-0002", "my.kb"),
-        ("editors", {"methods": ["prompt-tuning"]}, "ask", "kept/0001.safetensors"),
+        ("injection", {"arms": [ARMS[2]]}, "ask-0002", "", "my.kb"),
+        ("capacity", {"budgets": [{"name": "sequential"}]}, "ask-0002", "", "my.kb"),
+        ("capacity", {"budgets": [{"name": "sequential"}]}, "edit-0002", "watch", "watch/0001.json"),
+        ("editors", {"methods": ["prompt-tuning"]}, "ask", "", "kept/0001.safetensors"),
     ],
 )
 def test_a_run_whose_folder_is_gone_does_not_go_on_untaught(
-    make: Make, home: Path, monkeypatch: pytest.MonkeyPatch, kind: str, settings: Any, last: str, gone: str
+    make: Make,
+    home: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+    settings: Any,
+    last: str,
+    removed: str,
+    gone: str,
 ) -> None:
     declared = make(kind, n=2, settings=settings, edit={"max_steps": 2})
     finish = Desk.finish
@@ -379,7 +387,7 @@ def test_a_run_whose_folder_is_gone_does_not_go_on_untaught(
             run_experiment(declared, home)
     rows = read_outcome(declared, home).rows
     (run,) = read_outcome(declared, home).unfinished
-    shutil.rmtree(home / "runs" / run)
+    shutil.rmtree(home / "runs" / run / removed)
     outcome = run_experiment(declared, home)
     assert list(outcome.failed) == [run]
     assert f"{gone} of its folder runs/{run}, which is not there; nothing was run" in outcome.failed[run]

@@ -220,6 +220,13 @@ def test_a_writer_that_missed_the_repair_cannot_write_into_the_old_ledger(full: 
 # -------------------------------------------------------------------- backup
 
 
+def test_copying_and_checking_say_how_far_they_are(full: Bench, tmp_path: Path) -> None:
+    ticks: list[tuple[int, int]] = []
+    full.store.backup(tmp_path / "copy.kb", tick=lambda *at: ticks.append(at))
+    full.store.verify(deep=True, tick=lambda *at: ticks.append(at))
+    assert ticks == [(n, 5) for n in range(1, 6)] * 2
+
+
 def test_backup_is_the_same_knowledge_base(bench: Bench, tmp_path: Path, verified: Callable[[Path], None]) -> None:
     for key in "abc":
         bench.insert(key)
