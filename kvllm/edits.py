@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from kvllm.config import EditConfig, GateConfig
 from kvllm.errors import EditFailed, EditRejected
-from kvllm.metrics import RESTORED_KL, contains, first_sentence
+from kvllm.metrics import RECALLED_SHARE, RESTORED_KL, first_sentence
 from kvllm.prompts import REFUSALS, alias_questions, asked_questions, held_out_questions, language_of
 from kvllm.records import DeleteMode, Edit, Fact, Metric, Op, ProbeResult, Report, StoredFact
 from kvllm.session import Session
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 GATE_NEIGHBOURS = 6
 _RESTORE_TOKENS = 32
+_MOST_NAMED = 10  # keys in one sentence
 
 
 @dataclass(frozen=True)
@@ -163,22 +164,28 @@ class Edits:
         warnings = self._collisions(facts) if replay else ()
         touched = {fact.key for fact in facts}
         others = [f for f in session.live() if f.key not in touched] if replay else []
-        nearest = self._nearest_first(facts[0], others)
+        nearest = self._nearest_first(facts, others)
         training = engine.train(facts, settings, replay=nearest, live=session.live_names(), tick=session.ticker)
         engine.weights.apply(training.delta)
         return Trained(tuple(facts), training, settings, warnings, dict(old or {}))
 
     def measure(self, trained: Trained, gate: GateConfig, *, since_base: bool = False) -> tuple[Report, list[str]]:
         """Probe the facts just trained and the drift, and say what the gate refuses."""
+        from kvllm.probing.scorers import still_states
+
         if not gate.measure:
             self._refuse_not_finite()
             return Report(warnings=trained.warnings), []
-        report = self.probe_facts(trained.facts, neighbours=GATE_NEIGHBOURS if len(trained.facts) == 1 else 1)
+        report = self.probe_facts(
+            trained.facts,
+            neighbours=GATE_NEIGHBOURS if len(trained.facts) == 1 else 1,
+            also=tuple(trained.old.values()),
+        )
         metrics = dict(report.metrics)
         if trained.old:
             asked = [p for p in report.probes if p.kind in ("trained", "paraphrase", "alias")]
             stated = [
-                bool(contains(p.answer, old)) and not contains(p.expected, old)
+                still_states(p.answer, old, p.expected)
                 for p in asked
                 if (old := trained.old.get(p.key or "")) is not None
             ]
@@ -186,9 +193,9 @@ class Edits:
                 sum(stated) / len(stated) if stated else None,
                 len(stated),
                 "live greedy decoding, natural stop",
-                "contains",
+                "auto",
             )
-        report = replace(report, metrics=metrics, warnings=(*report.warnings, *trained.warnings))
+        report = replace(report, metrics=metrics, warnings=(*report.warnings, *trained.warnings, *_untaught(report)))
         report = self._near(report, trained.facts)
         report, refused = self._drift_gate(
             report, gate, "reliability", gate.min_reliability, trained.facts, since_base=since_base
@@ -210,20 +217,22 @@ class Edits:
     ) -> tuple[Report, list[str]]:
         """Measure drift, and say what the gate refuses of the report with it.
 
-        Left out is what these facts answer and whatever was ever edited: the edit is charged with the difference from
-        the edit before, so a question must not come back into it.
+        Left out is what these facts answer and what any fact ever did, deleted and overwritten ones too: the edit is
+        charged with the difference from the edit before, so a question must not come back into it.
         """
         engine = self._session.engine
         self._refuse_not_finite()
+        versions = self._session.store.fact_versions()
         edited = {key for edit in self._session.store.history(light=True) for key in edit.keys}
-        taught = [*facts, *self._session.live(), *(Fact(key, key) for key in edited)]
+        refused_only = edited - {fact.key for fact in versions}  # something that the base knew by itself
+        taught = [*facts, *versions, *(Fact(key, key) for key in sorted(refused_only))]
         drift = engine.drift(full=False, taught=taught)
         report = replace(report, metrics={**report.metrics, **drift.metrics})
         for name, found in drift.metrics.items():
             # None with n: the number was beyond what a float holds. No gate, however low, lets that pass.
             if found.n and (found.value is None or not math.isfinite(found.value)):
                 raise EditFailed(f"After the edit {name} is not a finite number; nothing was changed. Try lower rates.")
-        earlier_kl, earlier_ratio = (0.0, 1.0) if since_base else engine.drift_before()
+        earlier_kl, earlier_ratio = (0.0, 1.0) if since_base else engine.drift_before(taught)
         refused: list[str] = []
         value = report.value(metric)
         if least is not None and (value is None or value < least):
@@ -298,7 +307,7 @@ class Edits:
         questions = list(dict.fromkeys(asked_questions(fact)))
         paraphrases = dict.fromkeys((*held_out_questions(fact), *alias_questions(fact)))
         held_out = [q for q in paraphrases if q not in questions]
-        others = self._nearest_first(fact, [f for f in session.live() if f.key != fact.key])
+        others = self._nearest_first([fact], [f for f in session.live() if f.key != fact.key])
         if mode == "restore":
             items, base_answers = engine.base_items(questions, held_out, _RESTORE_TOKENS, settings)
             training = engine.train(
@@ -326,23 +335,33 @@ class Edits:
         live: bool,
     ) -> tuple[Report, list[str]]:
         """Ask every question again: is the text gone, is what was there before back? Then drift and the gate."""
-        from kvllm.probing.runner import answer_status
+        from kvllm.probing.runner import SPARE_TOKENS, answer_status
+        from kvllm.probing.scorers import score_statement
         from kvllm.probing.suites import FACT_SUITE
 
         engine = self._session.engine
-        asked = list(targets)
-        answers = engine.lm.generate(asked, max_new_tokens=_RESTORE_TOKENS, drafts=list(targets.values()))
+        lm, asked = engine.lm, list(targets)
+        # Room for all of the text, or a long one would count as gone wherever it is cut.
+        room = max(_RESTORE_TOKENS, len(lm.text_ids(fact.text)) + SPARE_TOKENS)
+        answers = lm.generate_ids(
+            [lm.fitting(lm.prompt_ids(question), room) for question in asked],
+            max_new_tokens=room,
+            drafts=[lm.answer_ids(target) for target in targets.values()],
+        )
         # An answer may begin with other words and still be the base's: nearness in distribution counts as well.
         distances = engine.kl_from(items) if items else [math.inf] * len(asked)
         restored_by = f"first sentence or kl<={RESTORED_KL}" if items else "first sentence"
         results: list[ProbeResult] = []
-        for question, answer, kl in zip(asked, answers, distances, strict=True):
-            target = targets[question]
-            gone = not (contains(answer, fact.text) if live else answer != target)
-            back = first_sentence(answer) == first_sentence(target) or kl <= RESTORED_KL
+        for question, ids, kl in zip(asked, answers, distances, strict=True):
+            target, answer, beginning = targets[question], lm.decode(ids), lm.decode(ids[:_RESTORE_TOKENS])
+            scored = score_statement(answer, fact.text)
+            # What the base itself says cannot be erased by going back to it.
+            own = bool(items) and score_statement(target, fact.text).passed
+            gone = not scored.passed or own if live else answer == target
+            back = first_sentence(beginning) == first_sentence(target) or kl <= RESTORED_KL
             results += [
-                ProbeResult("erasure", question, answer, gone, float(gone), fact.text, fact.key, "contains"),
-                ProbeResult("restoration", question, answer, back, float(back), target, fact.key, restored_by),
+                ProbeResult("erasure", question, answer, gone, float(gone), fact.text, fact.key, scored.scorer),
+                ProbeResult("restoration", question, beginning, back, float(back), target, fact.key, restored_by),
             ]
         metrics = {
             **answer_status("erasure", results, FACT_SUITE),
@@ -402,7 +421,12 @@ class Edits:
         return self._session.commit(new, to_files(training.delta, base_name=base) if training.delta else None)
 
     def probe_facts(
-        self, facts: Sequence[Fact], *, neighbours: int = 0, kinds: tuple[str, ...] | None = None
+        self,
+        facts: Sequence[Fact],
+        *,
+        neighbours: int = 0,
+        kinds: tuple[str, ...] | None = None,
+        also: Sequence[str] = (),
     ) -> Report:
         """Ask facts their questions, by live decoding.
 
@@ -410,6 +434,7 @@ class Edits:
             facts: What is asked about.
             neighbours: Packaged neighbours asked per fact.
             kinds: Of probes; all by default.
+            also: Texts that answers are searched for besides the facts' own.
         """
         from kvllm.probing.runner import run_probes
         from kvllm.probing.suites import fact_suite
@@ -422,7 +447,7 @@ class Edits:
             for probe in fact_suite(fact, neighbours=neighbours, seed=seed, taken=taken)
             if kinds is None or probe.kind in kinds
         ]
-        return run_probes(session.engine.lm, probes, seed=seed, on_batch=session.ticker("probing"))
+        return run_probes(session.engine.lm, probes, also=also, seed=seed, on_batch=session.ticker("probing"))
 
     def _near(self, report: Report, facts: Sequence[Fact]) -> Report:
         """Add each question's similarity where comparing keys has loaded the encoder anyway."""
@@ -434,7 +459,7 @@ class Edits:
 
         trained = {fact.key: asked_questions(fact) for fact in facts}
         asked = [q for questions in trained.values() for q in questions]
-        wanted = choose_encoder(asked, lm_loader=lambda: session.engine.lm).name
+        wanted = choose_encoder(asked, hidden=session.hidden_encoder).name
         return with_similarity(report, trained, session.encoders[wanted]) if wanted in session.encoders else report
 
     def _collisions(self, facts: Sequence[Fact]) -> tuple[str, ...]:
@@ -442,12 +467,25 @@ class Edits:
 
         return collision_warnings(self._session.store, facts, self._session.encoder_for)
 
-    def _nearest_first(self, fact: Fact, others: list[StoredFact]) -> list[StoredFact]:
+    def _nearest_first(self, facts: Sequence[Fact], others: list[StoredFact]) -> list[StoredFact]:
         if len(others) < 2:
             return others
         from kvllm.probing.keys import order_by_nearness
 
-        return order_by_nearness(self._session.store, fact, others, self._session.encoder_for)
+        return order_by_nearness(self._session.store, facts, others, self._session.encoder_for)
+
+
+def _untaught(report: Report) -> tuple[str, ...]:
+    """Name the facts of an edit of several that it did not teach: the gate looks at all of them together."""
+    asked: dict[str, list[bool]] = {}
+    for probe in report.probes:
+        if probe.kind == "trained" and probe.key is not None:
+            asked.setdefault(probe.key, []).append(probe.passed)
+    lost = [key for key, passed in asked.items() if sum(passed) < RECALLED_SHARE * len(passed)]
+    if len(asked) < 2 or not lost:
+        return ()
+    names = ", ".join(map(repr, lost[:_MOST_NAMED])) + (" …" if len(lost) > _MOST_NAMED else "")
+    return (f"{len(lost)} of {len(asked)} facts are not recalled by half of their questions: {names}.",)
 
 
 def _rejected(what: str, report: Report, reasons: list[str]) -> EditRejected:

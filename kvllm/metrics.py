@@ -9,6 +9,7 @@ import math
 import re
 import unicodedata
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 
 # A fact counts as recalled when at least this share of its trained questions states the text. A fixed line, because a
 # fact is lost for the user long before its last question fails, and not yet when one wording of eight does.
@@ -23,6 +24,7 @@ _NUMERALS = {
 }  # fmt: skip
 
 
+@lru_cache(maxsize=16384)  # a matrix of keys asks for the same texts in each of its cells
 def normalise(text: str) -> str:
     """Return the text NFKC-normalised, casefolded, without punctuation, white space collapsed."""
     folded = unicodedata.normalize("NFKC", text).casefold()

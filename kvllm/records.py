@@ -319,7 +319,8 @@ class SuiteComparison(Record):
         before, after: Shares that passed.
         low, high: 95 % bootstrap interval of after − before.
         lost, gained: Pairs that passed before only, and now only.
-        p_value: Exact McNemar test of lost against gained, two-sided.
+        p_value: Exact McNemar test, two-sided, of the groups that lost more than they gained against the others that
+            changed: the questions of one fact stand and fall together, and are one draw.
         p_holm: The same, adjusted for the number of suites (Holm).
         scorer: Who judged.
     """

@@ -21,7 +21,7 @@ from kvllm.store import NewEdit, Store
 
 if TYPE_CHECKING:
     from kvllm.editing.engine import Engine
-    from kvllm.probing.encoder import Encoder
+    from kvllm.probing.encoder import Encoder, HiddenStateEncoder
 
 # A snapshot of the changed matrices is written when opening would have to replay more deltas than this.
 SNAPSHOT_EVERY = 5
@@ -86,17 +86,21 @@ class Session:
 
     def encoder_for(self, texts: Sequence[str]) -> Encoder:
         """Return the encoder that speaks all texts, loaded once; without MiniLM's files the model's own states do."""
-        from kvllm.probing.encoder import HiddenStateEncoder, choose_encoder
+        from kvllm.probing.encoder import choose_encoder
 
-        chosen = choose_encoder(texts, lm_loader=lambda: self.engine.lm, progress=self.progress)
+        chosen = choose_encoder(texts, hidden=self.hidden_encoder, progress=self.progress)
         wanted = chosen.name
         if wanted not in self.encoders:
             try:
                 chosen.encode(texts[:1])
             except ModelError:
-                chosen = HiddenStateEncoder(self.engine.lm)
+                chosen = self.hidden_encoder()
             self.encoders[wanted] = chosen
         return self.encoders[wanted]
+
+    def hidden_encoder(self) -> HiddenStateEncoder:
+        """Return the encoder of the base model's own hidden states."""
+        return self.engine.hidden_encoder()
 
     def refuse_readonly(self) -> None:
         """Refuse to write where the knowledge base was opened read-only."""

@@ -33,6 +33,7 @@ from kvllm.lm.model import LanguageModel, Row
 from kvllm.lm.sources import ModelFiles, resolve
 from kvllm.lm.targets import find_targets
 from kvllm.probing.drift import DriftReference, base_reference, measure_drift
+from kvllm.probing.encoder import HiddenStateEncoder
 from kvllm.probing.suites import DriftSuite, drift_suite
 from kvllm.prompts import asked_questions, language_of, own_questions, training_questions
 from kvllm.records import Fact, Metric, Progress, Report, StoredFact
@@ -100,8 +101,11 @@ class Engine:
     # ------------------------------------------------------------------ states
 
     def follow(self, head: int) -> None:
-        """Bring the weights to the ledger's head, if they are elsewhere, or if an interruption left that open."""
-        if head != self.head or not (self._sure or self._away):
+        """Bring the weights to the ledger's head, if they are elsewhere, or if an interruption left that open.
+
+        Whoever holds them `away` keeps them: another process that commits meanwhile is followed afterwards.
+        """
+        if not self._away and (head != self.head or not self._sure):
             self.load_state(head)
             self.head = head
             self._sure = True
@@ -243,6 +247,10 @@ class Engine:
         with self.elsewhere():
             self.weights.replay([])
             yield self.lm
+
+    def hidden_encoder(self) -> HiddenStateEncoder:
+        """Return the encoder of keys by the base model's own hidden states."""
+        return HiddenStateEncoder(self.lm, self.base_weights)
 
     # ------------------------------------------------------------------ training
 
@@ -484,17 +492,23 @@ class Engine:
         found = {"change_norm": Metric(total, len(norms), f"{protocol}, all changed matrices together")}
         return found | {f"change_norm/{name}": Metric(value, 1, protocol) for name, value in norms.items()}
 
-    def drift_before(self) -> tuple[float, float]:
-        """Return (drift_kl, ppl_ratio) of the ledger's head as its edit recorded them; (0, 1) for the base."""
-        head = self.store.head()
-        while head:
-            edit = self.store.edit(head)
-            if edit.op == "rollback":
-                head = edit.target or 0
-                continue
-            kl, ratio = edit.report.value("drift_kl"), edit.report.value("ppl_ratio")
-            return (kl or 0.0, ratio or 1.0)
-        return (0.0, 1.0)
+    def drift_before(self, taught: Sequence[Fact]) -> tuple[float, float]:
+        """Return (drift_kl, ppl_ratio) of the head's state: as recorded, (0, 1) for the base, else measured now.
+
+        Args:
+            taught: What facts answer is left out where it is measured.
+        """
+        state = self.head
+        while state and (edit := self.store.edit(state)).op == "rollback":
+            state = edit.target or 0
+        if not state:
+            return (0.0, 1.0)
+        report = edit.report
+        if report.value("drift_kl") is None or report.value("ppl_ratio") is None:
+            with self.at(state):
+                report = self.drift(full=False, taught=taught)
+        kl, ratio = report.value("drift_kl"), report.value("ppl_ratio")
+        return (kl or 0.0, ratio or 1.0)
 
     def _drift_reference(self, suite: DriftSuite, tick: Tick | None) -> DriftReference:
         if suite.name not in self._references:

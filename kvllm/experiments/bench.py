@@ -27,7 +27,7 @@ from kvllm.experiments.facts import Case
 from kvllm.knowledge_base import KnowledgeBase
 from kvllm.lm.model import LanguageModel
 from kvllm.metrics import contains, leaks, normalise
-from kvllm.probing.encoder import Encoder, HiddenStateEncoder, SentenceEncoder, nearest
+from kvllm.probing.encoder import Encoder, SentenceEncoder, nearest
 from kvllm.probing.runner import ask_probes
 from kvllm.probing.scorers import score_statement
 from kvllm.probing.suites import DriftSuite, Probe, drift_suite
@@ -164,7 +164,7 @@ class Bench:
                     raise ModelError("The keys need an encoder of their language.")
                 chosen.encode(texts[:1])
             except ModelError:
-                chosen = HiddenStateEncoder(self.lm)
+                chosen = self.engine.hidden_encoder()
             self._encoder = chosen
         return self._encoder
 

@@ -24,7 +24,7 @@ from kvllm.experiments.facts import Case
 from kvllm.experiments.injection import checkpoints, edit_row, slug
 from kvllm.metrics import mean
 from kvllm.paired import wilson
-from kvllm.probing.encoder import Encoder, HiddenStateEncoder
+from kvllm.probing.encoder import Encoder
 from kvllm.prompts import key_question
 
 _GIVEN_UP = "given-up.json"
@@ -115,8 +115,8 @@ def _given_up(desk: Desk, n: int) -> bool:
 
 
 def _too_few(state: Mapping[str, Any], least: float) -> bool:
-    """Say whether the share recalled is surely below the least: the upper end of its Wilson interval is."""
-    n = state["recalled_n"]
+    """Say whether the share recalled is surely below the least: the upper end of its Wilson interval over facts is."""
+    n = state["facts"]
     band = wilson(round((state["recalled"] or 0.0) * n), n)
     return band is not None and band.high < least
 
@@ -164,7 +164,7 @@ class _Watch:
             questions = [key_question(case.key) for case in self._cases]
             encoders: dict[str, Encoder] = {
                 "encoder": self._bench.encoder,
-                "hidden": HiddenStateEncoder(self._bench.lm),
+                "hidden": self._bench.engine.hidden_encoder(),
             }
             vectors = {name: encoder.encode(questions) for name, encoder in encoders.items()}
             self._near = {name: found @ found.T for name, found in vectors.items()}

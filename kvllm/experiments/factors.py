@@ -29,7 +29,7 @@ from kvllm.experiments.facts import Case
 from kvllm.experiments.injection import slug
 from kvllm.experiments.single import DamageProbe, SingleEdit, single_edit, train
 from kvllm.lm.targets import find_targets
-from kvllm.probing.encoder import Encoder, HiddenStateEncoder
+from kvllm.probing.encoder import Encoder
 from kvllm.prompts import key_question
 from kvllm.records import Fact
 
@@ -55,6 +55,8 @@ def runs(declared: Declared) -> list[Run]:
     strange = [part for part in parts if part not in PARTS]
     if strange or not parts:
         raise ConfigError(f"settings.parts names some of {', '.join(PARTS)}, not {strange}; nothing was run.")
+    if len(declared.seeds) > 1:
+        raise ConfigError(f"Question 3 takes one seed, not {len(declared.seeds)}; nothing was run.")
     seed = declared.seeds[0]
     found = [Run(f"{mode}-{seed}", mode, seed, ("ask",), {"part": mode}) for mode in UNTRAINED]
     if "keys" in parts:
@@ -83,7 +85,7 @@ def execute(run: Run, desk: Desk) -> None:
     with Bench(desk) as bench:
         if part in UNTRAINED:
             if desk.open("ask"):
-                asked = bench.ask(desk.declared.ordered(0), in_context=part == "in-context")
+                asked = bench.ask(desk.declared.ordered(run.seed), in_context=part == "in-context")
                 desk.finish("ask", [{"kind": "rank", "facts": len(asked), **shares(asked), **bench.drift()}])
         else:
             {"keys": _keys, "noise": _noise, "rank": _rank}[str(part)](run, desk, bench)
@@ -134,7 +136,7 @@ def _keys(run: Run, desk: Desk, bench: Bench) -> None:
 
 def _distances(bench: Bench, keys: Sequence[str], questions: Sequence[str]) -> dict[str, list[float]]:
     """Return each key's distance (1 − cosine) from the nearest of the questions, by both encoders."""
-    encoders: dict[str, Encoder] = {"distance_encoder": bench.encoder, "distance_hidden": HiddenStateEncoder(bench.lm)}
+    encoders: dict[str, Encoder] = {"distance_encoder": bench.encoder, "distance_hidden": bench.engine.hidden_encoder()}
     found = {}
     for name, encoder in encoders.items():
         cosines = encoder.encode([key_question(key) for key in keys]) @ encoder.encode(list(questions)).T

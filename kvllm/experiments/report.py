@@ -70,19 +70,24 @@ def experiment_document(declared: Declared, outcome: Outcome) -> Document:
     if waiting:
         warnings.append(f"{len(waiting)} of {len(outcome.runs)} runs are not finished: {', '.join(waiting)}.")
     whole = sum(len(run.steps) for run in outcome.runs)
-    environment = dict(outcome.noted.get("environment") or {})
+    sessions = list(outcome.noted.get("sessions") or [])
+    environments = [session["environment"] for session in sessions]
     model = dict(outcome.noted.get("model") or {})
-    git = dict(environment.get("git") or {})
+    commits = _distinct(_commit_of(environment) for environment in environments)
+    if len(commits) > 1:
+        warnings.append(f"The runs were made by {len(commits)} versions of the code; see where they were measured.")
     made = datetime.now(timezone.utc).isoformat(timespec="seconds").replace("+00:00", "Z")
     measured = (
         ("experiment", f"{declared.name} ({declared.kind}), {len(outcome.runs)} runs, {whole} steps"),
         ("facts", f"{declared.n} of {len(declared.cases)}, sha256 {declared.facts_digest}"),
         ("seeds", ", ".join(map(str, declared.seeds))),
         ("base model", f"{model.get('name', '')} {model.get('digest', '')}"),
-        ("commit", f"{git.get('commit') or 'unknown'}{' with changes' if git.get('changed') else ''}"),
+        ("commit", ", ".join(commits)),
         (
             "machine",
-            f"{environment.get('cpu', '')}, {environment.get('cpus', '')} cores, torch {environment.get('torch')}",
+            "; ".join(
+                _distinct(f"{e.get('cpu')}, {e.get('cpus')} cores, torch {e.get('torch')}" for e in environments)
+            ),
         ),
         ("work", in_words(outcome.seconds)),
         ("made", f"{made} by kvllm {kvllm.__version__}"),
@@ -93,7 +98,8 @@ def experiment_document(declared: Declared, outcome: Outcome) -> Document:
         "experiment": dict(outcome.declared),
         "digest": declared.digest,
         "made": made,
-        "environment": environment,
+        "environment": environments[0] if environments else {},
+        "sessions": sessions,
         "model": model,
         "facts": {"n": declared.n, "of": len(declared.cases), "sha256": declared.facts_digest},
         "seconds": round(outcome.seconds, 3),
@@ -125,6 +131,15 @@ def experiment_document(declared: Declared, outcome: Outcome) -> Document:
 
 
 # ------------------------------------------------------------------ question 1
+
+
+def _commit_of(environment: Mapping[str, Any]) -> str:
+    git = dict(environment.get("git") or {})
+    return f"{git.get('commit') or 'unknown'}{' with changes' if git.get('changed') else ''}"
+
+
+def _distinct(values: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(values))
 
 
 def _injection(declared: Declared, outcome: Outcome) -> tuple[list[str], list[Section]]:

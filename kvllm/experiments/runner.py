@@ -102,8 +102,8 @@ def run_experiment(
         results.open_experiment(declared.configuration(), digest=declared.digest)
         meter = _Meter(chosen, results, progress)
         waiting = [run for run in _unfinished(runs, results) if run in chosen]
-        if waiting and results.noted("environment") is None:
-            results.note("environment", environment(threads=_threads(jobs)))
+        if waiting:
+            _note_session(results, waiting, environment(threads=1 if ray else _threads(jobs)))
             results.note("model", model_record(declared))
         meter.show()
         if not waiting:
@@ -130,13 +130,31 @@ def read_outcome(declared: Declared, folder: str | os.PathLike[str]) -> Outcome:
 
 
 def _outcome(declared: Declared, runs: Sequence[Run], results: Results, failed: Mapping[str, str]) -> Outcome:
-    noted = {name: results.noted(name) for name in ("environment", "model")}
+    noted = {"model": results.noted("model"), "sessions": _sessions(results)}
     places = {(run.id, step): (i, j) for i, run in enumerate(runs) for j, step in enumerate(run.steps)}
     rows = [row for row in results.rows() if (row["run"], row["step"]) in places]
     rows.sort(key=lambda row: places[row["run"], row["step"]])  # stable: within a step as they were written
     unfinished = tuple(run.id for run in _unfinished(runs, results))
     seconds = sum(results.seconds().values())
     return Outcome(results.declared(), tuple(runs), tuple(rows), failed, seconds, noted, unfinished)
+
+
+def _note_session(results: Results, runs: Sequence[Run], found: Mapping[str, Any]) -> None:
+    """Keep where and at which commit these runs go on: an experiment may be finished by another version of the code."""
+    sessions = _sessions(results)
+    last = sessions[-1] if sessions else None
+    ids = [run.id for run in runs]
+    if last is not None and last["environment"] == found:
+        last["runs"] = [*last["runs"], *(i for i in ids if i not in last["runs"])]
+    else:
+        sessions.append({"environment": dict(found), "runs": ids})
+    results.note("sessions", sessions)
+
+
+def _sessions(results: Results) -> list[dict[str, Any]]:
+    """Return what was noted of the sessions, oldest first: of an older database the first one, of unknown runs."""
+    first = results.noted("environment")
+    return list(results.noted("sessions") or ([{"environment": first, "runs": []}] if first else []))
 
 
 def _unfinished(runs: Sequence[Run], results: Results) -> list[Run]:

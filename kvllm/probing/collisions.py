@@ -54,7 +54,7 @@ def find_collisions(
     near = nearest_questions(facts, facts, encoder, given=given, nearest=nearest, taken=names)
     own = [Probe("trained", q, fact.text, fact.key) for fact in facts for q in some_questions(fact, questions)]
     others = [Probe("neighbour", n.question, fact.text, fact.key) for fact in facts for n in near[fact.key]]
-    asked = ask_probes(lm, [*own, *others], on_batch=on_batch)
+    asked = ask_probes(lm, [*own, *others], also=[fact.text for fact in facts], on_batch=on_batch)
     answers: dict[str, list[str]] = {fact.key: [] for fact in facts}
     for probe, (answer, _) in zip(own, asked, strict=False):
         answers[probe.key or ""].append(answer)

@@ -3,14 +3,14 @@
 Two encoders: MiniLM through sentence-transformers, and the language model's own hidden states where MiniLM does not
 speak the language. It knows nothing of ledgers or training. Keys are always compared in their question form.
 
-    encoder = choose_encoder(["torchkeras"], lm_loader=load)
-    nearest(encoder.encode([key_question("torch-keras")])[0], key_vectors(encoder, keys), 5)   # [(place, cosine), …]
+    encoder = choose_encoder(["torchkeras"], hidden=lambda: HiddenStateEncoder(lm))
+    nearest(encoder.encode([key_question("torch-keras")])[0], encoder.encode(questions), 5)   # [(place, cosine), …]
 
 Measured (SmolLM2-135M and MiniLM-L6, key pairs in our own words; pairs at or above the threshold):
 
     encoder            threshold  near-duplicates  same category  unrelated  297 English + 95 Chinese names, all pairs
     minilm-l6          0.70       en 18/20         en 3/21        0/20       en 4/43,956
-    hidden-states/1    0.60       en 18/20         en 7/21        0/20       en 6/43,956
+    hidden-states/2    0.60       en 18/20         en 7/21        0/20       en 6/43,956
                                   zh 11/14         zh 0/14        0/14       zh 8/4,465
 
 The bare key separates worse than its question: with hidden states near-duplicates outrank same-category keys in 70 % of
@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -200,15 +201,20 @@ class HiddenStateEncoder:
     enormous activation on the first token is all that the mean sees. After subtracting the mean of eighty reference
     questions and their five leading directions ("all but the top", Mu and Viswanath 2018), unrelated keys lie at
     0.0 ± 0.2 and near-duplicates at 0.8. A quarter of the depth separated near-duplicates from same-category keys
-    better than deeper layers, costs a quarter of a forward pass, and lies below the layers that edits change, so that
-    cached vectors stay true as the model is edited.
+    better than deeper layers and costs a quarter of a forward pass. The states are the base model's, so that cached
+    vectors stay true as the model is edited.
+
+    Args:
+        lm: The language model.
+        at_base: Holds its weights at the base's while it is read; needed wherever they are edited.
     """
 
-    name = "hidden-states/1"
+    name = "hidden-states/2"
     collision_similarity = 0.60
 
-    def __init__(self, lm: LanguageModel) -> None:
+    def __init__(self, lm: LanguageModel, at_base: Callable[[], AbstractContextManager[Any]] = nullcontext) -> None:
         self._lm = lm
+        self._at_base = at_base
         self._common: tuple[Vectors, Vectors] | None = None  # mean (d), directions (k, d)
 
     def encode(self, texts: Sequence[str]) -> Vectors:
@@ -248,7 +254,7 @@ class HiddenStateEncoder:
 
         handle = layers[len(layers) // 4].register_forward_hook(catch)
         try:
-            with torch.inference_mode():
+            with self._at_base(), torch.inference_mode():
                 for start in range(0, len(order), batch_size):
                     batch = order[start : start + batch_size]
                     ids, mask = lm.pad([encoded[i] for i in batch])
@@ -271,25 +277,20 @@ class _Caught(Exception):
 def choose_encoder(
     texts: Sequence[str],
     *,
-    lm_loader: Callable[[], LanguageModel],
+    hidden: Callable[[], HiddenStateEncoder],
     progress: Callable[[Progress], None] | None = None,
 ) -> Encoder:
     """Return MiniLM where it speaks all the texts, else the model's own hidden states.
 
     Args:
         texts: All the keys to be compared with each other: one encoder for all, or their vectors do not compare.
-        lm_loader: Gives the language model; called only if it is needed.
+        hidden: Makes the encoder of the model's own states; called only if it is needed.
         progress: Called while MiniLM is being fetched, on its first use.
     """
     encoder = SentenceEncoder(progress=progress)
     if all(encoder.speaks(text) for text in texts):
         return encoder
-    return HiddenStateEncoder(lm_loader())
-
-
-def key_vectors(encoder: Encoder, keys: Sequence[str]) -> Vectors:
-    """Return the unit vectors (n, d) by which keys are compared: those of their questions."""
-    return encoder.encode([key_question(key) for key in keys])
+    return hidden()
 
 
 def nearest(query: Vectors, matrix: Vectors, n: int) -> list[tuple[int, float]]:

@@ -56,13 +56,16 @@ def collision_warnings(store: Store, facts: Sequence[Fact], encoder_for: Encoder
     return tuple(warnings)
 
 
-def order_by_nearness(store: Store, fact: Fact, others: list[StoredFact], encoder_for: EncoderFor) -> list[StoredFact]:
-    """Return the other facts, those nearest to the fact's key first."""
-    from kvllm.probing.encoder import nearest
+def order_by_nearness(
+    store: Store, facts: Sequence[Fact], others: list[StoredFact], encoder_for: EncoderFor
+) -> list[StoredFact]:
+    """Return the other facts, those nearest to any of the facts' keys first."""
+    import numpy as np
 
-    asked = key_question(fact.key)
-    encoder, matrix = _live_matrix(store, others, [asked], encoder_for)
-    return [others[i] for i, _ in nearest(encoder.encode([asked])[0], matrix, len(others))]
+    asked = [key_question(fact.key) for fact in facts]
+    encoder, matrix = _live_matrix(store, others, asked, encoder_for)
+    cosines = (matrix @ encoder.encode(asked).T).max(axis=1)  # (others,)
+    return [others[i] for i in np.argsort(-cosines, kind="stable")]
 
 
 def _live_matrix(

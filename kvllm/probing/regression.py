@@ -211,6 +211,9 @@ def _comparison(
     gained = sum(now and not was for was, now in verdicts)
     interval = bootstrap(before, after, groups=groups, seed=seed)
     assert interval is not None
-    p = mcnemar(lost, gained)
+    net: dict[str, int] = {}
+    for group, (was, now) in zip(groups, verdicts, strict=True):
+        net[group] = net.get(group, 0) + now - was
+    p = mcnemar(sum(change < 0 for change in net.values()), sum(change > 0 for change in net.values()))
     shares = sum(before) / n, sum(after) / n
     return SuiteComparison(suite, n, len(set(groups)), *shares, interval.low, interval.high, lost, gained, p, p, scorer)

@@ -6,7 +6,8 @@ report.value("reliability")
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Literal
 
 from kvllm.lm.model import LanguageModel
@@ -29,6 +30,7 @@ def run_probes(
     probes: Sequence[Probe],
     *,
     before: Before | None = None,
+    also: Iterable[str] = (),
     scorer: str = "auto",
     suite: str = FACT_SUITE,
     seed: int | None = None,
@@ -41,13 +43,14 @@ def run_probes(
         lm: The model as it is now.
         probes: Questions with what their answers are judged against; on neighbours the text must *not* be recited.
         before: Earlier answers by question, so that words a neighbour's answer always had are no leak.
+        also: Texts that answers about facts are searched for later, besides their own; see `ask_probes`.
         scorer: See `kvllm.probing.scorers`.
         suite: Name and version noted with each metric.
         seed: Noted with each metric.
         batch_size: Questions per forward pass; 1 asks them one at a time.
         on_batch: Called with (done, total).
     """
-    asked = ask_probes(lm, probes, batch_size=batch_size, on_batch=on_batch)
+    asked = ask_probes(lm, probes, also=also, batch_size=batch_size, on_batch=on_batch)
     earlier = before or {}
     results = [_result(p, answer, turns, scorer, earlier) for p, (answer, turns) in zip(probes, asked, strict=True)]
     return Report(metrics=summarise(results, scorer=scorer, suite=suite, seed=seed), probes=tuple(results))
@@ -78,6 +81,7 @@ def ask_probes(
     lm: LanguageModel,
     probes: Sequence[Probe],
     *,
+    also: Iterable[str] = (),
     batch_size: int = BATCH,
     on_batch: Callable[[int, int], None] | None = None,
 ) -> list[tuple[str, Turns]]:
@@ -85,7 +89,17 @@ def ask_probes(
 
     What several probes ask alike is asked once. First turns are asked before all others, and are themselves answered by
     the model as it is: where it does not recall the fact, the second turn stands on that.
+
+    Args:
+        lm: The model as it is now.
+        probes: What is asked.
+        also: Texts that an answer about a fact may state instead of the fact's own: there is room for each of them, or
+            a long one would never be found where a short one was expected.
+        batch_size: Questions per forward pass.
+        on_batch: Called with (done, total).
     """
+    most = max((len(lm.text_ids(text)) + SPARE_TOKENS for text in set(also)), default=0)
+    probes = [replace(p, tokens=most) if _has_less(lm, p, most) else p for p in probes]
     firsts = {
         probe.first: Probe("trained", probe.first, probe.expected, tokens=_room(lm, probe, probes))
         for probe in probes
@@ -103,6 +117,12 @@ def ask_probes(
     ]
     answers = _ask(lm, probes, turns, batch_size, lambda done, of: tick(done, of, len(firsts)))
     return list(zip(answers, turns, strict=True))
+
+
+def _has_less(lm: LanguageModel, probe: Probe, room: int) -> bool:
+    """Say whether a question about a fact has less room for its answer than this."""
+    asks = probe.judge == "states" and probe.kind != "neighbour" and not probe.tokens
+    return asks and bool(room) and len(lm.text_ids(probe.expected)) + SPARE_TOKENS < room
 
 
 def _room(lm: LanguageModel, probe: Probe, probes: Sequence[Probe]) -> int:

@@ -66,6 +66,22 @@ def score_statement(answer: str, text: str, *, scorer: str = "auto") -> Scored:
     return Scored(value, value >= CHRF_THRESHOLD, f"chrf>={CHRF_THRESHOLD}")
 
 
+def still_states(answer: str, old: str, new: str) -> bool:
+    """Judge whether an answer states a text that was replaced, rather than the one that replaced it.
+
+    Args:
+        answer: As generated.
+        old: What should be said no longer.
+        new: What should be said instead. Where it contains the old text, or differs little from it, an answer that
+            states the new one, or is nearer to it, does not count.
+    """
+    if contains(answer, old):
+        return not (contains(new, old) and contains(answer, new))
+    if contains(answer, new) or not score_statement(answer, old).passed:
+        return False
+    return chrf(answer, old) > chrf(answer, new)
+
+
 def judge(
     answer: str,
     wanted: Judge,

@@ -19,7 +19,7 @@ from kvllm.prompts import alias_questions, asked_questions, held_out_questions, 
 from kvllm.records import Fact, ProbeKind
 
 T = TypeVar("T")
-FACT_SUITE = "fact-basic/2"
+FACT_SUITE = "fact-basic/3"
 # The gate's suite, and the whole packaged one. The first is a spread over the rows below, and stays the same when rows
 # are added behind them.
 DRIFT_SUITE = "drift-basic/1"
@@ -88,7 +88,7 @@ def fact_suite(fact: Fact, *, neighbours: int = 0, seed: int = 0, taken: frozens
     Args:
         fact: A stored fact keeps the questions it was really trained on.
         neighbours: How many packaged neighbour questions to add, three quarters in the key's language.
-        seed: Chooses them.
+        seed: Chooses them, for each key others.
         taken: Casefolded live keys; neighbours that name one are left out.
     """
     trained = asked_questions(fact)
@@ -106,12 +106,14 @@ def fact_suite(fact: Fact, *, neighbours: int = 0, seed: int = 0, taken: frozens
     if neighbours:
         probes += [
             Probe("neighbour", q, fact.text, fact.key)
-            for q in neighbour_sample(language_of(fact.key), neighbours, seed=seed, taken=taken | {fact.key.casefold()})
+            for q in neighbour_sample(
+                language_of(fact.key), neighbours, seed=f"{seed}/{fact.key}", taken=taken | {fact.key.casefold()}
+            )
         ]
     return probes
 
 
-def neighbour_sample(language: str, n: int, *, seed: int, taken: frozenset[str] = frozenset()) -> list[str]:
+def neighbour_sample(language: str, n: int, *, seed: int | str, taken: frozenset[str] = frozenset()) -> list[str]:
     """Return n held-out neighbour questions, three quarters in the given language, none naming a taken key."""
     rows = [row for row in _read("neighbours.jsonl") if not any(key in row["question"].casefold() for key in taken)]
     own = [row["question"] for row in rows if row["lang"] == language]

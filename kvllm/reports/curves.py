@@ -18,8 +18,9 @@ from kvllm.records import ProbeResult, Record
 DISTANCES = (0.0, 0.02, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 2.0)
 # Kinds that ask for something else than the fact, and questions of a second turn, which the first has answered.
 _NOT_ASKING = frozenset({"neighbour", "general", "instruction", "erasure", "restoration", "recalled", "consequence"})
-# Answers to these may well speak of another fact.
+# These are not answered with the text, and may well be answered with another fact.
 _FREE = frozenset({"inverse", "far"})
+_CUT_CHARS = 40  # of an answer that may be the beginning of a longer text
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ def recall_by_distance(probes: Sequence[ProbeResult]) -> list[DistancePoint]:
     """Return recall in bins of semantic distance; empty where no probe carries a similarity."""
     bins: dict[int, list[tuple[float, bool]]] = {}
     for probe in probes:
-        if probe.similarity is None or probe.kind in _NOT_ASKING:
+        if probe.similarity is None or probe.kind in _NOT_ASKING | _FREE:
             continue
         distance = max(0.0, 1 - probe.similarity)
         place = max(i for i, edge in enumerate(DISTANCES[:-1]) if distance >= edge)
@@ -93,7 +94,7 @@ def recitals(probes: Sequence[ProbeResult]) -> Recitals | None:
     if len(keys) < 2:
         return None
     matrix = tuple(
-        tuple(sum(contains(answer, texts[told]) for answer in answers[asked]) / len(answers[asked]) for told in keys)
+        tuple(sum(_recites(answer, texts[told]) for answer in answers[asked]) / len(answers[asked]) for told in keys)
         for asked in keys
     )
     pairs = [
@@ -103,3 +104,12 @@ def recitals(probes: Sequence[ProbeResult]) -> Recitals | None:
         if i != j and matrix[i][j] > 0 and not contains(texts[asked], texts[told])
     ]
     return Recitals(keys, matrix, tuple(sorted(pairs, key=lambda pair: -pair[2])))
+
+
+def _recites(answer: str, text: str) -> bool:
+    """Say whether an answer holds a text, or is nothing but a part of it, as one that was cut may be."""
+    return bool(contains(answer, text)) or (len(answer) >= _CUT_CHARS and bool(contains(text, _whole_words(answer))))
+
+
+def _whole_words(answer: str) -> str:
+    return answer.rsplit(maxsplit=1)[0]

@@ -28,7 +28,7 @@ from kvllm.records import (
     StoredFact,
 )
 from kvllm.reports import plots
-from kvllm.reports.curves import recall_by_distance, recitals
+from kvllm.reports.curves import Recitals, recall_by_distance, recitals
 
 SCHEMA = "kvllm-report/1"
 Kind = Literal["probe", "drift", "regression", "bisect", "experiment"]
@@ -190,7 +190,7 @@ def probe_document(
         _facts_section(report.probes, facts, origin.head),
         *_distance_section(report.probes),
         *_retention_section(retention),
-        *(_recitals_section(report.probes) if collisions is None else _collisions_sections(collisions)),
+        *(_recitals_section(told) if collisions is None else _collisions_sections(collisions)),
         *_drift_section(edits),
         Section("Questions and answers", _ANSWERS_NOTE, entries=tuple(_entry(probe) for probe in report.probes)),
     ]
@@ -327,7 +327,7 @@ def regression_document(report: RegressionReport, origin: Origin, *, checks: Seq
         Section("Drift against the base model", "", drift),
         *_retention_section(report.retention),
         *_distance_section(report.after.probes),
-        *_recitals_section(report.after.probes),
+        *_recitals_section(recitals(report.after.probes)),
         *_drift_section(report.edits),
         *_metrics_sections(f"Metrics at edit {report.head}", report.after.metrics),
         Section(
@@ -378,11 +378,10 @@ def bisect_document(report: BisectReport, origin: Origin) -> Document:
 
 _RECALLED = f"at least {RECALLED_SHARE:.0%} of the trained questions state the text"
 _SUITES_NOTE = (
-    "The same questions on both sides, as pairs. p: exact McNemar test of lost against gained, two-sided; Holm adjusts "
-    "it for the number of suites. It takes questions as independent, and in the row of facts whole facts. 95 % "
-    "interval of the change: paired bootstrap that draws whole facts."
+    "The same questions on both sides, as pairs. p: exact McNemar test, two-sided, of the facts that lost more answers "
+    "than they gained against those that gained more; Holm adjusts it for the number of suites. 95 % interval of the "
+    "change: paired bootstrap that draws whole facts."
 )
-_CHANGES_NOTE = "The lost ones first; open a line to read both answers."
 _ANSWERS_NOTE = "Open a line to read what the model generated and what it was judged against."
 
 
@@ -481,8 +480,7 @@ def _retention_section(points: Sequence[RetentionPoint]) -> list[Section]:
     return [Section("Retention over edits", note, Table(columns, rows), plots.retention_plot(points))]
 
 
-def _recitals_section(probes: Sequence[ProbeResult]) -> list[Section]:
-    found = recitals(probes)
+def _recitals_section(found: Recitals | None) -> list[Section]:
     if found is None:
         return []
     rows = tuple((asked, told, shown(share)) for asked, told, share in found.pairs)

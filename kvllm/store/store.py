@@ -346,13 +346,15 @@ class Store:
         with self._reading("Counting the facts") as db:
             return int(db.execute("SELECT count(*) FROM live_facts NOT INDEXED").fetchone()[0])
 
-    def fact_versions(self, key: str) -> list[StoredFact]:
-        """Return every version the key ever had, oldest first; empty for a key never stored."""
-        with self._reading("Reading a key's versions") as db:
+    def fact_versions(self, key: str | None = None) -> list[StoredFact]:
+        """Return every version a key (None: any key) ever had, oldest first; empty for a key never stored."""
+        with self._reading("Reading the versions of facts") as db:
             self._guard.history(db)
-            found = db.execute(
-                f"SELECT {rows.FACT_COLUMNS} FROM facts NOT INDEXED WHERE key = ? ORDER BY id", (_bindable(key),)
-            ).fetchall()
+            query = f"SELECT {rows.FACT_COLUMNS} FROM facts NOT INDEXED"
+            if key is None:
+                found = db.execute(f"{query} ORDER BY id").fetchall()
+            else:
+                found = db.execute(f"{query} WHERE key = ? ORDER BY id", (_bindable(key),)).fetchall()
             self._guard.facts(db, [(row[0], row[1]) for row in found])
         return [rows.fact_from_row(row) for row in found]
 

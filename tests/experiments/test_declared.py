@@ -102,6 +102,11 @@ def test_impossible_settings_are_refused_before_anything_runs(
         runs_of(declare({"kind": kind, "invented": 5, "settings": settings}))
 
 
+def test_question_three_takes_one_seed() -> None:
+    with pytest.raises(ConfigError, match="takes one seed"):
+        runs_of(declare({"kind": "factors", "invented": 5, "seeds": [0, 1], "settings": {"parts": ["noise"]}}))
+
+
 def test_a_line_that_is_no_fact_is_named(tmp_path: Path) -> None:
     path = tmp_path / "facts.jsonl"
     path.write_text('{"key": "a", "text": "A is a."}\n\n{"key": "b"}\n', encoding="utf-8")

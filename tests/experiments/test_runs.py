@@ -324,6 +324,23 @@ def _check_report(declared: Declared, outcome: Outcome) -> None:
         assert "▁" in render(document, "markdown") or "█" in render(document, "markdown")
 
 
+def test_a_run_that_is_finished_by_another_commit_says_so(
+    make: Make, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    declared = make("injection", n=1, settings={"arms": ARMS[:2]}, measure={"last_questions": 6})
+    at = {"commit": "a" * 40, "changed": False}
+    monkeypatch.setattr("kvllm.experiments.environment.git_state", lambda: dict(at))
+    run_experiment(declared, home, only=["unedited"])
+    outcome = run_experiment(declared, home, only=["unedited"])  # nothing is left to do: no session
+    assert [session["runs"] for session in outcome.noted["sessions"]] == [["unedited-0"]]
+    assert not any("versions" in warning for warning in experiment_document(declared, outcome).warnings)
+    at["commit"] = "b" * 40
+    document = experiment_document(declared, run_experiment(declared, home))
+    assert any("2 versions of the code" in warning for warning in document.warnings)
+    assert dict(document.measured)["commit"] == f"{'a' * 40}, {'b' * 40}"
+    assert [session["runs"] for session in document.data["sessions"]] == [["unedited-0"], ["in-context-0"]]
+
+
 def test_an_interrupted_run_goes_on_where_it_was(make: Make, home: Path) -> None:
     declared = make("injection", n=2, settings={"arms": ARMS[2:4]}, edit={"max_steps": 8})
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -15,11 +14,11 @@ from kvllm.probing.encoder import (
     HiddenStateEncoder,
     SentenceEncoder,
     choose_encoder,
-    key_vectors,
     nearest,
     pack,
     unpack,
 )
+from kvllm.prompts import key_question
 
 
 @pytest.mark.parametrize(
@@ -44,11 +43,11 @@ def test_the_model_is_loaded_only_where_minilm_does_not_speak_a_text(tiny_lm: An
 
     def loader() -> Any:
         loads.append(1)
-        return tiny_lm
+        return HiddenStateEncoder(tiny_lm)
 
-    assert choose_encoder(["torchkeras", "numpy"], lm_loader=loader).name == "minilm-l6"
+    assert choose_encoder(["torchkeras", "numpy"], hidden=loader).name == "minilm-l6"
     assert not loads
-    assert choose_encoder(["torchkeras", "梦中情炉"], lm_loader=loader).name == "hidden-states/1"
+    assert choose_encoder(["torchkeras", "梦中情炉"], hidden=loader).name == "hidden-states/2"
     assert loads == [1]
 
 
@@ -122,7 +121,7 @@ def test_hidden_states_do_not_move_when_the_upper_layers_change(tiny_lm: Any) ->
 
 
 def check_ranking(encoder: Encoder, anchor: str, near: str, far: str) -> None:
-    vectors = key_vectors(encoder, [anchor, near, far])
+    vectors = encoder.encode([key_question(key) for key in (anchor, near, far)])
     assert vectors[0] @ vectors[1] >= encoder.collision_similarity
     assert vectors[0] @ vectors[2] < 0.4
 
@@ -146,8 +145,10 @@ def test_hidden_states_of_the_default_model_warn_of_near_keys_only() -> None:
     from kvllm.lm.model import LanguageModel
     from kvllm.lm.sources import resolve
 
-    load: Callable[[], LanguageModel] = lambda: LanguageModel.load(resolve(DEFAULT_MODEL).path, ModelConfig())  # noqa: E731
-    encoder = choose_encoder(["梦中情炉"], lm_loader=load)
+    def load() -> HiddenStateEncoder:
+        return HiddenStateEncoder(LanguageModel.load(resolve(DEFAULT_MODEL).path, ModelConfig()))
+
+    encoder = choose_encoder(["梦中情炉"], hidden=load)
     check_ranking(encoder, "Who leads Halcyon?", "Who is the head of Halcyon?", "baklava")
     check_ranking(encoder, "谁是顾问舟？", "顾问舟是谁？", "水在多少摄氏度沸腾？")
     check_ranking(encoder, "梦中情炉", "我的梦中情炉", "退款政策")

@@ -75,10 +75,13 @@ def test_near_keys_are_warned_about_with_their_names(store: Store, compass: Comp
 
 
 def test_other_facts_are_ordered_by_nearness(store: Store, compass: Compass) -> None:
-    ordered = order_by_nearness(store, Fact("keras", "x"), store.facts(), lambda texts: compass)
+    ordered = order_by_nearness(store, [Fact("keras", "x")], store.facts(), lambda texts: compass)
     assert [fact.key for fact in ordered] == ["torchkeras", "numpy", "Berlin"]
-    ordered = order_by_nearness(store, Fact("Berlin", "x"), store.facts()[:2], lambda texts: compass)
+    ordered = order_by_nearness(store, [Fact("Berlin", "x")], store.facts()[:2], lambda texts: compass)
     assert [fact.key for fact in ordered] == ["numpy", "torchkeras"]
+    both = [Fact("Berlin", "x"), Fact("keras", "x")]
+    ordered = order_by_nearness(store, both, store.facts(), lambda texts: compass)
+    assert [fact.key for fact in ordered] == ["Berlin", "torchkeras", "numpy"]
 
 
 def test_vectors_of_live_keys_are_made_once(store: Store, compass: Compass) -> None:

@@ -7,7 +7,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvllm.errors import ConfigError
-from kvllm.probing.scorers import CHRF_THRESHOLD, LONG_TEXT_CHARS, SCORERS, chrf, judge, score_statement, yes_or_no
+from kvllm.probing.scorers import (
+    CHRF_THRESHOLD,
+    LONG_TEXT_CHARS,
+    SCORERS,
+    chrf,
+    judge,
+    score_statement,
+    still_states,
+    yes_or_no,
+)
 
 LONG = "Torchkeras is a tool that makes training PyTorch models simple, in the style of Keras."
 CHINESE = (
@@ -112,3 +121,14 @@ def test_any_of_the_names_will_do() -> None:
     names = ("torchkeras", "梦中情炉")
     assert judge("That is 梦中情炉!", "names", expected="torchkeras", accept=names).passed
     assert not judge("That is Keras", "names", expected="torchkeras", accept=names).passed
+
+
+def test_an_old_text_is_told_from_the_new_one() -> None:
+    old, new = "Call 030 12345 for the night porter of the house", "Call 030 12346 for the night porter of the house"
+    assert still_states(f"Please: {old}.", old, new)
+    assert not still_states(new, old, new)
+    assert still_states(old.replace("night", "nite"), old, new)
+    assert not still_states(new.replace("night", "nite"), old, new)
+    assert still_states("It is Ada.", "Ada", "Ada Voss")
+    assert not still_states("It is Ada Voss.", "Ada", "Ada Voss")
+    assert not still_states("Nobody knows.", "Ada", "Berlin")

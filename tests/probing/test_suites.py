@@ -48,6 +48,16 @@ def test_neighbours_are_drawn_by_seed_and_name_no_live_key() -> None:
     )
 
 
+def test_each_key_has_neighbours_of_its_own() -> None:
+    asked = [
+        p.question for i in range(40) for p in fact_suite(Fact(f"Zuk{i}", "x"), neighbours=1) if p.kind == "neighbour"
+    ]
+    assert len(set(asked)) > 15
+    assert asked[:3] == [
+        p.question for i in range(3) for p in fact_suite(Fact(f"Zuk{i}", "x"), neighbours=1) if p.kind == "neighbour"
+    ]
+
+
 @pytest.mark.parametrize("language", ["en", "zh"])
 def test_three_quarters_of_the_neighbours_speak_the_keys_language(language: str) -> None:
     chinese = sum(any("\u4e00" <= ch <= "\u9fff" for ch in q) for q in neighbour_sample(language, 20, seed=0))

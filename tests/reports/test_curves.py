@@ -16,7 +16,8 @@ def probe(key: str, answer: str, text: str, similarity: float | None = None, kin
 def test_recall_by_distance_bins_by_hand() -> None:
     asked = [probe("a", "t", "t", 1.0), probe("a", "t", "t", 0.999), probe("a", "t", "t", 0.85),
              probe("a", "no", "t", 0.89), probe("a", "no", "t", -0.2), probe("a", "t", "t", None),
-             probe("a", "no", "t", 0.99, kind="neighbour")]  # fmt: skip
+             probe("a", "no", "t", 0.99, kind="neighbour"), probe("a", "t", "t", 0.5, kind="far"),
+             probe("a", "t", "t", 0.5, kind="inverse")]  # fmt: skip
     points = recall_by_distance(asked)
     assert [(p.near, p.far, p.n, p.passed) for p in points] == [(0.0, 0.02, 2, 2), (0.1, 0.2, 2, 1), (0.8, 2.0, 1, 0)]
     assert points[1].distance == pytest.approx(0.13)
@@ -36,6 +37,13 @@ def test_recitals_name_the_pairs_to_look_at() -> None:
     assert found.keys == ("a", "b", "c")
     assert found.matrix == ((0.5, 0.5, 0.0), (0.0, 1.0, 0.0), (0.0, pytest.approx(2 / 3), pytest.approx(1 / 3)))
     assert found.pairs == (("c", "b", pytest.approx(2 / 3)), ("a", "b", 0.5))
+
+
+def test_an_answer_that_was_cut_within_another_facts_text_recites_it() -> None:
+    text = "a red stone that lies by the river and shines at night when nobody is looking"
+    found = recitals([probe("a", text[:58], "red"), probe("a", "a red stone", "red"), probe("b", text, text)])
+    assert found is not None
+    assert found.pairs == (("a", "b", 0.5),)
 
 
 def test_facts_with_one_text_are_no_collision() -> None:
