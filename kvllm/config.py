@@ -159,6 +159,7 @@ class EditConfig(_Validated):
 
     def __post_init__(self) -> None:
         _need(len(self.depth) == 2, "depth is a pair of shares, e.g. (0.6, 0.9).")
+        _need(-(2**63) <= self.seed < 2**63, f"seed must be a number of 64 bits, not {self.seed}.")
         _need(0 <= self.depth[0] < self.depth[1] <= 1, f"depth must grow within 0 and 1, not {self.depth}.")
         _need(0 <= self.dropout < 1, f"dropout is a share from 0 up to 1, not {self.dropout}.")
         _need(
@@ -210,7 +211,7 @@ class GateConfig(_Validated):
             _need(value is None or 0 <= value <= 1, f"{name} is a share between 0 and 1, not {value}.")
         for name in ("max_drift_kl", "max_ppl_ratio"):
             value = getattr(self, name)
-            _need(value is None or value > 0, f"{name} must be positive, not {value}.")
+            _need(value is None or value >= 0, f"{name} must not be negative, but is {value}.")
 
 
 def cache_folder() -> Path:

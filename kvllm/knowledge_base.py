@@ -847,7 +847,8 @@ class KnowledgeBase:
                     replayed(done, len(points))
         except KvllmError as error:
             problems.append(Problem(str(error), "replay"))
-        return replace(report, problems=tuple(problems), ok=all(p.severity != "error" for p in problems))
+        sound = all(problem.severity != "error" for problem in problems)
+        return replace(report, problems=tuple(problems), ok=sound, replayed=True)
 
     @staticmethod
     def check(

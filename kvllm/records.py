@@ -591,9 +591,10 @@ class Repair(Record):
 
 @dataclass(frozen=True)
 class VerifyReport(Record):
-    """Whether rows, files and hashes agree, and (deep) whether a replay gives the recorded weights.
+    """Whether rows, files and hashes agree, after every byte was read (deep), and whether a replay gave the weights.
 
-    `repairs` says what a repair did before; `problems` is then what it could not restore.
+    `repairs` says what a repair did before; `problems` is then what it could not restore. `replayed` is True where a
+    model was loaded and the recorded weights were looked for: a repair alone loads none.
     """
 
     ok: bool
@@ -603,6 +604,7 @@ class VerifyReport(Record):
     deltas: int = 0
     deep: bool = False
     repairs: tuple[Repair, ...] = ()
+    replayed: bool = False
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,11 @@ from typing import IO, TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from kvllm.cli import signals
 from kvllm.cli.failures import Interrupted
 from kvllm.cli.output import Output, Result
 from kvllm.config import ModelConfig
-from kvllm.errors import ConfigError
+from kvllm.errors import ConfigError, KvllmError
 
 if TYPE_CHECKING:
     from kvllm.knowledge_base import KnowledgeBase
@@ -63,6 +64,10 @@ MaxTokens = Annotated[
     ),
 ]
 Steps = Annotated[int | None, typer.Option("--steps", min=1, help="Most training steps.", show_default=False)]
+Resume = Annotated[
+    bool,
+    typer.Option("--resume", help="Go on with an interrupted series: what it has done already is no error."),
+]
 Seed = Annotated[int | None, typer.Option("--seed", help="Seed of the training.", show_default=False)]
 MinReliability = Annotated[
     float | None,
@@ -130,7 +135,7 @@ def command(app: typer.Typer, name: str | None = None, *, panel: str | None = No
                 with contextlib.redirect_stdout(sys.stderr):
                     return Outcome(out, function(out, **arguments))
             except KeyboardInterrupt as error:
-                raise Interrupted("Interrupted; nothing was changed.") from error
+                raise Interrupted(signals.sentence()) from error
             except (EOFError, BrokenPipeError) as error:
                 # typer would end the program without a word; this came from within, not from our reader.
                 raise RuntimeError(f"{type(error).__name__} {error}") from error
@@ -163,13 +168,13 @@ def opened(out: Output, kb: Path, *, readonly: bool = False, **settings: Any) ->
         head = 0 if readonly else _head(base)
         try:
             yield base
-        except KeyboardInterrupt as error:
-            kept = 0 if readonly else _head(base) - head
+        finally:
+            kept = 0
+            if not readonly:
+                with contextlib.suppress(KvllmError):  # whatever ends this block has more to say
+                    kept = _head(base) - head
             if kept:
-                edits = f"edit {head + 1}" if kept == 1 else f"edits {head + 1} to {head + kept}"
-                sentence = f"Interrupted; {edits} had been committed before and stay, anything later changed nothing."
-                raise Interrupted(sentence) from error
-            raise
+                signals.done(f"edit {head + 1}" if kept == 1 else f"edits {head + 1} to {head + kept}")
 
 
 def _head(base: KnowledgeBase) -> int:

@@ -19,6 +19,7 @@ from kvllm.cli.app import app
 from kvllm.cli.command import Device, Dtype, Model, command
 from kvllm.cli.failures import Interrupted
 from kvllm.cli.output import Output, Result
+from kvllm.errors import EditRejected
 from kvllm.prompts import alias_questions, held_out_questions, training_questions
 from kvllm.records import Edit, Fact, Report
 
@@ -93,6 +94,9 @@ def demo(
             raise Interrupted(
                 f"Interrupted; the knowledge base in {folder} stays, with {edits} made so far."
             ) from error
+        except EditRejected as error:
+            error.args = (f"{error} The knowledge base stays in {folder}, with what was edited before.",)
+            raise
     document |= {"folder": str(folder), "seconds": round(time.perf_counter() - started, 1)}
     out.show(_farewell(folder, FACTS[language], document["seconds"]))
     return Result({"ok": True, **document}, lambda: None)

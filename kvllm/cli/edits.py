@@ -21,6 +21,7 @@ from kvllm.cli.command import (
     MinReliability,
     Model,
     Reference,
+    Resume,
     Seed,
     Steps,
     Store,
@@ -32,7 +33,7 @@ from kvllm.cli.command import (
 )
 from kvllm.cli.output import Output, Result
 from kvllm.errors import ConfigError, EditRejected, ending_error
-from kvllm.records import DeleteMode, Edit, EditOutcome, InsertMode, TeachVerb
+from kvllm.records import DeleteMode, Edit, EditOutcome, Fact, InsertMode, TeachVerb
 
 if TYPE_CHECKING:
     from kvllm.importing import Found, FoundFact, Refused
@@ -213,6 +214,7 @@ def insert_many(
     mode: Mode = None,
     chunk: Chunk = None,
     strict: Annotated[bool, typer.Option("--strict", help="Insert nothing if any row is bad.")] = False,
+    resume: Resume = False,
     min_reliability: MinReliability = None,
     max_drift: MaxDrift = None,
     max_ppl: MaxPpl = None,
@@ -238,8 +240,9 @@ def insert_many(
         training = training_arguments(
             base, steps=steps, seed=seed, min_reliability=min_reliability, max_drift=max_drift, max_ppl=max_ppl
         )
-        outcomes = base.insert_many(found, **series, **training)
-    return many_result(found, outcomes, done="inserted")
+        rest = left_to_do(found, base) if resume else found
+        outcomes = base.insert_many(rest, **series, **training)
+    return many_result(rest, outcomes, done="inserted", before=len(found) - len(rest))
 
 
 def series_arguments(mode: InsertMode | None, chunk: int | None) -> dict[str, Any]:
@@ -265,8 +268,29 @@ def read_file(file: str, **options: Any) -> Found:
         raise BadRows(error.rows, 0, str(error)) from error
 
 
-def many_result(found: Found, outcomes: Sequence[EditOutcome], *, done: str) -> Result:
-    """Return the result of a command that made many edits: of each fact of a file, and of each row that is none."""
+def left_to_do(found: Found, base: KnowledgeBase, *, delete: DeleteMode | None = None) -> Found:
+    """Return what an interrupted series has left: without facts that are live with their text, or keys deleted before.
+
+    A key that is live with another text stays, and is refused as it would be.
+    """
+    live = {fact.key: fact.text for fact in base.facts()}
+    gone = {key for edit in base.history() if edit.op == "delete" for key in edit.keys} - set(live)
+
+    def is_done(fact: Fact) -> bool:
+        return fact.key in gone if delete is not None else live.get(fact.key) == fact.text
+
+    return replace(found, items=tuple(item for item in found.items if not is_done(item.fact)))
+
+
+def many_result(found: Found, outcomes: Sequence[EditOutcome], *, done: str, before: int = 0) -> Result:
+    """Return the result of a command that made many edits: of each fact of a file, and of each row that is none.
+
+    Args:
+        found: The facts that were tried.
+        outcomes: What became of them.
+        done: What was done to those that went well.
+        before: How many had been done by an earlier series.
+    """
     from kvllm.reports import terminal
 
     results: list[tuple[FoundFact | Refused, EditOutcome]] = list(zip(found.items, outcomes, strict=True))
@@ -278,6 +302,7 @@ def many_result(found: Found, outcomes: Sequence[EditOutcome], *, done: str) -> 
         "ok": not failed,
         done: len(results) - failed,
         "failed": failed,
+        "done_before": before,
         "results": [
             {
                 **place(row),
@@ -294,7 +319,8 @@ def many_result(found: Found, outcomes: Sequence[EditOutcome], *, done: str) -> 
     }
     exit_code, failure = 4 if failed else 0, None
     if failed:
-        document |= {"error": f"{failed} of {len(results)} facts were not {done}.", "code": "some_failed"}
+        failure = f"{failed} of {len(results)} facts were not {done}."
+        document |= {"error": failure, "code": "some_failed"}
     ended = next(((o, kind) for o in outcomes if (kind := ending_error(o.code)) is not None), None)
     if ended is not None:
         outcome, kind = ended

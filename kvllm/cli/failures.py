@@ -12,6 +12,7 @@ from typing import Any
 
 import typer
 
+from kvllm.cli import signals
 from kvllm.errors import EditRejected, KvllmError
 from kvllm.records import Record
 
@@ -62,12 +63,15 @@ class Failure:
 
 def describe(error: BaseException) -> Failure:
     """Return what to tell about an error; the type decides, its attributes travel along."""
+    if signals.came() and not isinstance(error, Interrupted):
+        # Whatever it says, it is what became of the interruption on its way up.
+        return Failure(signals.sentence(), Interrupted.code, Interrupted.exit_code)
     if isinstance(error, KvllmError):
         return Failure(str(error), error.code, error.exit_code, _attached(error))
     if isinstance(error, _CLICK_EXCEPTION):
         return _usage(error)
     if isinstance(error, (KeyboardInterrupt, typer.Abort)):
-        return Failure("Interrupted; nothing was changed.", Interrupted.code, Interrupted.exit_code)
+        return Failure(signals.sentence(), Interrupted.code, Interrupted.exit_code)
     if any(_is_full(link) for link in _chain(error)):
         sentence = (
             f"The disk or the memory is full ({_one_line(error)}); an edit that was running changed nothing. "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,12 +21,23 @@ from kvllm.cli.command import (
     MinErasure,
     MinReliability,
     Model,
+    Resume,
     Steps,
     Store,
     command,
     opened,
 )
-from kvllm.cli.edits import BadRows, Chunk, Mode, many_result, place, read_file, series_arguments, training_arguments
+from kvllm.cli.edits import (
+    BadRows,
+    Chunk,
+    Mode,
+    left_to_do,
+    many_result,
+    place,
+    read_file,
+    series_arguments,
+    training_arguments,
+)
 from kvllm.cli.output import Output, Result
 from kvllm.errors import ConfigError
 from kvllm.records import DeleteMode
@@ -73,6 +85,7 @@ def import_facts(
         bool, typer.Option("--dry-run", help="Only say what would be done; no model is loaded.")
     ] = False,
     strict: Annotated[bool, typer.Option("--strict", help="Change nothing if any record is bad.")] = False,
+    resume: Resume = False,
     delete: Annotated[
         DeleteMode | None,
         typer.Option("--delete", help="Delete the file's keys instead: restore or abstain.", show_default=False),
@@ -133,7 +146,7 @@ def import_facts(
         out.note(note)
     if dry_run:
         with opened(out, kb, readonly=True) as base:
-            return _dry(found, base, delete)
+            return _dry(left_to_do(found, base, delete=delete) if resume else found, base, delete)
     with opened(out, kb, lock_timeout=lock_timeout, model=model, device=device, dtype=dtype) as base:
         training = training_arguments(
             base,
@@ -144,27 +157,35 @@ def import_facts(
             max_ppl=max_ppl,
             min_erasure=min_erasure,
         )
+        rest = left_to_do(found, base, delete=delete) if resume else found
         with _written(found, probes_to):
             if delete is None:
-                outcomes = base.insert_many(found, **series, **training)
+                outcomes = base.insert_many(rest, **series, **training)
             else:
-                outcomes = base.delete_many(found.keys(), mode=delete, **training)
-    result = many_result(found, outcomes, done="inserted" if delete is None else "deleted")
+                outcomes = base.delete_many(rest.keys(), mode=delete, **training)
+    done = "inserted" if delete is None else "deleted"
+    result = many_result(rest, outcomes, done=done, before=len(found) - len(rest))
     return replace(result, document=_about(found) | result.document, view=lambda: _with_notes(result.view(), found))
 
 
 @contextlib.contextmanager
 def _written(found: Found, probes_to: Path | None) -> Iterator[None]:
-    """Write the probes before minutes are spent on training; one that breaks off leaves no file behind."""
+    """Write the probes before minutes are spent on training; they get their name when it is over.
+
+    Whoever is interrupted, or killed, can give the same command again.
+    """
     if probes_to is None:
         yield
         return
-    found.write_probes(probes_to)
+    waiting = probes_to.with_name(f".{probes_to.name}.part")
+    waiting.unlink(missing_ok=True)
+    found.write_probes(waiting)
     try:
         yield
     except BaseException:
-        probes_to.unlink(missing_ok=True)
+        waiting.unlink(missing_ok=True)
         raise
+    os.replace(waiting, probes_to)
 
 
 def _dry(found: Found, base: KnowledgeBase, delete: DeleteMode | None) -> Result:

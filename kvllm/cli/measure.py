@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import datetime, timezone
+from errno import EDQUOT, ENOSPC
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,7 +17,7 @@ import typer
 from kvllm.cli.app import MEASURE, app
 from kvllm.cli.command import Device, Dtype, Model, Store, command, opened, reference
 from kvllm.cli.output import Output, Result
-from kvllm.errors import ConfigError
+from kvllm.errors import ConfigError, OutOfResources
 from kvllm.reports.render import Format
 
 if TYPE_CHECKING:
@@ -259,10 +260,19 @@ def check_outputs(files: Sequence[Path] | None, format: Format | None) -> None:
     from kvllm.reports.render import SUFFIXES, format_of
 
     for file in files or ():
-        if file.is_dir():
-            raise ConfigError(f"The report cannot be written to {file}: it is a folder; nothing was measured.")
-        if not file.absolute().parent.is_dir():
-            raise ConfigError(f"The report cannot be written to {file}: no such folder; nothing was measured.")
+        try:
+            if file.is_dir():
+                raise ConfigError(f"The report cannot be written to {file}: it is a folder; nothing was measured.")
+            if not file.absolute().parent.is_dir():
+                raise ConfigError(f"The report cannot be written to {file}: no such folder; nothing was measured.")
+            fresh = not file.exists()
+            file.open("ab").close()
+            if fresh:
+                file.unlink()
+        except OSError as error:
+            raise ConfigError(
+                f"The report cannot be written to {file}: {error.strerror}; nothing was measured."
+            ) from error
         if format is None and file.suffix and format_of(file) is None:
             raise ConfigError(
                 f"There is no report format {file.suffix}; nothing was measured. Give --format, or a name that ends in "
@@ -295,18 +305,26 @@ def deliver(
     from kvllm.reports.render import format_of, render
 
     failure = failure_line(document.checks, list(document.metrics))
+    exit_code = 0 if failure is None else GATE_FAILED
+    unwritten: list[str] = []
+    code = ConfigError.code
     for file in files or ():
         text = render(document, format or format_of(file) or "terminal", failure=failure)
         try:
             # As it was rendered: on Windows, too, the line ends are those that the format's tests have seen.
             file.write_bytes(text.encode())
-        except PermissionError as error:
-            raise ConfigError(f"The report cannot be written to {file}: {error.strerror}.") from error
+        except OSError as error:  # what was measured is not lost with it: the other files and stdout have it
+            unwritten.append(f"The report cannot be written to {file}: {error.strerror}.")
+            why = OutOfResources if error.errno in (ENOSPC, EDQUOT) else ConfigError
+            code, exit_code = why.code, why.exit_code
+    if unwritten:
+        failure = " ".join([*unwritten, *([failure] if failure else [])])
+    told = {"ok": False, "error": failure, "code": code} if unwritten else {}
     to_stdout = format not in (None, "terminal") and not files
     return Result(
-        lambda: document.json(failure),
+        lambda: document.json(failure) | told,
         lambda: terminal.document_view(document, answers=answers),
         raw=render(document, format, failure=failure) if to_stdout and format is not None else None,
-        exit_code=0 if failure is None else GATE_FAILED,
+        exit_code=exit_code,
         failure=failure,
     )

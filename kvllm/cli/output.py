@@ -17,6 +17,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING, Any
 
+from kvllm.cli import signals
+
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
@@ -64,15 +66,18 @@ class Output:
         self._talks = not quiet and _is_terminal(sys.stderr)
 
     @property
-    def progress(self) -> Callable[[Progress], None] | None:
-        """The callback that draws progress bars; None where nobody would see them."""
-        if not self._talks:
-            return None
-        if self._bars is None:
+    def progress(self) -> Callable[[Progress], None]:
+        """The callback that draws progress bars where somebody would see them, and ends a command that is to stop."""
+        if self._talks and self._bars is None:
             from kvllm.cli.progress import ProgressBars
 
             self._bars = ProgressBars()
-        return self._bars
+        return self._on_progress
+
+    def _on_progress(self, progress: Progress) -> None:
+        signals.check()
+        if self._bars is not None:
+            self._bars(progress)
 
     def note(self, sentence: str) -> None:
         """Say something on stderr, if a person is there to read it."""

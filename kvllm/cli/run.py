@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
-from types import FrameType
-from typing import Any, NoReturn
+from collections.abc import Sequence
+from typing import Any
 
-from kvllm.cli.output import print_json
+from kvllm.cli import signals
+from kvllm.cli.output import print_json, print_view
 from kvllm.process import prepare_libraries
 
 # What a shell reports for a program that wrote to a closed pipe, as in `kvllm ls my.kb | head -1`.
@@ -26,15 +25,16 @@ def run(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     _prepare_streams()
     prepare_libraries()
-    with _terminate_as_interrupt():
+    with signals.watched(last=argv is None):
         try:
             code = _invoke(arguments)
             sys.stdout.flush()
+            signals.ignore()
         except BrokenPipeError:
             return _leave_quietly()
         except (Exception, KeyboardInterrupt) as error:
             try:
-                code = _fail(error, as_json=_json_asked(arguments))
+                code = _fail(error, as_json=_asked(arguments, "--json"), quiet=_asked(arguments, "--quiet", "-q"))
                 sys.stdout.flush()
             except BrokenPipeError:
                 return _leave_quietly()
@@ -67,6 +67,7 @@ def _invoke(arguments: list[str]) -> int:
     except SystemExit as error:  # how typer and rich end when they meet a closed pipe while printing help
         raise BrokenPipeError from error
     if isinstance(outcome, Outcome):
+        signals.check()
         try:
             outcome.out.emit(outcome.result)
             sys.stdout.flush()
@@ -80,7 +81,7 @@ def _invoke(arguments: list[str]) -> int:
     return outcome if isinstance(outcome, int) else 0
 
 
-def _fail(error: BaseException, *, as_json: bool) -> int:
+def _fail(error: BaseException, *, as_json: bool, quiet: bool = False) -> int:
     from kvllm.cli.failures import describe
 
     debug = bool(os.environ.get("KVLLM_DEBUG"))
@@ -96,8 +97,8 @@ def _fail(error: BaseException, *, as_json: bool) -> int:
 
     console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
     report = getattr(error, "report", None)
-    if report is not None:
-        console.print(report_view(report, probes=True), soft_wrap=False)
+    if report is not None and not quiet:
+        print_view(report_view(report, probes=True), sys.stderr)
     console.print(inline("error:", "bold red"), inline(failure.sentence))
     for name, intro in (("suggestions", "Did you mean: "), ("matches", "It matches: ")):
         if failure.attached.get(name):
@@ -112,28 +113,10 @@ def _fail(error: BaseException, *, as_json: bool) -> int:
     return failure.exit_code
 
 
-def _json_asked(arguments: Sequence[str]) -> bool:
-    """Whether `--json` was given, also where the arguments around it do not parse."""
+def _asked(arguments: Sequence[str], *names: str) -> bool:
+    """Whether an option was given, also where the arguments around it do not parse."""
     options = arguments[: arguments.index("--")] if "--" in arguments else arguments
-    return "--json" in options
-
-
-@contextlib.contextmanager
-def _terminate_as_interrupt() -> Iterator[None]:
-    """Treat SIGTERM as Ctrl-C, so that an edit is left as if it had never begun."""
-
-    def interrupt(_signal: int, _frame: FrameType | None) -> NoReturn:
-        raise KeyboardInterrupt
-
-    try:
-        before = signal.signal(signal.SIGTERM, interrupt)
-    except ValueError:  # not the main thread: signals are somebody else's business
-        yield
-        return
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    return any(name in options for name in names)
 
 
 def _leave_quietly() -> int:

@@ -99,12 +99,15 @@ def run_experiment(
     chosen = _chosen(runs, only)
     with Results(home / RESULTS_FILE) as results:
         results.take()
+        results.refuse_other(declared.digest)
+        waiting = [run for run in _unfinished(runs, results) if run in chosen]
+        # Before the folder is this experiment's: a model that is not there takes none.
+        model = model_record(declared) if waiting else None
         results.open_experiment(declared.configuration(), digest=declared.digest)
         meter = _Meter(chosen, results, progress)
-        waiting = [run for run in _unfinished(runs, results) if run in chosen]
         if waiting:
             _note_session(results, waiting, environment(threads=1 if ray else _threads(jobs)))
-            results.note("model", model_record(declared))
+            results.note("model", model)
         meter.show()
         if not waiting:
             failed: dict[str, str] = {}
@@ -126,6 +129,7 @@ def read_outcome(declared: Declared, folder: str | os.PathLike[str]) -> Outcome:
         StoreError: there are no results, or they are of another declaration.
     """
     with Results(Path(folder) / RESULTS_FILE, readonly=True) as results:
+        results.refuse_other(declared.digest)
         return _outcome(declared, runs_of(declared), results, {})
 
 

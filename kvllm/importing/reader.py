@@ -124,7 +124,7 @@ class _Reading:
             if self.mapped:
                 items = [_mapped(items, raw.value, self.mapped, self.known, csv=self.source.container == "csv")]
         except (ConfigError, RecursionError) as error:
-            key = raw.value.get("key", "") if isinstance(raw.value, dict) else ""
+            key = raw.value.get(self.mapped.get("key", "key"), "") if isinstance(raw.value, dict) else ""
             self._refuse(raw, key if isinstance(key, str) else "", str(error))
             return
         kept = [self._fact(raw, item) for item in items]
@@ -156,7 +156,7 @@ class _Reading:
         notes = [f"{said}: {n} record{'s' if n != 1 else ''}." for said, n in self.notes.items()]
         return Found(
             path,
-            self.known.name,
+            "csv" if self._own_csv() else self.known.name,
             self.source.sha256,
             self.records,
             tuple(item for key, item in self.items.items() if key in keys),

@@ -588,10 +588,11 @@ class LanguageModel:
         Raises:
             ConfigError: they do not.
         """
-        room = self.max_positions - (max_new_tokens or self.config.max_new_tokens)
-        if len(ids) > max(room, 1):
+        answer = max_new_tokens or self.config.max_new_tokens
+        if len(ids) > max(self.max_positions - answer, 1):
             raise ConfigError(
-                f"The prompt has {len(ids):,} tokens, this model takes {room:,} beside the answer; nothing was asked."
+                f"A prompt of {len(ids):,} tokens and an answer of up to {answer:,} are more than the "
+                f"{self.max_positions:,} that this model takes; nothing was asked. Shorten one of them."
             )
         return ids
 

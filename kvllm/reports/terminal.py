@@ -228,7 +228,10 @@ def matches_table(matches: Sequence[Match]) -> RenderableType:
     table = _table(">similarity", "key", "text")
     for match in matches:
         table.add_row(number(match.similarity), inline(match.key, "bold"), inline(match.text))
-    return table
+    if not matches[0].encoder.startswith("hidden-states"):
+        return table
+    note = f"Compared by the model's own hidden states ({matches[0].encoder}), not by a sentence encoder."
+    return Group(table, Text(note, style="dim"))
 
 
 def outcomes_table(outcomes: Sequence[tuple[str, EditOutcome]], *, done: str = "inserted") -> RenderableType:
@@ -250,7 +253,8 @@ def found_table(rows: Sequence[tuple[str, str, str, str]]) -> RenderableType:
 
 def verify_view(report: VerifyReport) -> Group:
     """Return what `verify` checked and each disagreement it found."""
-    depth = "every byte re-read, the weights replayed" if report.deep else "rows, files and hashes"
+    depth = "every byte re-read" if report.deep else "rows, files and hashes"
+    depth += ", the weights replayed" if report.replayed else ""
     checked = f"{report.edits} edits, {report.facts} facts, {report.deltas} deltas checked ({depth})"
     repairs: list[RenderableType] = []
     if report.repairs:

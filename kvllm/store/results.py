@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -40,7 +41,7 @@ class Results:
             raise StoreError(f"There are no results at {self.path.parent}; run the experiment first.")
         if not readonly:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-        with translated(self.path.parent, "Opening the results"):
+        with self._translated("Opening the results"):
             self._connection = connect(self.path, readonly=readonly, create=not readonly)
         try:
             self._check(readonly)
@@ -49,7 +50,7 @@ class Results:
             raise
 
     def _check(self, readonly: bool) -> None:
-        with translated(self.path.parent, "Opening the results"):
+        with self._translated("Opening the results"):
             if not readonly:
                 self._create_tables()
             found = {name for (name,) in self._connection.execute("SELECT name FROM sqlite_master WHERE type='table'")}
@@ -58,6 +59,9 @@ class Results:
             version = self._meta("schema")
         if version is not None and version > SCHEMA:
             raise StoreError(f"The results at {self.path} were made by a newer kvllm; nothing was changed.")
+
+    def _translated(self, doing: str) -> AbstractContextManager[None]:
+        return translated(self.path.parent, doing, file=self.path.name)
 
     def _create_tables(self) -> None:
         import sqlite_utils
@@ -106,9 +110,9 @@ class Results:
         Raises:
             StoreError: the folder holds the results of another declaration.
         """
-        known = self._meta("digest")
-        if known is None:
-            with translated(self.path.parent, "Writing the results"):
+        self.refuse_other(digest)
+        if self._meta("digest") is None:
+            with self._translated("Writing the results"):
                 self._connection.execute("BEGIN IMMEDIATE")
                 try:
                     self._set_meta("declared", dict(declared))
@@ -117,7 +121,14 @@ class Results:
                     self._connection.execute("ROLLBACK")
                     raise
                 self._connection.execute("COMMIT")
-        elif known != digest:
+
+    def refuse_other(self, digest: str) -> None:
+        """Refuse results of another declaration.
+
+        Raises:
+            StoreError: these are.
+        """
+        if self._meta("digest") not in (None, digest):
             raise StoreError(
                 f"The folder {self.path.parent} holds results of another declaration (or of other facts); nothing was "
                 f"changed. Give another folder."
@@ -130,7 +141,7 @@ class Results:
 
     def note(self, name: str, value: Any) -> None:
         """Keep something about the experiment as a whole, replacing what was noted under the name."""
-        with translated(self.path.parent, "Writing the results"):
+        with self._translated("Writing the results"):
             self._set_meta(f"note/{name}", value)
 
     def noted(self, name: str) -> Any:
@@ -141,7 +152,7 @@ class Results:
 
     def finish(self, run: str, step: str, rows: Sequence[Mapping[str, Any]], *, seconds: float) -> None:
         """Keep a finished step with its rows; a step that is there already stays as it is."""
-        with translated(self.path.parent, "Writing the results"):
+        with self._translated("Writing the results"):
             self._connection.execute("BEGIN IMMEDIATE")
             try:
                 fresh = self._connection.execute(
@@ -163,7 +174,7 @@ class Results:
     def finished(self, run: str | None = None) -> dict[str, set[str]]:
         """Return the finished steps by run."""
         found: dict[str, set[str]] = {}
-        with translated(self.path.parent, "Reading the results"):
+        with self._translated("Reading the results"):
             for name, step in self._connection.execute("SELECT run, step FROM steps ORDER BY rowid"):
                 if run is None or name == run:
                     found.setdefault(name, set()).add(step)
@@ -171,13 +182,13 @@ class Results:
 
     def seconds(self) -> dict[tuple[str, str], float]:
         """Return how long each finished step took."""
-        with translated(self.path.parent, "Reading the results"):
+        with self._translated("Reading the results"):
             told = self._connection.execute("SELECT run, step, seconds FROM steps")
             return {(run, step): seconds for run, step, seconds in told}
 
     def rows(self) -> list[dict[str, Any]]:
         """Return the rows, each with its run and step, in an order that does not depend on who was faster."""
-        with translated(self.path.parent, "Reading the results"):
+        with self._translated("Reading the results"):
             return [
                 {"run": run, "step": step, **json.loads(data)}
                 for run, step, data in self._connection.execute(

@@ -89,11 +89,14 @@ def is_readonly_rollback(error: sqlite3.Error) -> bool:
     return error_code(error) & 0xFF == _READONLY
 
 
+LEDGER_FILE = "ledger.db"
 UNCHANGED = "nothing was changed"
 UNCONFIRMED = "it was done all the same, but the disk did not confirm it, and a power cut may undo it"
 
 
-def translate(error: BaseException, path: Path, doing: str, unchanged: str = UNCHANGED) -> KvllmError | None:
+def translate(
+    error: BaseException, path: Path, doing: str, unchanged: str = UNCHANGED, file: str = LEDGER_FILE
+) -> KvllmError | None:
     """Return the kvllm error for a failure of SQLite or of the file system, or None for anything else.
 
     Args:
@@ -101,7 +104,9 @@ def translate(error: BaseException, path: Path, doing: str, unchanged: str = UNC
         path: The knowledge base.
         doing: What was being done, as the beginning of a sentence: "Committing the edit".
         unchanged: What was left as it was.
+        file: The database, whose name is told; only a ledger is verified.
     """
+    advice = f"run `kvllm verify {path}` or restore a backup" if file == LEDGER_FILE else "restore a copy of it"
     full = "the disk or memory is full"
     said = " ".join(str(error).split())[:200]  # SQLite quotes whole table definitions
     if isinstance(error, sqlite3.Error):
@@ -113,31 +118,26 @@ def translate(error: BaseException, path: Path, doing: str, unchanged: str = UNC
         if primary in (_FULL, _NOMEM):
             return OutOfResources(f"{where} failed because {full}; {unchanged}, free some space and repeat.")
         if primary in (_CORRUPT, _NOTADB) or code == _IOERR_SHORT_READ:
-            return Corrupt(
-                f"{where} failed because ledger.db is damaged ({said}); {unchanged}, run `kvllm verify {path}` or "
-                "restore a backup."
-            )
+            return Corrupt(f"{where} failed because {file} is damaged ({said}); {unchanged}, {advice}.")
         if primary == _READONLY:
             return StoreError(
                 f"{where} failed because the ledger cannot be written, was replaced by a repair meanwhile, or has an "
                 f"interrupted write to roll back; {unchanged}, open it again with write permission."
             )
         if primary == _CANTOPEN:
-            return StoreError(f"{where} failed because ledger.db cannot be opened; check the folder's permissions.")
+            return StoreError(f"{where} failed because {file} cannot be opened; check the folder's permissions.")
         if primary == _CONSTRAINT:
             return StoreError(f"{where} was refused by the ledger's own rules ({said}); {unchanged}.")
         if primary == _TOOBIG:
             return ConfigError(f"{where} failed because a value is too long for SQLite; {unchanged}.")
         if any(sign in str(error).lower() for sign in ("no such table", "no such column", "no such index", "decode")):
             return Corrupt(
-                f"{where} failed because ledger.db does not hold what it should ({said}); {unchanged}, run "
-                f"`kvllm verify {path}`."
+                f"{where} failed because {file} does not hold what it should ({said}); {unchanged}, {advice}."
             )
         return StoreError(f"{where} failed: {said}; {unchanged}.")
     if isinstance(error, UnicodeDecodeError):  # SQLite's own message quotes what it found, and the driver decodes it
         return Corrupt(
-            f"{doing} in {path} failed because ledger.db is damaged (a name in it is not text); {unchanged}, run "
-            f"`kvllm verify {path}` or restore a backup."
+            f"{doing} in {path} failed because {file} is damaged (a name in it is not text); {unchanged}, {advice}."
         )
     if isinstance(error, OSError):
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM):
@@ -148,12 +148,12 @@ def translate(error: BaseException, path: Path, doing: str, unchanged: str = UNC
 
 
 @contextmanager
-def translated(path: Path, doing: str, unchanged: str = UNCHANGED) -> Iterator[None]:
+def translated(path: Path, doing: str, unchanged: str = UNCHANGED, *, file: str = LEDGER_FILE) -> Iterator[None]:
     """Turn SQLite's and the file system's errors into kvllm's within the block."""
     try:
         yield
     except (sqlite3.Error, OSError, UnicodeDecodeError) as error:
-        known = translate(error, path, doing, unchanged)
+        known = translate(error, path, doing, unchanged, file)
         if known is None:  # pragma: no cover - translate knows both classes
             raise
         raise known from error

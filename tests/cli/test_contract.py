@@ -13,6 +13,7 @@ from collections.abc import Callable
 import pytest
 
 from kvllm import errors
+from kvllm.errors import ModelError
 from kvllm.records import Metric, ProbeResult, Problem, Report, VerifyReport
 from tests.cli.stand_in import Ran, StandIn
 
@@ -236,6 +237,48 @@ def test_sigterm_is_an_interruption(kvllm: Run, monkeypatch: pytest.MonkeyPatch)
     ran = kvllm("ask", "my.kb", "x")
     assert (ran.code, ran.err) == (130, "error: Interrupted; nothing was changed.\n")
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("becomes", [None, ModelError("The model folder x cannot be loaded: could not import y.")])
+def test_a_signal_stays_an_interruption_whatever_becomes_of_it(
+    kvllm: Run, monkeypatch: pytest.MonkeyPatch, number: int, becomes: Exception | None
+) -> None:
+    def ask(self: StandIn, prompt: str, *, max_new_tokens: int | None = None) -> str:
+        try:
+            os.kill(os.getpid(), number)
+        except KeyboardInterrupt:
+            if becomes is not None:
+                raise becomes from None
+        return "An answer that nobody waits for."
+
+    monkeypatch.setattr(StandIn, "ask", ask)
+    ran = kvllm("ask", "my.kb", "x")
+    assert (ran.code, ran.out, ran.err) == (130, "", "error: Interrupted; nothing was changed.\n")
+
+
+def test_an_interruption_after_the_commit_says_what_stays(kvllm: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def close(self: StandIn, *_: object) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(StandIn, "__exit__", close)
+    ran = kvllm("insert", "my.kb", "new", "A text.")
+    assert ran.code == 130
+    assert "edit 2 had been committed before and stay" in ran.err
+
+
+def test_a_signal_after_the_result_does_not_count() -> None:
+    script = (
+        "import os, signal, sys\n"
+        "from kvllm.cli import main\n"
+        "sys.argv = ['kvllm', 'models']\n"
+        "code = main()\n"
+        "os.kill(os.getpid(), signal.SIGTERM), os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.exit(code)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "smollm2" in done.stdout
 
 
 def test_interrupted_series_names_the_edits_that_stay(kvllm: Run, monkeypatch: pytest.MonkeyPatch) -> None:

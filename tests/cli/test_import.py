@@ -183,7 +183,7 @@ def test_probes_that_cannot_be_written_are_said_before_anything_is_taught(
     monkeypatch.setattr("kvllm.importing.found.os.fsync", denied)
     ran = kvllm("import", "my.kb", given, "--probes-to", str(tmp_path / "probes.jsonl"))
     assert ran.code == 2
-    assert "probes.jsonl: Permission denied; nothing was written" in ran.err
+    assert "probes.jsonl.part: Permission denied; nothing was written" in ran.err
     assert not calls("insert_many")
 
 
@@ -194,7 +194,42 @@ def test_an_import_that_breaks_off_leaves_no_probes_behind(
     base.raises["insert_many"] = KeyboardInterrupt()
     assert kvllm("import", "my.kb", written([EDIT]), "--probes-to", str(out)).code == 130
     assert calls("insert_many")
-    assert not out.exists()
+    assert not list(tmp_path.glob("*probes*"))
+    (tmp_path / ".probes.jsonl.part").write_text("left by one that was killed")
+    base.raises.clear()
+    assert kvllm("import", "my.kb", written([EDIT]), "--probes-to", str(out)).code == 0
+    assert [path.name for path in tmp_path.glob("*probes*")] == ["probes.jsonl"]
+
+
+@pytest.mark.parametrize("command", ["import", "insert-many"])
+def test_a_series_goes_on_where_it_was(kvllm: Run, written: Callable[..., str], command: str) -> None:
+    rows = [{"key": f"k{i}", "text": f"Text {i}."} for i in range(4)]
+    assert kvllm(command, "my.kb", written(rows[:2])).code == 0
+    again = kvllm(command, "my.kb", written(rows), "--json")
+    assert (again.code, again.document["inserted"], again.document["failed"]) == (4, 2, 2)
+    rest = [*rows, {"key": "k9", "text": "New."}, {"key": "torchkeras", "text": "Another text."}]
+    ran = kvllm(command, "my.kb", written(rest), "--resume", "--json")
+    assert [(row["key"], row["code"]) for row in ran.document["results"]] == [
+        ("k9", None),
+        ("torchkeras", "key_exists"),
+    ]
+    assert (ran.document["done_before"], ran.document["inserted"]) == (4, 1)
+
+
+def test_deletes_go_on_where_they_were(kvllm: Run, written: Callable[..., str]) -> None:
+    rows = [{"key": f"k{i}", "text": f"Text {i}."} for i in range(3)]
+    kvllm("import", "my.kb", written(rows))
+    kvllm("delete", "my.kb", "k0")
+    ran = kvllm("import", "my.kb", written(rows), "--delete", "restore", "--resume", "--json")
+    assert (ran.code, ran.document["deleted"], ran.document["done_before"]) == (0, 2, 1)
+
+
+def test_a_refused_row_of_a_table_has_the_key_of_its_own_column(kvllm: Run, written: Callable[..., str]) -> None:
+    table = written("Question,Answer\nWho?,Ada\nWhat?,\n", "facts.csv")
+    ran = kvllm("import", "my.kb", table, "--map", "key=Question", "--map", "text=Answer", "--json")
+    assert [row["key"] for row in ran.document["results"]] == ["Who?", "What?"]
+    own = kvllm("import", "my.kb", written("key,text\na,A.\n", "own.csv"), "--json")
+    assert (own.document["format"], ran.document["format"]) == ("csv", "mapped")
 
 
 @pytest.mark.parametrize(

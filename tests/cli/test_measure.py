@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -183,3 +185,25 @@ def test_unknown_key_is_exit_code_3_and_writes_no_report(kvllm: Run, tmp_path: P
     ran = kvllm("probe", "my.kb", "torchkera", "--output", str(tmp_path / "a.html"), "--json")
     assert (ran.code, json.loads(ran.out)["code"]) == (3, "key_not_found")
     assert not (tmp_path / "a.html").exists()
+
+
+def test_a_report_that_cannot_be_written_costs_neither_the_others_nor_the_result(
+    kvllm: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    long = tmp_path / ("x" * 300 + ".json")
+    ran = kvllm("probe", "my.kb", "-o", str(long))
+    assert (ran.code, ran.out) == (2, "")
+    assert "nothing was measured" in ran.err
+    write = Path.write_bytes
+
+    def full(path: Path, data: bytes) -> int:
+        if path.name == "bad.html":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(path, data)
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    ran = kvllm("probe", "my.kb", "-o", str(tmp_path / "bad.html"), "-o", str(tmp_path / "good.json"), "--json")
+    assert (ran.code, ran.document["ok"], ran.document["code"]) == (10, False, "out_of_resources")
+    assert ran.document["report"]
+    assert (tmp_path / "good.json").stat().st_size > 100
+    assert not (tmp_path / "bad.html").exists()

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import io
+import os
+import signal
+from contextlib import suppress
 
+import pytest
 from rich.console import Console
 
+from kvllm.cli import signals
 from kvllm.cli.output import Output
 from kvllm.cli.progress import ProgressBars, detail
 from kvllm.records import Progress
@@ -35,6 +40,18 @@ def test_bars_appear_for_each_stage_and_can_come_back_after_a_pause() -> None:
     bars.pause()
 
 
-def test_no_callback_where_nobody_would_see_it() -> None:
-    assert Output().progress is None  # pytest's stderr is not a terminal
-    assert Output(quiet=True).progress is None
+def test_nothing_is_drawn_where_nobody_would_see_it(capsys: pytest.CaptureFixture[str]) -> None:
+    for out in (Output(), Output(quiet=True)):  # pytest's stderr is not a terminal
+        out.progress(Progress("probing", 1, 2))
+        out.pause()
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_signal_that_was_swallowed_ends_the_command_at_its_next_step() -> None:
+    with signals.watched():
+        with suppress(KeyboardInterrupt):  # as an import does that is interrupted
+            os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            Output().progress(Progress("commit"))
+    with signals.watched():
+        Output().progress(Progress("commit"))

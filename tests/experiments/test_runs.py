@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,7 +25,7 @@ from kvllm import KnowledgeBase
 from kvllm.editing.editor import EditTask, Training
 from kvllm.editing.engine import Engine
 from kvllm.editing.soft_prompts import SoftPromptEditor
-from kvllm.errors import Busy, ConfigError, EditFailed, StoreError
+from kvllm.errors import Busy, ConfigError, Corrupt, EditFailed, ModelError, StoreError
 from kvllm.experiments.capacity import _bits, _parameters, _Watch
 from kvllm.experiments.declared import Declared
 from kvllm.experiments.desk import Desk
@@ -412,9 +413,28 @@ def test_a_run_whose_folder_is_gone_does_not_go_on_untaught(
     assert list(run_experiment(declared, home).failed) == [run], "nor at the next attempt"
 
 
+def test_a_start_that_fails_leaves_the_folder_free(make: Make, home: Path) -> None:
+    arms = {"arms": ARMS[:1]}
+    with pytest.raises(ModelError):
+        run_experiment(replace(make("injection", n=1, settings=arms), model="no such model"), home)
+    assert not run_experiment(make("injection", n=1, settings=arms), home).unfinished
+
+
+def test_damaged_results_are_called_by_their_name(make: Make, home: Path) -> None:
+    declared = make("injection", n=1, settings={"arms": ARMS[:1]})
+    run_experiment(declared, home)
+    data = (home / "results.db").read_bytes()
+    (home / "results.db").write_bytes(data[:8192] + b"x" * (len(data) - 8192))
+    with pytest.raises(Corrupt, match=r"results\.db is damaged") as told:
+        read_outcome(declared, home)
+    assert "kvllm verify" not in str(told.value)
+
+
 def test_results_of_another_declaration_are_never_mixed(make: Make, home: Path) -> None:
     arms = {"arms": ARMS[:1]}
     run_experiment(make("injection", n=1, settings=arms), home)
+    with pytest.raises(StoreError, match="another declaration"):
+        read_outcome(make("injection", n=2, settings=arms), home)
     with pytest.raises(StoreError, match="another declaration"):
         run_experiment(make("injection", n=2, settings=arms), home)
     with pytest.raises(StoreError, match="no results"):
