@@ -10,7 +10,7 @@ import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from importlib import resources
 from typing import Any, TypeVar
 
@@ -104,18 +104,18 @@ def fact_suite(fact: Fact, *, neighbours: int = 0, seed: int = 0, taken: frozens
                 seen.add(question)
                 probes.append(Probe(kind, question, fact.text, fact.key))  # type: ignore[arg-type]
     if neighbours:
+        name = fact.key.casefold()
+        others = taken if name in taken else taken | {name}
         probes += [
             Probe("neighbour", q, fact.text, fact.key)
-            for q in neighbour_sample(
-                language_of(fact.key), neighbours, seed=f"{seed}/{fact.key}", taken=taken | {fact.key.casefold()}
-            )
+            for q in neighbour_sample(language_of(fact.key), neighbours, seed=f"{seed}/{fact.key}", taken=others)
         ]
     return probes
 
 
 def neighbour_sample(language: str, n: int, *, seed: int | str, taken: frozenset[str] = frozenset()) -> list[str]:
     """Return n held-out neighbour questions, three quarters in the given language, none naming a taken key."""
-    rows = [row for row in _read("neighbours.jsonl") if not any(key in row["question"].casefold() for key in taken)]
+    rows = _not_naming(taken)
     own = [row["question"] for row in rows if row["lang"] == language]
     other = [row["question"] for row in rows if row["lang"] != language]
     rng = random.Random(seed)
@@ -125,8 +125,13 @@ def neighbour_sample(language: str, n: int, *, seed: int | str, taken: frozenset
 
 def pool_questions(taken: frozenset[str] = frozenset()) -> list[str]:
     """Return every packaged neighbour question that names no taken (casefolded) key."""
-    questions = [row["question"] for row in _read("neighbours.jsonl")]
-    return [q for q in questions if not any(key in q.casefold() for key in taken)]
+    return [row["question"] for row in _not_naming(taken)]
+
+
+@lru_cache(maxsize=4)  # the suites of many facts leave out the same names
+def _not_naming(taken: frozenset[str]) -> tuple[dict[str, Any], ...]:
+    rows = _read("neighbours.jsonl")
+    return tuple(row for row in rows if not any(key in row["question"].casefold() for key in taken))
 
 
 @cache
