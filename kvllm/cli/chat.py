@@ -15,6 +15,7 @@ from kvllm.cli.app import LOOKUP, app
 from kvllm.cli.command import Device, Dtype, MaxTokens, Model, Store, command, decode, opened
 from kvllm.cli.output import Output, Result
 from kvllm.errors import ConfigError
+from kvllm.records import Answer
 
 Messages = list[dict[str, str]]
 _HELP = "/forget starts the conversation anew, /quit (or Ctrl-D) ends it; anything else is asked."
@@ -50,6 +51,10 @@ def chat(
         edited, untouched = _Side(base.ask), _Side(base.ask_base) if compare else None
         sides = [side for side in (edited, untouched) if side is not None]
         for line in _lines(out):
+            if isinstance(line, ConfigError):
+                turns.append({"prompt": None, "error": str(line)})
+                _show_error(out, str(line))
+                continue
             said = line.strip()
             if not said:
                 continue
@@ -68,7 +73,7 @@ def chat(
                 turns.append({"prompt": said, "error": str(error)})
                 _show_error(out, str(error))
                 continue
-            turn: dict[str, Any] = {"prompt": said, "answer": answers[0]}
+            turn: dict[str, Any] = {"prompt": said, "answer": answers[0], "truncated": answers[0].truncated}
             if untouched is not None:
                 turn |= {"base": answers[1], "same": answers[0] == answers[1]}
             if any(side.dropped for side in sides):
@@ -91,12 +96,12 @@ class _Side:
         dropped: How many messages the last question had to leave out.
     """
 
-    def __init__(self, ask: Callable[..., str]) -> None:
+    def __init__(self, ask: Callable[..., Answer]) -> None:
         self._ask = ask
         self._said: Messages = []
         self.dropped = 0
 
-    def ask(self, question: str, *, history: bool, max_tokens: int | None) -> str:
+    def ask(self, question: str, *, history: bool, max_tokens: int | None) -> Answer:
         """Ask with what was said before; where that is too long, without its oldest turns."""
         asked = {"role": "user", "content": question}
         seen = self._said if history else []
@@ -125,8 +130,8 @@ def _is_terminal() -> bool:
         return False
 
 
-def _lines(out: Output) -> Iterator[str]:
-    """Yield what is typed, until the end of the input."""
+def _lines(out: Output) -> Iterator[str | ConfigError]:
+    """Yield what is typed, until the end of the input, and for a line that is no text why not."""
     if _is_terminal():
         while True:
             out.pause()
@@ -139,7 +144,10 @@ def _lines(out: Output) -> Iterator[str]:
         line = stream.readline()
         if not line:
             return
-        yield line if isinstance(line, str) else decode(line, name="line on stdin")
+        try:
+            yield line if isinstance(line, str) else decode(line, name="line on stdin")
+        except ConfigError as error:
+            yield error
 
 
 def _show(out: Output, turn: dict[str, Any]) -> None:

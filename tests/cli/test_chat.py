@@ -101,3 +101,11 @@ def test_it_reads_only(kvllm: Run) -> None:
     kvllm("chat", "my.kb", stdin="a?\n")
     assert StandIn.opened[-1]["readonly"]
     assert kvllm("chat", "my.kb", stdin="caf\xe9?").code == 0
+
+
+def test_a_line_that_is_no_text_costs_no_turn(kvllm: Run) -> None:
+    ran = kvllm("chat", "my.kb", "--json", stdin="What is torchkeras?\n\udcff\udcfe\nAnd why?\n")
+    turns = ran.document["turns"]
+    assert (ran.code, [turn["prompt"] for turn in turns]) == (2, ["What is torchkeras?", None, "And why?"])
+    assert "is not UTF-8" in turns[1]["error"]
+    assert turns[0]["truncated"] is False
