@@ -5,6 +5,7 @@ at_least(report.metrics, parse_limits("reliability=0.95,generalization=0.9"))
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Mapping, Sequence
 
@@ -12,6 +13,33 @@ from kvllm.errors import ConfigError
 from kvllm.metrics import shown
 from kvllm.records import GateCheck, Metric, RegressionReport
 
+# What `probe`, `drift` and `regression` can measure; whatever has a slash in its name is not known beforehand.
+METRICS = frozenset(
+    [
+        "reliability",
+        "generalization",
+        "portability",
+        "locality",
+        "score",
+        "user",
+        "completion",
+        "variant",
+        "language",
+        "inverse",
+        "consequence",
+        "far",
+        "far_recalled",
+        "recall_gain",
+        "similarity",
+        "drift_kl",
+        "answers_unchanged",
+        "ppl_ratio",
+        "qa_accuracy",
+        "qa_accuracy_base",
+        "qa_delta",
+        "change_norm",
+    ]
+)
 DRIFT_RISE, FACTS_LOST = "drift_kl_rise", "facts_lost"
 
 
@@ -19,7 +47,7 @@ def parse_limits(text: str) -> dict[str, float]:
     """Return {"reliability": 0.95, "generalization": 0.9} of "reliability=0.95,generalization=0.9".
 
     Raises:
-        ConfigError: it does not read so, or a metric has two limits.
+        ConfigError: it does not read so, there is no such metric, or one has two limits.
     """
     limits: dict[str, float] = {}
     for part in text.split(","):
@@ -33,6 +61,10 @@ def parse_limits(text: str) -> dict[str, float]:
                 f"A gate is written METRIC=NUMBER, such as reliability=0.95, and several with commas, not {text!r}; "
                 f"nothing was measured."
             )
+        if name not in METRICS and "/" not in name:
+            near = difflib.get_close_matches(name, sorted(METRICS), n=1)
+            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(sorted(METRICS))}."
+            raise ConfigError(f"There is no metric {name!r}; nothing was measured: {hint}")
         if name in limits:
             raise ConfigError(f"The metric {name} has two limits in {text!r}; nothing was measured.")
         limits[name] = limit

@@ -72,7 +72,10 @@ def test_a_gate_that_holds_is_exit_code_0(kvllm: Run, command: str, options: lis
     assert kvllm(*COMMANDS[command], *options).err == ""
 
 
-@pytest.mark.parametrize("limits", ["reliability", "reliability=", "=1", "reliability=high", "a=1,a=2", "a=nan", ""])
+@pytest.mark.parametrize(
+    "limits",
+    ["reliability", "reliability=", "=1", "reliability=high", "score=1,score=2", "score=nan", "relability=1", ""],
+)
 def test_limits_that_do_not_read_are_refused_before_anything_is_measured(kvllm: Run, limits: str) -> None:
     ran = kvllm("probe", "my.kb", "--fail-under", limits, "--json")
     assert (ran.code, ran.document["code"]) == (2, "invalid_input")

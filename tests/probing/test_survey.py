@@ -14,6 +14,7 @@ from kvllm.lm.model import LanguageModel
 from kvllm.probing.collisions import find_collisions, nearest_questions, states
 from kvllm.probing.distance import with_similarity
 from kvllm.probing.encoder import Vectors
+from kvllm.probing.gates import METRICS
 from kvllm.probing.ladder import LADDER_SUITE
 from kvllm.prompts import key_question
 from kvllm.records import ProbeResult, Report, StoredFact
@@ -154,6 +155,8 @@ def test_a_knowledge_base_is_probed_on_the_whole_ladder(taught: KnowledgeBase) -
     assert {m.suite for name, m in report.metrics.items() if name != "similarity"} == {LADDER_SUITE}
     assert {"completion", "variant", "language", "inverse", "far", "far_recalled", "recall_gain"} <= set(report.metrics)
     assert taught.edit(1).config["suites"]["ladder"] == LADDER_SUITE
+    drift = {name for name in taught.drift().metrics if "/" not in name}
+    assert set(report.metrics) | drift | {"user", "consequence"} <= METRICS, "a gate can name whatever is measured"
 
 
 def test_recall_asks_the_basic_suite_without_an_encoder(taught: KnowledgeBase) -> None:
