@@ -192,7 +192,8 @@ class GateConfig(_Validated):
 
     Attributes:
         min_reliability: Least share of the trained questions whose live answer states the text.
-        max_drift_kl: Largest mean KL(base‖edited), nats per answer token, on the drift prompts, *added by this edit*.
+        max_drift_kl: Largest mean KL(base‖edited), nats per answer token, on the drift prompts, *added by this edit*
+            (by a compaction: since the base).
         max_ppl_ratio: Largest perplexity ratio edited/before on the raw texts of the drift suite.
         min_erasure: For delete and update: least share of the questions that no longer state the old text.
         measure: False commits what was trained unmeasured, as long as its weights are finite: for whoever measures

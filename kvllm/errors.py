@@ -75,7 +75,10 @@ class AmbiguousKey(KvllmError):
 
 
 class EditFailed(KvllmError):
-    """Training could not finish: a non-finite number, or no trainable module. Nothing was changed."""
+    """Training could not finish (a non-finite number, no trainable module), or an export answers differently.
+
+    The knowledge base is unchanged; such an export stays where it is, for inspection.
+    """
 
     code = "edit_failed"
     exit_code = 4

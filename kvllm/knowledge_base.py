@@ -112,13 +112,16 @@ class KnowledgeBase:
             create: Whether a missing one is created, on `model` or the default model.
             readonly: Refuse every operation that would write; no lock is taken.
             dtype, device: Of the computation; see ModelConfig. The dtype is fixed when the knowledge base is made.
-            edit, gate: Configuration of edits; each call may override them.
+            edit, gate: Configuration of edits; each call may override them. Of an existing knowledge base: for this
+                opening only, in the place of those that it was made with.
             progress: Called with `Progress` records while something takes time.
             lock_timeout: Seconds to wait for another writer before `Busy`.
 
         Raises:
             StoreNotFound: nothing there, and `create` is off.
             StoreError: not a knowledge base, or of a newer version.
+            Corrupt: its ledger is damaged.
+            ConfigError: another dtype than it was made with.
             BaseMismatch: the files of `model` are not the pinned ones.
             ModelError: `model` cannot be resolved.
         """
@@ -531,6 +534,7 @@ class KnowledgeBase:
             clean_text(probe, name="probe"),
             expected=None if expected is None else clean_text(expected, name="expected text"),
             neighbours=GATE_NEIGHBOURS,
+            seed=self._session.edit_config.seed,
             tick=self._session.ticker,
         )
 
@@ -819,7 +823,7 @@ class KnowledgeBase:
     # ------------------------------------------------------------------ trust
 
     def verify(self, deep: bool = False, *, repair: bool = False, yes: bool = False) -> VerifyReport:
-        """Check that rows, files and hashes agree; `deep` re-reads every byte and replays the head's weights.
+        """Check that rows, files and hashes agree; `deep` re-reads every byte and replays head and tags.
 
         Args:
             deep: Read everything, and load the model.
@@ -834,21 +838,22 @@ class KnowledgeBase:
             return report
         from kvllm.records import Problem
 
-        problems = list(report.problems)
+        problems, replayed = list(report.problems), False
         try:
             engine = self._session.engine
             engine.check_base_files()
             with engine.elsewhere():
                 points = self._digest_points()
-                replayed = self._session.ticker("replaying")
+                show = self._session.ticker("replaying")
                 for done, edit_id in enumerate(points, 1):
                     if engine.replayed_digest(edit_id) != self._store.edit(edit_id).weights_digest:
                         problems.append(Problem("a replay gives other weights than were recorded", f"edit {edit_id}"))
-                    replayed(done, len(points))
+                    show(done, len(points))
+            replayed = True
         except KvllmError as error:
             problems.append(Problem(str(error), "replay"))
         sound = all(problem.severity != "error" for problem in problems)
-        return replace(report, problems=tuple(problems), ok=sound, replayed=True)
+        return replace(report, problems=tuple(problems), ok=sound, replayed=replayed)
 
     @staticmethod
     def check(

@@ -235,13 +235,14 @@ class Edit(Record):
         parent: The head this edit was made on; None for the first.
         target: For rollback: the edit whose state was restored (0: the untouched base).
         steps, seconds, seed: Of the training; 0 / 0.0 / None where none ran.
-        delta: The stored change; None for rollback.
+        delta: The stored change; None for a rollback, and where nothing had to change.
         weights_digest: sha256 over base and adapted weights after the edit (hex).
         report: What was measured before the commit.
         warnings: E.g. collisions.
         created_at: UTC, ISO 8601.
         config: The EditConfig and GateConfig in force, and the training record (ranks, losses).
         tags: Names that point to this edit.
+        mode: Of a delete: "restore" or "abstain"; else None.
     """
 
     id: int
@@ -263,8 +264,9 @@ class Edit(Record):
     mode: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """As the command line prints it: `report` maps metric names to numbers; probes stand under `probes`."""
+        """As the command line prints it: `report` maps metric names to numbers; probes and warnings stand beside it."""
         plain = super().to_dict()
+        plain["warnings"] = list(dict.fromkeys([*self.warnings, *self.report.warnings]))
         plain["report"] = {name: metric.to_dict() for name, metric in self.report.metrics.items()}
         plain["probes"] = [probe.to_dict() for probe in self.report.probes]
         return plain
@@ -652,10 +654,10 @@ class ExportResult(Record):
 
 @dataclass(frozen=True)
 class Progress(Record):
-    """One tick of a running edit, for progress bars.
+    """One tick of whatever takes time, for progress bars.
 
     Attributes:
-        stage: What is happening: "model", "preservation", "training", "probing", "commit".
+        stage: What is happening, in a few words: "model", "preservation", "training", "probing", "commit", "drift" …
         step, total: Position within the stage.
         loss: Cross-entropy per answer token (nats), without penalty.
         recall: Share of target tokens that are the greedy choice with margin.

@@ -359,7 +359,7 @@ def rollback(
     device: Device = None,
     dtype: Dtype = None,
 ) -> Result:
-    """Return to the weights and facts of an earlier edit, bit for bit; 0 is the untouched base. Undoable itself.
+    """Return to the weights and facts of an earlier edit, bit for bit (0: the untouched base); undone in the same way.
 
     kvllm rollback my.kb 3
     """

@@ -124,7 +124,7 @@ def import_facts(
         raise ConfigError(f"{name} is for facts that are taught, not for --delete; nothing was changed. Leave it out.")
     if delete is None and min_erasure is not None:
         raise ConfigError("--min-erasure is for --delete, not for facts that are taught; nothing was changed.")
-    if probes_to is not None and probes_to.exists():
+    if probes_to is not None and probes_to.exists() and not resume:
         raise ConfigError(f"{probes_to} exists already; nothing was changed. Give another name or remove it.")
     if probes_to is not None and not probes_to.absolute().parent.is_dir():
         raise ConfigError(f"The probes cannot be written to {probes_to}: no such folder; nothing was changed.")

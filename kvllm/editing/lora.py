@@ -1,9 +1,10 @@
 """LoRA, and full fine-tuning of the adapted matrices: the peers of AdaLoRA in the same training session, on peft.
 
-LoRA starts its input factors from the same gradient's singular vectors and its output factors at zero, and moves them
-at rates that move the product as AdaLoRA's first step does. Full fine-tuning is LoRA of full rank with one factor fixed
-to the identity: then the other factor *is* the matrix' change, and its gradient the matrix' own. Both give deltas, so
-that they are merged, stored and undone as AdaLoRA's are.
+LoRA (Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", ICLR 2022) starts its input factors from the same
+gradient's singular vectors and its output factors at zero, and moves them at rates that move the product as AdaLoRA's
+first step does. Full fine-tuning is LoRA of full rank with one factor fixed to the identity: then the other factor *is*
+the matrix' change, and its gradient the matrix' own. Both give deltas, so that they are merged, stored and undone as
+AdaLoRA's are.
 """
 
 from __future__ import annotations

@@ -81,7 +81,13 @@ def measure_regression(
 
 
 def find_culprit(
-    engine: Engine, probe: str, *, expected: str | None = None, neighbours: int = 0, tick: MakeTick | None = None
+    engine: Engine,
+    probe: str,
+    *,
+    expected: str | None = None,
+    neighbours: int = 0,
+    seed: int = 0,
+    tick: MakeTick | None = None,
 ) -> BisectReport:
     """Find the edit after which a probe first failed, in log₂(n) replays.
 
@@ -92,13 +98,14 @@ def find_culprit(
         expected: What the answer must state; by default what the suite expects. The search begins at the edit that
             taught a live fact of this text, else at the base.
         neighbours: How many neighbour questions belong to a fact's suite.
+        seed: Chooses them.
         tick: Makes a progress function for a stage.
 
     Raises:
         ConfigError: nobody knows what the probe should be answered with.
         AmbiguousKey: it is a question of several facts.
     """
-    searched = _searched(engine, probe, expected, neighbours)
+    searched = _searched(engine, probe, expected, neighbours, seed)
     head, start = engine.head, min(searched.start, engine.head)
     steps: dict[int, BisectStep] = {}
     show = tick("bisecting") if tick is not None else None
@@ -150,7 +157,7 @@ class _Searched:
     accepted: tuple[str, ...] = ()
 
 
-def _searched(engine: Engine, probe: str, expected: str | None, neighbours: int) -> _Searched:
+def _searched(engine: Engine, probe: str, expected: str | None, neighbours: int, seed: int) -> _Searched:
     facts = engine.store.facts(engine.head)
     if expected is not None:
         taught = next((fact for fact in facts if fact.text == expected), None)
@@ -162,7 +169,7 @@ def _searched(engine: Engine, probe: str, expected: str | None, neighbours: int)
             share = RECALLED_SHARE
             return _Searched(trained, fact.edit_id, fact.text, fact.key, pairing.FACTS_SCORER, share)
     taken = names_of(facts)
-    found = [p for f in facts for p in ladder(f, neighbours=neighbours, taken=taken) if p.question == probe]
+    found = [p for f in facts for p in ladder(f, neighbours=neighbours, seed=seed, taken=taken) if p.question == probe]
     stating = [p for p in found if p.kind != "neighbour"]
     if len({p.key for p in stating}) > 1:
         keys = [str(p.key) for p in stating]
@@ -181,7 +188,7 @@ def _searched(engine: Engine, probe: str, expected: str | None, neighbours: int)
             return _Searched((Probe("general", probe, ""),), 0, " / ".join(accepted), None, "accepts", 1.0, accepted)
     raise ConfigError(
         f"Nobody knows what {probe!r} should be answered with: it is no live key and no question of a suite; "
-        f"nothing was changed. Give the expected text too."
+        f"nothing was changed. Give the expected text too (--expected)."
     )
 
 
