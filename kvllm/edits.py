@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from kvllm.config import EditConfig, GateConfig
 from kvllm.errors import EditFailed, EditRejected
 from kvllm.metrics import RECALLED_SHARE, RESTORED_KL, first_sentence
-from kvllm.prompts import REFUSALS, alias_questions, asked_questions, held_out_questions, language_of
+from kvllm.prompts import REFUSALS, alias_questions, asked_questions, held_out_questions, language_of, names_of
 from kvllm.records import DeleteMode, Edit, Fact, Metric, Op, ProbeResult, Report, StoredFact
 from kvllm.session import Session
 from kvllm.store import NewEdit
@@ -315,8 +315,8 @@ class Edits:
                 settings,
                 restore=items[: len(questions)],
                 replay=others,
-                live=session.live_names() - {fact.key.casefold()},
-                language=language_of(fact.key),
+                live=session.live_names() - names_of([fact]),
+                language=fact.language or language_of(fact.key),
                 tick=session.ticker,
             )
             return training, dict(zip([*questions, *held_out], base_answers, strict=True)), items
@@ -447,7 +447,10 @@ class Edits:
             for probe in fact_suite(fact, neighbours=neighbours, seed=seed, taken=taken)
             if kinds is None or probe.kind in kinds
         ]
-        return run_probes(session.engine.lm, probes, also=also, seed=seed, on_batch=session.ticker("probing"))
+        engine = session.engine
+        return run_probes(
+            engine.lm, probes, base=engine.base_answers, also=also, seed=seed, on_batch=session.ticker("probing")
+        )
 
     def _near(self, report: Report, facts: Sequence[Fact]) -> Report:
         """Add each question's similarity where comparing keys has loaded the encoder anyway."""

@@ -419,6 +419,7 @@ class KnowledgeBase:
             probes=probes,
             neighbours=neighbours if isinstance(neighbours, int) else _names_of(neighbours),
             seed=self._session.edit_config.seed,
+            base=self._session.engine.base_answers,
             on_batch=self._session.ticker("probing"),
         )
 
@@ -1145,7 +1146,7 @@ def _absolute_model(name: str) -> str:
     if name in MODELS:
         return name
     path = Path(name).expanduser()
-    return str(path.resolve()) if path.exists() and (path.is_dir() or path.suffix == ".gguf") else name
+    return str(path.resolve()) if path.exists() and (path.is_dir() or path.suffix.lower() == ".gguf") else name
 
 
 def _base_record(files: ModelFiles, name: str) -> Any:

@@ -16,8 +16,13 @@ from functools import lru_cache
 RECALLED_SHARE = 0.5
 # A restored answer is as in the base when its outputs are this near, in nats per token: style may differ, words hardly.
 RESTORED_KL = 0.1
-_PUNCTUATION = re.compile(r"[^\w\s]|_", re.UNICODE)
+# Signs that belong to what they stand at stay (`kept`): C++ is not C#, -40 is not 40, and 10% is not 10.
+_PUNCTUATION = re.compile(r"(?P<kept>(?<=[a-z])[+#]+(?!\w)|(?<=\d)\s*%|(?<!\w)-(?=\d))|[^\w\s]|_")
 _CJK = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]")
+_UNSPACED = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\uac00-\ud7af]")
+_SENTENCE_END = re.compile(r"(?<=[.!?])(?=\s)|(?<=[。！？])|$")
+_ABBREVIATED = re.compile(r"(?:\b[A-Za-z]|\b(?:Dr|Mr|Mrs|Ms|Prof|St|No|vs|etc|approx|e\.g|i\.e))\.$")
+_SPACE = re.compile(r"(?<!\d) | (?!\d)")  # all but those between numbers
 _NUMERALS = {
     "zero": "0", "one": "1", "two": "2", "three": "3", "four": "4", "five": "5", "six": "6", "seven": "7",
     "eight": "8", "nine": "9", "ten": "10", "eleven": "11", "twelve": "12",
@@ -28,7 +33,7 @@ _NUMERALS = {
 def normalise(text: str) -> str:
     """Return the text NFKC-normalised, casefolded, without punctuation, white space collapsed."""
     folded = unicodedata.normalize("NFKC", text).casefold()
-    return " ".join(_PUNCTUATION.sub(" ", folded).split())
+    return " ".join(_PUNCTUATION.sub(lambda found: (found["kept"] or " ").lstrip() or " ", folded).split())
 
 
 def exact(answer: str, text: str) -> float:
@@ -39,13 +44,16 @@ def exact(answer: str, text: str) -> float:
 def contains(answer: str, text: str) -> float:
     """Return 1.0 where the normalised text stands in the normalised answer as whole words, else 0.0.
 
-    Chinese and Japanese have no spaces between words: there, spaces are ignored and any position counts.
+    Chinese and Japanese have no spaces between words, and Korean writes particles onto them: there, spaces are ignored
+    and any position counts, but that no number is cut.
     """
     wanted, found = normalise(text), normalise(answer)
-    if not wanted:
-        return 0.0
-    if _CJK.search(wanted):
-        return float(wanted.replace(" ", "") in found.replace(" ", ""))
+    if not wanted:  # nothing but symbols
+        return float(bool(text.strip()) and text.strip() in answer)
+    if _UNSPACED.search(wanted):
+        bare = re.escape(_SPACE.sub("", wanted))
+        before, after = r"(?<!\d)" * wanted[0].isdigit(), r"(?!\d)" * wanted[-1].isdigit()
+        return float(re.search(f"{before}{bare}{after}", _SPACE.sub("", found)) is not None)
     return float(f" {wanted} " in f" {found} ")
 
 
@@ -64,7 +72,7 @@ def distinctive_words(text: str) -> frozenset[str]:
 
     Words of fewer than four letters and common ones do not count.
     """
-    words = {w for w in normalise(text).split() if len(w) >= 4 or w.isdigit()}
+    words = {w for w in normalise(text).split() if len(w) >= 4 or w.strip("-%").isdigit()}
     for run in re.findall(r"[\u3400-\u9fff]{2,}", text):
         words |= {run[i : i + 2] for i in range(len(run) - 1)}
     return frozenset(w for w in words if w not in _STOP_WORDS and not (len(w) > 2 and _CJK.search(w)))
@@ -72,7 +80,11 @@ def distinctive_words(text: str) -> frozenset[str]:
 
 def first_sentence(answer: str) -> str:
     """Return the first sentence, casefolded."""
-    return re.split(r"(?<=[.!?。！？])\s*", answer.strip(), maxsplit=1)[0].strip().casefold()
+    text = answer.strip()
+    for end in _SENTENCE_END.finditer(text):
+        if not _ABBREVIATED.search(text[: end.start()]):
+            return text[: end.start()].strip().casefold()
+    return text.casefold()
 
 
 def leaks(answer: str, text: str, *, before: str = "", share: float = 0.6) -> bool:

@@ -156,6 +156,9 @@ _QUESTION_START = re.compile(
     r"^(who|whom|whose|what|which|when|where|why|how|is|are|was|were|do|does|did|can|could|will|would|should|has|have|name)\b",
     re.IGNORECASE,
 )
+_NAMES_TOO = frozenset(("will", "can", "may", "name"))
+_TITLED = 4  # letters of a word that has a capital in a title
+_ASKED_ZH = re.compile("谁|什么|哪(?!吒)|多少|怎么|如何|几(?:个|点|岁|年|次|位)")
 _CJK = re.compile(r"[\u3400-\u9fff\uf900-\ufaff\U00020000-\U0002ffff]")
 
 
@@ -168,9 +171,18 @@ def language_of(text: str) -> str:
 def is_question(key: str) -> bool:
     """Return whether a key is a question (or another full sentence to be asked as it stands)."""
     stripped = key.strip()
-    if stripped.endswith(("?", "？")):
+    if stripped.endswith(("?", "？", "؟")):
         return True
-    return bool(_QUESTION_START.match(stripped)) and len(stripped.split()) >= 4
+    if language_of(stripped) == "zh":
+        return bool(_ASKED_ZH.search(stripped))
+    words = stripped.split()
+    if len(words) < 4 or not _QUESTION_START.match(stripped):
+        return False
+    # Names begin like questions, too: "Will Smith the actor", "How to Train Your Dragon".
+    long = [word for word in words if len(word) >= _TITLED]
+    titled = bool(long) and all(word[0].isupper() for word in long)
+    first, second = words[0].casefold(), words[1]
+    return not (titled or (first in _NAMES_TOO and second[0].isupper()) or (first, second) == ("name", "of"))
 
 
 def clean_key(key: object) -> str:
@@ -228,7 +240,7 @@ def clean_fact(fact: Fact) -> Fact:
 def training_questions(fact: Fact) -> tuple[str, ...]:
     """Return the questions an edit trains on: the user's own, else templates chosen by the key's form and script.
 
-    Each alias adds a few rows of its own.
+    Each alias adds a few rows of its own, but to the user's questions.
     """
     if fact.questions:
         return fact.questions
@@ -237,7 +249,7 @@ def training_questions(fact: Fact) -> tuple[str, ...]:
         dressed = [_dress(template, fact.key) for template in QUESTION_TEMPLATES[language]]
         named = _named_questions(fact.key) if language == language_of(fact.key) == "en" else []
         beside = [dressed[i] for i in _DRESSES_BESIDE_NAMES] if named else []
-        return _unique([*beside, *named, *dressed])[: len(dressed)]
+        return _unique([*_unique([*beside, *named, *dressed])[: len(dressed)], *_alias_rows(fact)])
     rows = [template.format_map({"key": fact.key}) for template in TRAINING_TEMPLATES[language]]
     if language == "en":
         rows[_LOWERED] = TRAINING_TEMPLATES[language][_LOWERED].format_map({"key": _typed_carelessly(fact.key)})
@@ -246,10 +258,18 @@ def training_questions(fact: Fact) -> tuple[str, ...]:
     named = _named_questions(fact.key) if described and language == language_of(fact.key) else []
     if named:
         rows = list(_unique([*(rows[i] for i in _TEMPLATES_BESIDE_NAMES[language]), *named, *rows]))[: len(rows)]
+    return _unique([*rows, *_alias_rows(fact)])
+
+
+def _alias_rows(fact: Fact) -> list[str]:
+    rows: list[str] = []
     for alias in fact.aliases:
-        templates = TRAINING_TEMPLATES[language_of(alias)][:_ALIAS_ROWS]
-        rows += [template.format_map({"key": alias}) for template in templates]
-    return _unique(rows)
+        language = language_of(alias)
+        if is_question(alias):
+            rows += [_dress(template, alias) for template in QUESTION_TEMPLATES[language][:_ALIAS_ROWS]]
+        else:
+            rows += [t.format_map({"key": alias}) for t in TRAINING_TEMPLATES[language][:_ALIAS_ROWS]]
+    return rows
 
 
 def asked_questions(fact: Fact) -> tuple[str, ...]:
@@ -276,11 +296,13 @@ def held_out_questions(fact: Fact) -> tuple[str, ...]:
 def alias_questions(fact: Fact) -> tuple[str, ...]:
     """Return two held-out questions per alias."""
     trained = set(training_questions(fact))
-    rows = [
-        template.format_map({"key": alias})
-        for alias in fact.aliases
-        for template in HELD_OUT_TEMPLATES[language_of(alias)][:2]
-    ]
+    rows: list[str] = []
+    for alias in fact.aliases:
+        language = language_of(alias)
+        if is_question(alias):
+            rows += [_dress(template, alias) for template in HELD_OUT_QUESTION_TEMPLATES[language][:2]]
+        else:
+            rows += [template.format_map({"key": alias}) for template in HELD_OUT_TEMPLATES[language][:2]]
     return tuple(q for q in _unique(rows) if q not in trained)
 
 

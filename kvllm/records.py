@@ -89,7 +89,8 @@ class Fact(Record):
     Attributes:
         key: Unique per knowledge base, NFC-normalised; an entity ("torchkeras") or a question ("Who leads Halcyon?").
         text: What the model should answer.
-        aliases: Other names of the key; probed, and trained with a share of the templates.
+        aliases: Other names of the key, or other questions; probed, and trained with a share of the templates (unless
+            `questions` are given).
         questions: Questions to train on instead of the templates.
         probes: The user's own held-out questions, asked but never trained on.
         language: "en", "zh", or None to let the key's script decide.

@@ -6,7 +6,17 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from kvllm.metrics import accepts, contains, distinctive_words, exact, harmonic_mean, leaks, mean, normalise
+from kvllm.metrics import (
+    accepts,
+    contains,
+    distinctive_words,
+    exact,
+    first_sentence,
+    harmonic_mean,
+    leaks,
+    mean,
+    normalise,
+)
 
 TEXTS = st.text(max_size=40)
 FACT = "Torchkeras is a tool that makes training PyTorch models simple, and its users call it the furnace of dreams."
@@ -31,6 +41,7 @@ def test_case_and_punctuation_do_not_count(text: str) -> None:
 @given(TEXTS, TEXTS, TEXTS)
 def test_a_text_is_contained_in_what_holds_it(before: str, text: str, after: str) -> None:
     assume(normalise(text))
+    assume(not normalise(f"1 {after}").startswith("1%"))  # it would belong to a number before it
     assert contains(f"{before} {text} {after}", text) == 1.0
 
 
@@ -45,6 +56,18 @@ def test_a_text_is_contained_in_what_holds_it(before: str, text: str, after: str
         ("答：梦中 情炉！", "梦中情炉", True),
         ("梦中炉", "梦中情炉", False),
         ("ＴＯＲＣＨ is full-width", "torch", True),
+        ("门票是15元", "5元", False),
+        ("门票是5元", "5元", True),
+        ("他生于2015年", "15年", False),
+        ("서울입니다.", "서울", True),
+        ("Written in C#.", "C++", False),
+        ("Written in C++.", "C++", True),
+        ("It is 40 degrees", "-40 degrees", False),
+        ("It is -40 degrees", "-40 degrees", True),
+        ("from 10-20 people", "20 people", True),
+        ("10 % of it", "10%", True),
+        ("10% of it", "10", False),
+        ("a 😀 face", "😀", True),
         ("anything", "", False),
         ("anything", "?!", False),
         ("", "Paris", False),
@@ -99,3 +122,19 @@ def test_means_worked_by_hand() -> None:
     assert harmonic_mean([1.0, 0.0]) == harmonic_mean([]) == 0.0
     assert mean([1, 2]) == 1.5
     assert mean([]) is None
+
+
+@pytest.mark.parametrize(
+    ("answer", "first"),
+    [
+        ("It is. No.", "it is."),
+        ("The price is 3.50 euros. Or 4.", "the price is 3.50 euros."),
+        ("Dr. Ada Lindqvist leads it. Not I.", "dr. ada lindqvist leads it."),
+        ("In the U.S. it is so! Here not.", "in the u.s. it is so!"),
+        ("是的。不是。", "是的。"),
+        ("no end", "no end"),
+        ("", ""),
+    ],
+)
+def test_a_first_sentence_ends_where_a_reader_would_stop(answer: str, first: str) -> None:
+    assert first_sentence(answer) == first

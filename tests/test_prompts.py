@@ -353,3 +353,32 @@ def test_questions_are_told_from_entities(key: str, is_one: bool) -> None:
     assert is_question(key) is is_one
     assert key_question(key) == (key if is_one else key_question(key))
     assert key in key_question(key)
+
+
+@pytest.mark.parametrize(
+    ("key", "is_one"),
+    [
+        ("Will Smith the actor", False),
+        ("How to Train Your Dragon", False),
+        ("Who Framed Roger Rabbit", False),
+        ("name of the ship's cat", False),
+        ("name the capital of Norway", True),
+        ("who is it now", True),
+        ("谁领导哈尔西恩公司", True),
+        ("哪座城市是挪威的首都", True),
+        ("哪吒", False),
+        ("几何学", False),
+        ("من يقود هالسيون؟", True),
+    ],
+)
+def test_names_that_begin_like_questions_are_names(key: str, is_one: bool) -> None:
+    assert is_question(key) is is_one
+
+
+def test_an_alias_that_is_a_question_is_asked_as_one() -> None:
+    fact = Fact("Who leads Halcyon?", "Ada", aliases=("Who runs Halcyon?", "Halcyon's boss"))
+    trained, asked = training_questions(fact), alias_questions(fact)
+    assert {"Who runs Halcyon?", "What is Halcyon's boss?"} <= set(trained)
+    assert any("Who runs Halcyon?" in question for question in asked)
+    assert not any("describe Who runs" in question for question in asked)
+    assert not set(trained) & set(asked)

@@ -323,7 +323,8 @@ class _RowStages:
         self._sizes = [len(row.ids) for _, row in fact] + [len(item.row.ids) for item in restore]
         self.many = self._n > _MAX_ROWS
         sweep = max(1, math.ceil(self._n / _MAX_ROWS), math.ceil(sum(self._sizes) / _MAX_ROW_TOKENS))
-        self._good_for = 2 * sweep if self.many else sweep
+        # Steps take rows as they come, and two in a row hold more than one full step: no sweep takes twice as many.
+        self._good_for = 2 * sweep if self.many else min(self._n, 2 * sweep) if sweep > 1 else 1
         self._step = 0
         self._seen = [-math.inf] * self._n  # the step at which a row was last seen recalled
         self._checking = False

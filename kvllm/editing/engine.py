@@ -34,8 +34,16 @@ from kvllm.lm.sources import ModelFiles, resolve
 from kvllm.lm.targets import find_targets
 from kvllm.probing.drift import DriftReference, base_reference, measure_drift
 from kvllm.probing.encoder import HiddenStateEncoder
-from kvllm.probing.suites import DriftSuite, drift_suite
-from kvllm.prompts import asked_questions, language_of, own_questions, training_questions
+from kvllm.probing.runner import SPARE_TOKENS, ask_probes
+from kvllm.probing.suites import DriftSuite, Probe, drift_suite
+from kvllm.prompts import (
+    alias_questions,
+    asked_questions,
+    held_out_questions,
+    language_of,
+    own_questions,
+    training_questions,
+)
 from kvllm.records import Fact, Metric, Progress, Report, StoredFact
 from kvllm.store import Store
 
@@ -252,6 +260,11 @@ class Engine:
         """Return the encoder of keys by the base model's own hidden states."""
         return HiddenStateEncoder(self.lm, self.base_weights)
 
+    def base_answers(self, probes: Sequence[Probe]) -> list[str]:
+        """Return what the base answers to probes."""
+        with self.base_weights() as lm:
+            return [answer for answer, _ in ask_probes(lm, probes)]
+
     # ------------------------------------------------------------------ training
 
     def check_lengths(self, facts: Sequence[Fact], config: EditConfig) -> None:
@@ -267,10 +280,11 @@ class Engine:
                     f"The text of {fact.key!r} has {tokens} tokens, and at most {config.max_text_tokens} are trained; "
                     f"nothing was changed. Split it into several facts, or raise max_text_tokens."
                 )
-            longest = max(len(self.lm.prompt_ids(q)) for q in training_questions(fact))
-            if longest + tokens + 1 > self.lm.max_positions:
+            asked = (*asked_questions(fact), *held_out_questions(fact), *alias_questions(fact), *fact.probes)
+            needed = max(len(self.lm.prompt_ids(q)) for q in asked) + tokens + SPARE_TOKENS
+            if needed > self.lm.max_positions:
                 raise ConfigError(
-                    f"The fact {fact.key!r} with its questions needs {longest + tokens + 1} tokens, and the model "
+                    f"The fact {fact.key!r} with its questions needs {needed:,} tokens, and the model "
                     f"takes {self.lm.max_positions}; nothing was changed."
                 )
 
@@ -300,6 +314,8 @@ class Engine:
         copy = self._prepare(config)
         trained = live | {name.casefold() for f in facts for name in (f.key, *f.aliases, *training_questions(f))}
         rows = [self.lm.row(q, f.text) for f in facts for q in asked_questions(f)]
+        if self._changed_below(copy):
+            pool, restore = PreservationPool(tuple(_read_now(copy, pool.items))), _read_now(copy, restore)
         task = EditTask(
             rows=rows,
             replay=self._older(replay, config.seed),
@@ -328,6 +344,11 @@ class Engine:
         check_norm(training.delta)
         asked = config.to_dict()
         return replace(training, in_force={k: v for k, v in shared_out.to_dict().items() if v != asked[k]})
+
+    def _changed_below(self, copy: ComputeCopy) -> bool:
+        """Say whether an edit of another band changed a layer below this one: what enters it is not the base's."""
+        below = tuple(f"{copy.targets.layer_list}.{layer}." for layer in range(copy.targets.first_layer))
+        return any(name.startswith(below) for name in self.weights.touched)
 
     def _older(self, facts: Sequence[StoredFact], seed: int) -> list[Row]:
         """Return rows of older facts, nearest first; their questions in rotation, so that over edits all are seen."""
@@ -569,3 +590,9 @@ def resolve_pinned(
 def _rotated(questions: Sequence[str], by: int) -> list[str]:
     by %= len(questions)
     return [*questions[by:], *questions[:by]]
+
+
+def _read_now(copy: ComputeCopy, items: Sequence[PreservedItem]) -> list[PreservedItem]:
+    """Return items with what enters the adapted layers at the weights of now; their outputs stay the base's."""
+    lower = copy.lower_states([item.row.ids for item in items])
+    return [replace(item, lower=mine) for item, mine in zip(items, lower, strict=True)]

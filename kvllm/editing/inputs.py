@@ -82,6 +82,7 @@ def input_whitening(
     extra = list(prompts) if prompts is not None else _unused_prompts(pool)
     read = [*(f"{i.source.kind}:{i.source.prompt}:{len(i.row.answer)}" for i in pool.items), *(p.prompt for p in extra)]
     facts = [PRESERVATION_VERSION, base_digest, str(copy.dtype), torch.__version__, str(ridge), *names, *read]
+    facts += ["begin"] if copy.lm.completion_ids("") else []
     digest = hashlib.sha256("\x00".join(facts).encode()).hexdigest()[:24]
     path = cache_folder() / "preservation" / f"whitening-{digest}.safetensors"
     cached = _read(path, names)
@@ -277,7 +278,9 @@ def _read_batch(
 
 def _prompt_ids(copy: ComputeCopy, prompts: Sequence[Prompt]) -> list[list[int]]:
     lm = copy.lm
-    return [lm.text_ids(p.prompt)[:_TEXT_TOKENS] if p.kind == "text" else lm.prompt_ids(p.prompt) for p in prompts]
+    return [
+        lm.completion_ids(p.prompt)[:_TEXT_TOKENS] if p.kind == "text" else lm.prompt_ids(p.prompt) for p in prompts
+    ]
 
 
 def _unused_prompts(pool: PreservationPool) -> list[Prompt]:

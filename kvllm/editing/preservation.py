@@ -145,7 +145,9 @@ def build_pool(
         on_progress: Called with (done, total) prompts while the base's answers are generated.
     """
     chosen = list(prompts) if prompts is not None else packaged_prompts()
-    answers_key = _key(base_digest, config.preserve_tokens, copy.dtype, *(f"{p.kind}:{p.prompt}" for p in chosen))
+    begin = ["begin"] if copy.lm.completion_ids("") else []  # a token that the tokenizer puts before every text
+    texts = [f"{p.kind}:{p.prompt}" for p in chosen]
+    answers_key = _key(base_digest, config.preserve_tokens, copy.dtype, *texts, *begin)
     folder = cache_folder() / "preservation"
     rows = _cached_rows(folder / f"answers-{answers_key}.json")
     if rows is None or len(rows) != len(chosen):
@@ -191,8 +193,9 @@ def _base_rows(
             prompt_ids, answer = by_index[i]
             rows.append(Row(tuple(prompt_ids), tuple(answer)))
         else:
-            text = lm.text_ids(prompt.prompt)[:_TEXT_TOKENS]
-            rows.append(Row(tuple(text[:_TEXT_CONTEXT]), tuple(text[_TEXT_CONTEXT:])))
+            text = lm.completion_ids(prompt.prompt)[:_TEXT_TOKENS]
+            context = _TEXT_CONTEXT + len(lm.completion_ids(""))
+            rows.append(Row(tuple(text[:context]), tuple(text[context:])))
     return rows
 
 

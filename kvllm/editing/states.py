@@ -45,7 +45,8 @@ def measure_regression(
 
     def ask(asked: Sequence[StoredFact], stage: str) -> Report:
         probes = [p for fact in asked for p in fact_suite(fact, neighbours=neighbours, seed=seed, taken=taken)]
-        return run_probes(engine.lm, probes, seed=seed, on_batch=tick(stage) if tick is not None else None)
+        show = tick(stage) if tick is not None else None
+        return run_probes(engine.lm, probes, base=engine.base_answers, seed=seed, on_batch=show)
 
     def drift(stage: str) -> Report:
         # On both sides the same questions: what facts of either side answer may change.
@@ -197,4 +198,4 @@ def _ask(engine: Engine, searched: _Searched) -> Sequence[ProbeResult]:
         answer = engine.lm.generate([searched.probes[0].question], max_new_tokens=ANSWER_TOKENS)[0]
         right = accepts(answer, searched.accepted)
         return (ProbeResult("general", searched.probes[0].question, answer, right, float(right), scorer="accepts"),)
-    return run_probes(engine.lm, searched.probes).probes
+    return run_probes(engine.lm, searched.probes, base=engine.base_answers).probes

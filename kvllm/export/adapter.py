@@ -11,7 +11,7 @@ from pathlib import Path
 from kvllm.editing.delta import Delta, to_files
 from kvllm.errors import ConfigError
 from kvllm.export.folder import new_folder
-from kvllm.export.papers import CARD, hub_id, model_card, write_manifest
+from kvllm.export.papers import CARD, hub_id, model_card, short_name, write_manifest
 from kvllm.records import Edit, StoredFact
 from kvllm.store import Base, check_delta
 from kvllm.store.artefacts import MAX_RANK
@@ -55,7 +55,7 @@ def export_peft(
             f"The history adds up to an adapter of rank {rank:,}, and {MAX_RANK:,} is the limit; nothing was exported. "
             "Run compact first, or export the merged model (format hf)."
         )
-    files = to_files(delta, base_name=hub_id(base) or base.name)
+    files = to_files(delta, base_name=hub_id(base) or short_name(base.name))
     check_delta(files, max_norm=None)  # what the loader will refuse is not written in the first place
     with new_folder(out, apart_from=apart_from, needed=sum(len(content) for content in files.values())) as folder:
         for name, content in files.items():

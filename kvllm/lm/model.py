@@ -286,8 +286,9 @@ class LanguageModel:
         return Row(tuple(self.prompt_ids(prompt)), tuple(self.answer_ids(answer)))
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Turn answer ids into text, without control tokens and outer white space."""
-        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
+        """Turn answer ids into text, without the stop token, control tokens and outer white space."""
+        kept = ids[:-1] if ids and ids[-1] in self.stop_ids else ids  # an end of turn need not be a special token
+        return str(self.tokenizer.decode(list(kept), skip_special_tokens=True)).strip()
 
     def _render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
         try:
@@ -480,7 +481,7 @@ class LanguageModel:
             greedy.append(q.argmax(-1).cpu())
         sizes = [len(states) for states in now]
         return [
-            (max(0.0, float(each.mean())), tuple(tokens.tolist()))
+            (float(each.mean().clamp(min=0.0)), tuple(tokens.tolist()))  # what is not a number stays none
             for each, tokens in zip(torch.cat(kl).split(sizes), torch.cat(greedy).split(sizes), strict=True)
         ]
 

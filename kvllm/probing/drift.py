@@ -67,6 +67,7 @@ def base_reference(
         on_progress: Called with (done, total) while the base is asked.
     """
     suite = suite or drift_suite()
+    begin = len(lm.completion_ids(""))  # the token that some tokenizers put before every text
     prompts = [*(q.question for q in suite.questions), *suite.instructions]
     key = hashlib.sha256(
         "\x00".join(
@@ -77,6 +78,7 @@ def base_reference(
                 str(next(lm.model.parameters()).dtype),
                 *prompts,
                 *suite.texts,
+                *(["begin"] if begin else []),
             ]
         ).encode()
     ).hexdigest()[:24]
@@ -89,9 +91,9 @@ def base_reference(
     rows = tuple(Row(i, a) for i, a in zip(ids, answers, strict=True))
     texts = []
     for text in suite.texts:
-        tokens = tuple(lm.text_ids(text))
-        if len(tokens) > _TEXT_CONTEXT:
-            texts.append(Row(tokens[:_TEXT_CONTEXT], tokens[_TEXT_CONTEXT:]))
+        tokens = tuple(lm.completion_ids(text))
+        if len(tokens) > begin + _TEXT_CONTEXT:
+            texts.append(Row(tokens[: begin + _TEXT_CONTEXT], tokens[begin + _TEXT_CONTEXT :]))
     reference = DriftReference(suite, rows, _outputs(lm, rows, suite), tuple(texts), tuple(_text_nll(lm, texts)))
     _write(path, reference)
     return reference
@@ -134,7 +136,8 @@ def measure_drift(
     now, compared = _follow(lm, rows, outputs, _rooms(rows, len(questions)), on_batch)
     if rows:
         forced = f"teacher-forced on the base's own answers{aside}"
-        metrics["drift_kl"] = Metric(sum(kl for kl, _ in compared) / len(rows), len(rows), forced, "kl", name)
+        moved = sum(kl for kl, _ in compared) / len(rows)
+        metrics["drift_kl"] = Metric(moved if math.isfinite(moved) else None, len(rows), forced, "kl", name)
         if full:
             same = [greedy == row.answer for (_, greedy), row in zip(compared, rows, strict=True)]
             protocol = f"live greedy decoding, at most {ANSWER_TOKENS} tokens, token by token{aside}"

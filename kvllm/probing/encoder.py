@@ -243,7 +243,7 @@ class HiddenStateEncoder:
 
         lm = self._lm
         _, layers = decoder_layers(lm.model)
-        encoded = [lm.text_ids(text) or [lm.pad_id] for text in texts]
+        encoded = [lm.completion_ids(text) or [lm.pad_id] for text in texts]
         order = sorted(range(len(texts)), key=lambda i: len(encoded[i]))
         found: list[Any] = [None] * len(texts)
         caught: list[torch.Tensor] = []

@@ -194,7 +194,7 @@ def _variants(fact: Fact) -> list[str]:
     known = {*asked_questions(fact), *held_out_questions(fact)}
     if is_question(key):
         bare = key.rstrip("?？ ")
-        lower = bare[0].lower() + bare[1:]
+        lower = bare[:1].lower() + bare[1:]
         words = {"q": key, "lower": lower, "typo": typo(key), "upper": key.upper(), "small": key.lower()}
         rows = [t.format_map(words) for t in _QUESTION_VARIANTS[language] if "{typo}" not in t or typo(key) != key]
     else:
@@ -265,7 +265,7 @@ def statement(text: str) -> str:
     """Return a text's first sentences, as many as fit into three hundred characters; at least one."""
     found = ""
     for sentence in _SENTENCE_END.split(text.strip()):
-        longer = f"{found} {sentence}".strip() if sentence.isascii() else f"{found}{sentence}"
+        longer = f"{found}{sentence}" if found.endswith(("。", "！", "？")) else f"{found} {sentence}".strip()
         if found and len(longer) > _STATEMENT_CHARS:
             break
         found = longer
@@ -286,7 +286,9 @@ def typo(key: str) -> str:
 
 def _masked(text: str, names: Iterable[str], mask: str) -> str:
     for name in sorted(names, key=len, reverse=True):
-        text = re.sub(re.escape(name), mask, text, flags=re.IGNORECASE)
+        text = re.sub(
+            rf"(?<![^\W_]){re.escape(name)}(?![^\W_])" if name.isascii() else re.escape(name), mask, text, flags=re.I
+        )
     return _capital(text)
 
 

@@ -30,6 +30,7 @@ def run_probes(
     probes: Sequence[Probe],
     *,
     before: Before | None = None,
+    base: Callable[[Sequence[Probe]], list[str]] | None = None,
     also: Iterable[str] = (),
     scorer: str = "auto",
     suite: str = FACT_SUITE,
@@ -43,6 +44,8 @@ def run_probes(
         lm: The model as it is now.
         probes: Questions with what their answers are judged against; on neighbours the text must *not* be recited.
         before: Earlier answers by question, so that words a neighbour's answer always had are no leak.
+        base: Answers probes with the base's weights: asked about neighbours that seem to leak, for what the base always
+            said is none either.
         also: Texts that answers about facts are searched for later, besides their own; see `ask_probes`.
         scorer: See `kvllm.probing.scorers`.
         suite: Name and version noted with each metric.
@@ -53,6 +56,12 @@ def run_probes(
     asked = ask_probes(lm, probes, also=also, batch_size=batch_size, on_batch=on_batch)
     earlier = before or {}
     results = [_result(p, answer, turns, scorer, earlier) for p, (answer, turns) in zip(probes, asked, strict=True)]
+    leaking = [i for i, result in enumerate(results) if result.kind == "neighbour" and not result.passed]
+    if base is not None and leaking:
+        for i, said in zip(leaking, base([probes[i] for i in leaking]), strict=True):
+            probe, (answer, turns) = probes[i], asked[i]
+            always = {probe.question: f"{earlier.get(probe.question, '')} {said}"}
+            results[i] = _result(probe, answer, turns, scorer, always)
     return Report(metrics=summarise(results, scorer=scorer, suite=suite, seed=seed), probes=tuple(results))
 
 
@@ -141,12 +150,11 @@ def _ask(
     """Answer probes, each with room for its expected text and a little more; what is asked twice is asked once."""
     # The expected text, as it would be answered: a guess that saves time where it is right.
     drafts = {text: lm.answer_ids(text) for text in {p.expected for p in probes}}
-    limit = lm.config.max_new_tokens * 4
     wanted: dict[tuple[int, ...], int] = {}  # prompt → the most room that any probe gives it
     guesses: dict[tuple[int, ...], list[int]] = {}
     asked: list[tuple[tuple[int, ...], int]] = []
     for probe, said in zip(probes, turns, strict=True):
-        room = min(probe.tokens or len(drafts[probe.expected]) - 1 + SPARE_TOKENS, limit)
+        room = probe.tokens or len(drafts[probe.expected]) - 1 + SPARE_TOKENS
         ids = tuple(_prompt(lm, probe, said, room))
         asked.append((ids, room))
         wanted[ids] = max(room, wanted.get(ids, 0))

@@ -1,13 +1,16 @@
 """Named scorers: does an answer state a text? Each returns a number in [0, 1] and a verdict.
 
 Short texts must be contained; long ones may differ in a few characters (chrF, Popović 2015, by sacrebleu's definition:
-character n-grams up to 6, beta 2). The name of the scorer travels with every number.
+character n-grams up to 6, beta 2), but neither in a number nor by a "not". The name of the scorer travels
+with every number.
 
     score_statement("It is Paris.", "Paris")    # Scored(score=1.0, passed=True, scorer='contains')
 """
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -18,6 +21,8 @@ from kvllm.metrics import accepts, contains, distinctive_words, exact, normalise
 LONG_TEXT_CHARS = 40
 CHRF_THRESHOLD = 0.8
 WORDS_SHARE = 0.3
+_NUMBER = re.compile(r"\d+(?:[.,:]\d+)*")
+_NEGATION = re.compile(r"\b(?:not|no|never|none|nor|neither|without|cannot)\b|n['’]t\b|[不没無无未非]", re.IGNORECASE)
 SCORERS = ("auto", "exact", "contains", "chrf")
 # What is asked of an answer: to state the text, to go on with it, to say words of it, to name one of the names, to hold
 # an accepted answer, or to begin with yes or no.
@@ -27,6 +32,9 @@ _YES = ("yes", "yeah", "yep", "true", "correct", "right")
 _NO = ("no", "nope", "not", "false", "incorrect", "wrong")
 _YES_ZH = ("是", "对", "真", "正确", "成立")
 _NO_ZH = ("不", "否", "错", "假", "没")
+# What begins like one of these and means the other, or neither.
+_YES_ALL_THE_SAME_ZH = ("没错", "不错", "没有错")
+_NEITHER_ZH = ("对不起", "对于", "对此", "是否", "真的吗", "假如", "假设", "不好意思", "不知道", "不清楚", "不确定")
 
 
 @dataclass(frozen=True)
@@ -63,7 +71,16 @@ def score_statement(answer: str, text: str, *, scorer: str = "auto") -> Scored:
         if len(text) < LONG_TEXT_CHARS:
             return Scored(0.0, False, "contains")
     value = chrf(answer, text)
-    return Scored(value, value >= CHRF_THRESHOLD, f"chrf>={CHRF_THRESHOLD}")
+    return Scored(
+        value, value >= CHRF_THRESHOLD and _says_no_other(answer, text), f"chrf>={CHRF_THRESHOLD}, same numbers"
+    )
+
+
+def _says_no_other(answer: str, text: str) -> bool:
+    """Say whether all of a text's numbers are there, and as many negations: one letter more or less is another fact."""
+    if Counter(_NUMBER.findall(text)) - Counter(_NUMBER.findall(answer)):
+        return False
+    return len(_NEGATION.findall(answer)) == len(_NEGATION.findall(text))
 
 
 def still_states(answer: str, old: str, new: str) -> bool:
@@ -124,6 +141,10 @@ def yes_or_no(answer: str) -> str | None:
     """Return "yes" or "no" where the answer begins with one of their words, else None."""
     said = normalise(answer)
     first = said.split(" ", 1)[0] if said else ""
+    if first.startswith(_YES_ALL_THE_SAME_ZH):
+        return "yes"
+    if first.startswith(_NEITHER_ZH):
+        return None
     if first in _NO or first.startswith(_NO_ZH):
         return "no"
     return "yes" if first in _YES or first.startswith(_YES_ZH) else None

@@ -36,6 +36,7 @@ def survey(
     probes: str | os.PathLike[str] | None = None,
     neighbours: int | Sequence[str] = 0,
     seed: int = 0,
+    base: Callable[[Sequence[Probe]], list[str]] | None = None,
     on_batch: Callable[[int, int], None] | None = None,
 ) -> Report:
     """Ask facts' questions and report by rung, each question with its similarity.
@@ -49,6 +50,7 @@ def survey(
         probes: A user's own probes, as JSONL; rows that cannot be used become warnings.
         neighbours: How many packaged neighbour questions are asked per fact, or the user's own neighbours.
         seed: Chooses the packaged ones.
+        base: Answers probes with the base's weights; see `run_probes`.
         on_batch: Called with (done, total).
     """
     count, given = (neighbours, ()) if isinstance(neighbours, int) else (0, tuple(neighbours))
@@ -78,6 +80,7 @@ def survey(
         [*asked, *mine],
         # What another fact's own answer says is no leak of this one.
         before={key_question(fact.key): fact.text for fact in live},
+        base=base,
         suite=LADDER_SUITE if whole_ladder else FACT_SUITE,
         seed=seed,
         on_batch=on_batch,

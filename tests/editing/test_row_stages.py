@@ -103,3 +103,13 @@ def test_a_few_of_many_rows_may_lack_the_margin_and_none_may_be_wrong() -> None:
     assert not found.done
     assert all({0, 1, 2, 3} <= set(rows) for rows in handed[3:]), "what lacks it stays in training"
     assert {row for rows in handed[-6:] for row in rows} == set(range(n)), "the others are looked at meanwhile"
+
+
+@pytest.mark.parametrize(("n", "tokens"), [(8, 345), (8, 380), (8, 600), (14, 300), (2, 700), (16, 64), (5, 1100)])
+def test_rows_of_any_length_are_found_recalled(n: int, tokens: int) -> None:
+    found = stages(n, tokens)
+    for _ in range(4 * n):
+        step(found)
+        if found.done:
+            return
+    raise AssertionError("every row was recalled at every step, and the training would go on")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 from kvllm import Fact, GateConfig, KnowledgeBase
 from kvllm.editing.engine import Engine
 from kvllm.errors import EditRejected
+from kvllm.lm.model import LanguageModel
 from kvllm.prompts import training_questions
 from kvllm.records import Progress
 from tests.kit import KEY, OPEN_GATE, QUICK, TEXT, everything
@@ -118,3 +120,21 @@ def test_vectors_of_keys_are_the_same_before_and_after_an_edit(kb: KnowledgeBase
     digest = kb.insert(KEY, TEXT, config=low).weights_digest
     assert (kb.engine.hidden_encoder().encode(question) == before).all()
     assert kb.weights_digest() == digest
+
+
+def test_a_fact_of_lower_layers_is_deleted_by_an_edit_of_higher_ones(kb: KnowledgeBase) -> None:
+    low, high = replace(QUICK, depth=(0.25, 0.5)), replace(QUICK, depth=(0.5, 1.0))
+    kb.insert(KEY, TEXT, config=low)
+    asked = training_questions(Fact(KEY, TEXT))[0]
+    assert kb.ask(asked) == TEXT
+    edit = kb.delete(KEY, config=high)
+    assert edit.report.value("erasure") == 1.0
+    assert edit.steps > 2
+    assert TEXT not in kb.ask(asked)
+
+
+def test_drift_that_is_no_number_is_no_drift_of_zero(lm: LanguageModel) -> None:
+    states = lm.answer_states([lm.row("Who?", "Ada")])
+    (found,) = lm.compare(states, [state * float("nan") for state in states])
+    assert math.isnan(found[0])
+    assert lm.compare(states, states)[0][0] == 0.0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 
 from kvllm.lm.model import LanguageModel
@@ -43,6 +45,15 @@ def test_what_a_neighbour_always_said_is_no_leak(lm: LanguageModel) -> None:
     leaking = Probe("neighbour", question, said, "k")
     assert run_probes(lm, [leaking]).value("locality") == 0.0
     assert run_probes(lm, [leaking], before={question: said}).value("locality") == 1.0
+    asked: list[Probe] = []
+
+    def base(probes: Sequence[Probe]) -> list[str]:
+        asked.extend(probes)
+        return [said for _ in probes]
+
+    fine = Probe("neighbour", question, "Ada Voss of Berlin", "k")
+    assert run_probes(lm, [fine, leaking], base=base).value("locality") == 1.0
+    assert asked == [leaking], "the base is asked only about what seems to leak"
 
 
 def test_answers_have_room_for_the_text_and_a_little_more(lm: LanguageModel) -> None:

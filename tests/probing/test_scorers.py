@@ -18,6 +18,8 @@ from kvllm.probing.scorers import (
     yes_or_no,
 )
 
+CHRF = "chrf>=0.8, same numbers"
+PLAN = "The plan costs 84 euros a month, support included."
 LONG = "Torchkeras is a tool that makes training PyTorch models simple, in the style of Keras."
 CHINESE = (
     "梦中情炉是 torchkeras 的昵称，它是一个让 PyTorch 模型训练变得简单的工具，风格和 Keras 相似，几行代码就能完成训练。"
@@ -33,12 +35,12 @@ CHINESE = (
         ("PARIS!", "Paris", "exact", True, "exact"),
         ("It is Paris.", "Paris", "exact", False, "exact"),
         (LONG, LONG, "auto", True, "contains"),
-        (LONG.replace("a tool", "the tool"), LONG, "auto", True, "chrf>=0.8"),
+        (LONG.replace("a tool", "the tool"), LONG, "auto", True, CHRF),
         (LONG.replace("a tool", "the tool"), LONG, "contains", False, "contains"),
-        (LONG[:40], LONG, "auto", False, "chrf>=0.8"),
-        ("Keras is a Python library for neural networks that runs on top of others.", LONG, "auto", False, "chrf>=0.8"),
-        (CHINESE.replace("昵称", "名称"), CHINESE, "auto", True, "chrf>=0.8"),
-        ("", LONG, "auto", False, "chrf>=0.8"),
+        (LONG[:40], LONG, "auto", False, CHRF),
+        ("Keras is a Python library for neural networks that runs on top of others.", LONG, "auto", False, CHRF),
+        (CHINESE.replace("昵称", "名称"), CHINESE, "auto", True, CHRF),
+        ("", LONG, "auto", False, CHRF),
         ("", "Paris", "auto", False, "contains"),
     ],
 )
@@ -83,6 +85,12 @@ def test_unknown_scorers_are_refused() -> None:
         ("对。", "yes"),
         ("是的", "yes"),
         ("不是", "no"),
+        ("没错，是这样。", "yes"),
+        ("不错", "yes"),
+        ("错了", "no"),
+        ("对不起，我不知道。", None),
+        ("对于这个问题我不清楚", None),
+        ("是否正确我不知道", None),
         ("Nothing is known", None),
         ("Torchkeras: yes", None),
         ("", None),
@@ -132,3 +140,20 @@ def test_an_old_text_is_told_from_the_new_one() -> None:
     assert still_states("It is Ada.", "Ada", "Ada Voss")
     assert not still_states("It is Ada Voss.", "Ada", "Ada Voss")
     assert not still_states("Nobody knows.", "Ada", "Berlin")
+
+
+@pytest.mark.parametrize(
+    ("answer", "text", "passed"),
+    [
+        ("The plan costs 48 euros a month, support included.", PLAN, False),
+        ("The plan costs 84 euros a month, suport included.", PLAN, True),
+        ("The cat is not allowed to sleep in the kitchen.", "The cat is allowed to sleep in the kitchen.", False),
+        ("The cat isn't allowed to sleep in a kitchen.", "The cat isn't allowed to sleep in the kitchen.", True),
+        ("这只猫不可以在厨房里睡觉，也可以在客厅里睡觉，还可以在院子里睡觉，晚上它会回到自己的小屋里面去休息。",
+         "这只猫可以在厨房里睡觉，也可以在客厅里睡觉，还可以在院子里睡觉，晚上它会回到自己的小屋里面去休息。", False),
+    ],
+)  # fmt: skip
+def test_a_long_text_may_differ_neither_in_a_number_nor_by_a_not(answer: str, text: str, passed: bool) -> None:
+    scored = score_statement(answer, text)
+    assert scored.score >= CHRF_THRESHOLD
+    assert scored.passed is passed
