@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,12 @@ def test_one_adapter_equals_the_merged_history(
     assert torch.allclose(logits(model), logits(edited.model), atol=1e-5)  # fp32, another order of summation
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_bytes())
     assert (config["r"], config["base_model_name_or_path"]) == (8, "tiny-llama")
+    local = replace(base, name=str(base_folder))
+    export_peft(
+        tmp_path / "local", delta=concatenate(history), base=local, facts=facts, head=head, weights_digest="cd" * 32
+    )
+    config = json.loads((tmp_path / "local" / "adapter_config.json").read_bytes())
+    assert config["base_model_name_or_path"] == base_folder.name, "no path of this machine is shipped"
     answers = edited.generate(QUESTIONS)
     assert answers != load().generate(QUESTIONS)
     assert reprobe_peft(tmp_path / "out", base_folder, questions=QUESTIONS, expected=answers, config=CONFIG) == 1.0

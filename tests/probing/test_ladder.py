@@ -94,3 +94,21 @@ def test_a_statement_is_whole_sentences() -> None:
     assert cut.endswith("is here.")
     assert statement("x" * 400) == "x" * 400
     assert statement("一句。两句。") == "一句。两句。"
+
+
+def test_a_short_key_is_masked_as_a_word_of_its_own() -> None:
+    fact = Fact("Go", "Go is a good language made at Google.")
+    asked = [probe.question for probe in ladder(fact) if probe.kind == "inverse"]
+    assert asked
+    assert all("a good language made at Google" in question for question in asked)
+    assert not any("Go is" in question for question in asked)
+
+
+def test_any_key_that_is_accepted_has_a_ladder() -> None:
+    for key in ("?", "!", "a?", "？"):
+        assert ladder(Fact(key, "x"))
+
+
+def test_sentences_of_any_script_keep_their_spaces() -> None:
+    assert statement("First one. Zoë leads it. Last.") == "First one. Zoë leads it. Last."
+    assert statement("一。二。") == "一。二。"
