@@ -149,7 +149,8 @@ def _injection(declared: Declared, outcome: Outcome) -> tuple[list[str], list[Se
     keys = list(dict.fromkeys((row["arm"], row["after"]) for row in last))
     final = {key: [row for row in last if (row["arm"], row["after"]) == key] for key in keys}
     rows = []
-    steps = _steps_per_fact(outcome.rows, declared.n)
+    whole = [row for row in outcome.rows if row["run"] not in outcome.unfinished]
+    steps = _steps_per_fact(whole, declared.n)
     for (arm, after), mine in final.items():
         edits = round(_mean(mine, "edits") or 0)
         live = _mean(mine, "live_bytes")
