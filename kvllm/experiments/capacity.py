@@ -114,10 +114,9 @@ def _given_up(desk: Desk, n: int) -> bool:
     return path.exists() and n > int(json.loads(path.read_text(encoding="utf-8"))["facts"])
 
 
-def _too_few(state: Mapping[str, Any], least: float) -> bool:
+def _too_few(told: Mapping[str, Any], facts: int, least: float) -> bool:
     """Say whether the share recalled is surely below the least: the upper end of its Wilson interval over facts is."""
-    n = state["facts"]
-    band = wilson(round((state["recalled"] or 0.0) * n), n)
+    band = wilson(round((told["recalled"] or 0.0) * facts), facts)
     return band is not None and band.high < least
 
 
@@ -188,7 +187,7 @@ def _state(bench: Bench, cases: Sequence[Case], untaught: Sequence[Case], least:
     """Ask everything, and count what the weights hold: bits of the texts that they no longer find surprising."""
     asked = bench.ask(cases)
     told = shares(asked)
-    given_up = _too_few(told, least)
+    given_up = _too_few(told, len(cases), least)
     history = [edit for edit in bench.kb.history() if edit.delta is not None]
     matrices = sum(bench.engine.weights.master(name).numel() for name in bench.engine.weights.touched)
     facts = [{"kind": "fact", "facts": len(cases), "place": i, **row} for i, row in enumerate(asked)]

@@ -118,7 +118,7 @@ def test_a_text_longer_than_the_model_takes_is_refused(kb: KnowledgeBase) -> Non
 def test_long_questions_count_too(kb: KnowledgeBase) -> None:
     with unchanged(kb), pytest.raises(ConfigError, match="the model takes 1024"):
         kb.insert(KEY, TEXT, questions=["why " * 800])
-    with pytest.raises(ConfigError, match="The prompt has"):
+    with pytest.raises(ConfigError, match="A prompt of"):
         kb.ask("why " * 2000)
 
 
