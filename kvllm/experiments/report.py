@@ -149,8 +149,8 @@ def _injection(declared: Declared, outcome: Outcome) -> tuple[list[str], list[Se
     keys = list(dict.fromkeys((row["arm"], row["after"]) for row in last))
     final = {key: [row for row in last if (row["arm"], row["after"]) == key] for key in keys}
     rows = []
-    whole = [row for row in outcome.rows if row["run"] not in outcome.unfinished]
-    steps = _steps_per_fact(whole, declared.n)
+    finished = [row for row in outcome.rows if row["run"] not in outcome.unfinished]
+    steps = _steps_per_fact(finished, declared.n)
     for (arm, after), mine in final.items():
         edits = round(_mean(mine, "edits") or 0)
         live = _mean(mine, "live_bytes")
