@@ -480,11 +480,10 @@ class Edits:
 
 def _untaught(report: Report) -> tuple[str, ...]:
     """Name the facts of an edit of several that it did not teach: the gate looks at all of them together."""
-    asked: dict[str, list[bool]] = {}
-    for probe in report.probes:
-        if probe.kind == "trained" and probe.key is not None:
-            asked.setdefault(probe.key, []).append(probe.passed)
-    lost = [key for key, passed in asked.items() if sum(passed) < RECALLED_SHARE * len(passed)]
+    from kvllm.probing.regression import recall_by_key
+
+    asked = recall_by_key(report.probes)
+    lost = [key for key, (share, _) in asked.items() if share < RECALLED_SHARE]
     if len(asked) < 2 or not lost:
         return ()
     names = ", ".join(map(repr, lost[:_MOST_NAMED])) + (" …" if len(lost) > _MOST_NAMED else "")

@@ -169,12 +169,10 @@ def opened(out: Output, kb: Path, *, readonly: bool = False, **settings: Any) ->
         try:
             yield base
         finally:
-            kept = 0
-            if not readonly:
-                with contextlib.suppress(KvllmError):  # whatever ends this block has more to say
-                    kept = _head(base) - head
-            if kept:
-                signals.done(f"edit {head + 1}" if kept == 1 else f"edits {head + 1} to {head + kept}")
+            with contextlib.suppress(KvllmError):  # whatever ends this block has more to say
+                kept = 0 if readonly else _head(base) - head
+                if kept:
+                    signals.done(f"edit {head + 1}" if kept == 1 else f"edits {head + 1} to {head + kept}")
 
 
 def _head(base: KnowledgeBase) -> int:

@@ -73,7 +73,7 @@ def experiment_document(declared: Declared, outcome: Outcome) -> Document:
     sessions = list(outcome.noted.get("sessions") or [])
     environments = [session["environment"] for session in sessions]
     model = dict(outcome.noted.get("model") or {})
-    commits = _distinct(_commit_of(environment) for environment in environments)
+    commits = list(dict.fromkeys(map(_commit_of, environments)))
     if len(commits) > 1:
         warnings.append(f"The runs were made by {len(commits)} versions of the code; see where they were measured.")
     made = datetime.now(timezone.utc).isoformat(timespec="seconds").replace("+00:00", "Z")
@@ -86,7 +86,7 @@ def experiment_document(declared: Declared, outcome: Outcome) -> Document:
         (
             "machine",
             "; ".join(
-                _distinct(f"{e.get('cpu')}, {e.get('cpus')} cores, torch {e.get('torch')}" for e in environments)
+                dict.fromkeys(f"{e.get('cpu')}, {e.get('cpus')} cores, torch {e.get('torch')}" for e in environments)
             ),
         ),
         ("work", in_words(outcome.seconds)),
@@ -136,10 +136,6 @@ def experiment_document(declared: Declared, outcome: Outcome) -> Document:
 def _commit_of(environment: Mapping[str, Any]) -> str:
     git = dict(environment.get("git") or {})
     return f"{git.get('commit') or 'unknown'}{' with changes' if git.get('changed') else ''}"
-
-
-def _distinct(values: Iterable[str]) -> list[str]:
-    return list(dict.fromkeys(values))
 
 
 def _injection(declared: Declared, outcome: Outcome) -> tuple[list[str], list[Section]]:

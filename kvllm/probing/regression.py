@@ -95,7 +95,7 @@ def fact_changes(
         facts: The facts that are live now.
         head: The newest edit.
     """
-    was, now = _recall_by_key(before), _recall_by_key(after)
+    was, now = recall_by_key(before), recall_by_key(after)
     rows = []
     for fact in facts:
         share, n = now.get(fact.key, (None, 0))
@@ -116,7 +116,7 @@ def fact_changes(
 
 def retention(probes: Sequence[ProbeResult], facts: Sequence[StoredFact], head: int) -> list[RetentionPoint]:
     """Return retention@n at the head: of the facts that n further edits followed, the share that is recalled."""
-    recall = _recall_by_key(probes)
+    recall = recall_by_key(probes)
     by_age: dict[int, list[tuple[str, bool]]] = {}
     for fact in facts:
         share = recall.get(fact.key, (None, 0))[0]
@@ -185,7 +185,8 @@ def _identity(probe: ProbeResult) -> tuple[str | None, str, str]:
     return probe.key, probe.kind, probe.question
 
 
-def _recall_by_key(probes: Iterable[ProbeResult]) -> dict[str, tuple[float | None, int]]:
+def recall_by_key(probes: Iterable[ProbeResult]) -> dict[str, tuple[float, int]]:
+    """Return each key's share of passed trained questions, and how many were asked."""
     asked: dict[str, list[bool]] = {}
     for probe in probes:
         if probe.kind == "trained" and probe.key is not None:
@@ -194,12 +195,8 @@ def _recall_by_key(probes: Iterable[ProbeResult]) -> dict[str, tuple[float | Non
 
 
 def _facts_as_pairs(pairs: Sequence[Pair]) -> dict[str, tuple[bool, bool]]:
-    was, now = _recall_by_key(was for was, _ in pairs), _recall_by_key(now for _, now in pairs)
-    return {
-        key: ((was[key][0] or 0.0) >= RECALLED_SHARE, (now[key][0] or 0.0) >= RECALLED_SHARE)
-        for key in now
-        if key in was
-    }
+    was, now = recall_by_key(was for was, _ in pairs), recall_by_key(now for _, now in pairs)
+    return {key: (was[key][0] >= RECALLED_SHARE, now[key][0] >= RECALLED_SHARE) for key in now if key in was}
 
 
 def _comparison(

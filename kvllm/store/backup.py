@@ -15,8 +15,8 @@ from kvllm.errors import ConfigError, Corrupt
 from kvllm.store import artefacts, files, guard, opening
 from kvllm.store.failpoints import failpoint
 from kvllm.store.lock import WriterLock
-from kvllm.store.opening import CREATING_NAME, DELTAS_NAME, LEDGER_NAME, LOCK_NAME, SNAPSHOT_FILE, SNAPSHOTS_NAME
-from kvllm.store.sqlite import connect, sqlite3, translated
+from kvllm.store.opening import CREATING_NAME, DELTAS_NAME, LOCK_NAME, SNAPSHOT_FILE, SNAPSHOTS_NAME
+from kvllm.store.sqlite import LEDGER_NAME, connect, sqlite3, translated
 
 
 def copy(source: Path, db: sqlite3.Connection, target: Path, *, tick: Callable[[int, int], None] | None = None) -> None:

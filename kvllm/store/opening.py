@@ -15,9 +15,8 @@ from kvllm.errors import ConfigError, Corrupt, StoreError, StoreNotFound
 from kvllm.store import artefacts, files, guard, rows, schema
 from kvllm.store.failpoints import failpoint
 from kvllm.store.rows import Base
-from kvllm.store.sqlite import connect, is_readonly_rollback, sqlite3, translated
+from kvllm.store.sqlite import LEDGER_NAME, connect, is_readonly_rollback, sqlite3, translated
 
-LEDGER_NAME = "ledger.db"
 DELTAS_NAME = "deltas"
 SNAPSHOTS_NAME = "snapshots"
 LOCK_NAME = "LOCK"

@@ -21,7 +21,6 @@ from kvllm.store.failpoints import failpoint
 from kvllm.store.lock import WriterLock
 from kvllm.store.opening import (
     DELTAS_NAME,
-    LEDGER_NAME,
     LOCK_NAME,
     SNAPSHOTS_NAME,
     WRITER_SECONDS,
@@ -29,7 +28,7 @@ from kvllm.store.opening import (
     find_ledger,
     identify,
 )
-from kvllm.store.sqlite import connect, sqlite3, translated
+from kvllm.store.sqlite import LEDGER_NAME, connect, sqlite3, translated
 from kvllm.store.verify import verify
 
 REPAIRING_NAME = ".repairing"

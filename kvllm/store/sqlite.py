@@ -89,13 +89,13 @@ def is_readonly_rollback(error: sqlite3.Error) -> bool:
     return error_code(error) & 0xFF == _READONLY
 
 
-LEDGER_FILE = "ledger.db"
+LEDGER_NAME = "ledger.db"
 UNCHANGED = "nothing was changed"
 UNCONFIRMED = "it was done all the same, but the disk did not confirm it, and a power cut may undo it"
 
 
 def translate(
-    error: BaseException, path: Path, doing: str, unchanged: str = UNCHANGED, file: str = LEDGER_FILE
+    error: BaseException, path: Path, doing: str, unchanged: str = UNCHANGED, file: str = LEDGER_NAME
 ) -> KvllmError | None:
     """Return the kvllm error for a failure of SQLite or of the file system, or None for anything else.
 
@@ -106,7 +106,7 @@ def translate(
         unchanged: What was left as it was.
         file: The database, whose name is told; only a ledger is verified.
     """
-    advice = f"run `kvllm verify {path}` or restore a backup" if file == LEDGER_FILE else "restore a copy of it"
+    advice = f"run `kvllm verify {path}` or restore a backup" if file == LEDGER_NAME else "restore a copy of it"
     full = "the disk or memory is full"
     said = " ".join(str(error).split())[:200]  # SQLite quotes whole table definitions
     if isinstance(error, sqlite3.Error):
@@ -148,7 +148,7 @@ def translate(
 
 
 @contextmanager
-def translated(path: Path, doing: str, unchanged: str = UNCHANGED, *, file: str = LEDGER_FILE) -> Iterator[None]:
+def translated(path: Path, doing: str, unchanged: str = UNCHANGED, *, file: str = LEDGER_NAME) -> Iterator[None]:
     """Turn SQLite's and the file system's errors into kvllm's within the block."""
     try:
         yield

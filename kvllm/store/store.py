@@ -38,14 +38,13 @@ from kvllm.store.lock import WriterLock
 from kvllm.store.opening import (
     CREATING_NAME,
     DELTAS_NAME,
-    LEDGER_NAME,
     LOCK_NAME,
     SNAPSHOT_FILE,
     SNAPSHOTS_NAME,
     WRITER_SECONDS,
 )
 from kvllm.store.rows import Base, NewEdit
-from kvllm.store.sqlite import UNCONFIRMED, sqlite3, translate, translated
+from kvllm.store.sqlite import LEDGER_NAME, UNCONFIRMED, sqlite3, translate, translated
 
 if TYPE_CHECKING:
     from types import TracebackType

@@ -19,7 +19,6 @@ from kvllm.store import artefacts, files, guard, rows, schema
 from kvllm.store.opening import (
     CREATING_NAME,
     DELTAS_NAME,
-    LEDGER_NAME,
     LOCK_NAME,
     SNAPSHOT_FILE,
     SNAPSHOTS_NAME,
@@ -27,7 +26,7 @@ from kvllm.store.opening import (
     find_ledger,
     identify,
 )
-from kvllm.store.sqlite import sqlite3, translated
+from kvllm.store.sqlite import LEDGER_NAME, sqlite3, translated
 
 _FOLDERS = (DELTAS_NAME, SNAPSHOTS_NAME)
 _KNOWN = (LEDGER_NAME, f"{LEDGER_NAME}-journal", LOCK_NAME, CREATING_NAME, *_FOLDERS)
