@@ -91,7 +91,7 @@ def repair(
     """
     ledger = find_ledger(path)
     log = _Log(yes=yes)
-    with translated(path, "Repairing the knowledge base"):
+    with translated(path, "Repairing the knowledge base", verified=True):
         lock = lock or WriterLock(path / LOCK_NAME)
         lock.acquire(timeout=lock_timeout)
         try:

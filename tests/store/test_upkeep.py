@@ -184,9 +184,13 @@ def test_ledger_that_is_no_database_is_said_to_be_lost_and_left_alone(full: Benc
     path = full.store.path
     full.store.close()
     (path / "ledger.db").write_bytes(b"no database" * 1000)
-    assert not verify_folder(path, deep=True).ok
-    with pytest.raises(Corrupt, match="backup"):
+    report = verify_folder(path, deep=True)
+    assert not report.ok
+    with pytest.raises(Corrupt, match="restore a backup") as refused:
         repair(path, yes=True)
+    for said in (report.problems[0].what, str(refused.value)):  # whoever verifies is not told to verify
+        assert "restore a backup" in said
+        assert "run `kvllm verify" not in said
     assert (path / "ledger.db").read_bytes() == b"no database" * 1000
     assert len(list((path / "deltas").iterdir())) == 5
 
