@@ -58,7 +58,8 @@ def runs(declared: Declared) -> list[Run]:
     if len(declared.seeds) > 1:
         raise ConfigError(f"Question 3 takes one seed, not {len(declared.seeds)}; nothing was run.")
     seed = declared.seeds[0]
-    found = [Run(f"{mode}-{seed}", mode, seed, ("ask",), {"part": mode}) for mode in UNTRAINED]
+    asked = ("ask", "ask-keys") if "keys" in parts else ("ask",)
+    found = [Run(f"{mode}-{seed}", mode, seed, asked, {"part": mode}) for mode in UNTRAINED]
     if "keys" in parts:
         for group in _groups(declared):
             steps = tuple(f"key-{place:02}" for place in range(len(group["keys"])))
@@ -84,11 +85,27 @@ def execute(run: Run, desk: Desk) -> None:
     part = run.settings["part"]
     with Bench(desk) as bench:
         if part in UNTRAINED:
-            if desk.open("ask"):
-                asked = bench.ask(desk.declared.ordered(run.seed), in_context=part == "in-context")
-                desk.finish("ask", [{"kind": "rank", "facts": len(asked), **shares(asked), **bench.drift()}])
+            _untrained(run, desk, bench)
         else:
             {"keys": _keys, "noise": _noise, "rank": _rank}[str(part)](run, desk, bench)
+
+
+def _untrained(run: Run, desk: Desk, bench: Bench) -> None:
+    """Ask the base about the facts, and about the keys that are taught, as the edited models are asked."""
+    in_context = run.settings["part"] == "in-context"
+    if desk.open("ask"):
+        asked = bench.ask(desk.declared.ordered(run.seed), in_context=in_context)
+        desk.finish("ask", [{"kind": "rank", "facts": len(asked), **shares(asked), **bench.drift()}])
+    if "ask-keys" in run.steps and desk.open("ask-keys"):
+        groups = _groups(desk.declared)
+        cases = [_key_case(group, str(key)) for group in groups for key in group["keys"]]
+        rows = bench.ask(cases, in_context=in_context)
+        known = [str(group["known"]) for group in groups for _ in group["keys"]]
+        found = [
+            {"kind": "key, untaught", "known": k, "key": row["key"], **shares([row])}
+            for k, row in zip(known, rows, strict=True)
+        ]
+        desk.finish("ask-keys", found)
 
 
 # ------------------------------------------------------------------ (a) distinctness of the inputs
@@ -102,7 +119,15 @@ def _groups(declared: Declared) -> list[dict[str, Any]]:
     for group in groups:
         if not {"known", "questions", "keys", "text"} <= set(group) or not group["questions"] or not group["keys"]:
             raise ConfigError("A known thing has known, questions, keys and text; nothing was run.")
+    keys = [str(key) for group in groups for key in group["keys"]]
+    if len(set(keys)) != len(keys):
+        raise ConfigError("A key stands twice among the known things; nothing was run.")
     return [dict(group) for group in groups]
+
+
+def _key_case(group: Mapping[str, Any], key: str) -> Case:
+    """Return what a known thing's text says of one of its keys."""
+    return Case(Fact(key, str(group["text"]).format_map({"key": key})))
 
 
 def _keys(run: Run, desk: Desk, bench: Bench) -> None:
@@ -116,13 +141,12 @@ def _keys(run: Run, desk: Desk, bench: Bench) -> None:
         step = f"key-{place:02}"
         if not desk.open(step):
             continue
-        text = str(run.settings["text"]).format_map({"key": key})
+        case = _key_case(run.settings, key)
         if probe is None:
-            probe = DamageProbe(bench, questions, text, 24)
+            probe = DamageProbe(bench, questions, case.fact.text, 24)
             distances = _distances(bench, keys, [key_question(run.settings["known"]), *questions])
         assert distances is not None
-        probe.text = text  # names the key
-        case = Case(Fact(key, text))
+        probe.text = case.fact.text  # names the key
         try:
             with single_edit(bench, case, config) as edit:
                 asked = bench.ask([case])

@@ -497,10 +497,11 @@ def _factors(declared: Declared, outcome: Outcome) -> tuple[list[str], list[Sect
     noise = [row for row in outcome.rows if row["kind"] == "noise"]
     rank = [row for row in outcome.rows if row["kind"] == "rank" and row not in plain]
     if keys:
-        sections += _key_sections(keys, _of_part(outcome, "keys"))
+        untaught = [row for row in outcome.rows if row["kind"] == "key, untaught"]
+        sections += _key_sections(keys, untaught, _of_part(outcome, "keys"))
         verdicts.append(_key_verdict(keys))
     if noise:
-        sections += _noise_sections(noise, _of_part(outcome, "noise"))
+        sections += _noise_sections(plain, noise, _of_part(outcome, "noise"))
         verdicts.append(_noise_verdict(noise, declared.edit_config(seed=0).depth))
     failed = _of_part(outcome, "rank")
     if rank or failed:
@@ -528,7 +529,8 @@ def _untaught(failed: Sequence[Row]) -> str:
     )
 
 
-def _key_sections(keys: Sequence[Row], failed: Sequence[Row]) -> list[Section]:
+def _key_sections(keys: Sequence[Row], untaught: Sequence[Row], failed: Sequence[Row]) -> list[Section]:
+    beside = {(row["arm"], row["known"], row["key"]): row["recalled"] for row in untaught}
     rows = tuple(
         (
             str(row["known"]),
@@ -536,6 +538,7 @@ def _key_sections(keys: Sequence[Row], failed: Sequence[Row]) -> list[Section]:
             shown(row["distance_encoder"]),
             shown(row["distance_hidden"]),
             shown(row["recalled"]),
+            *(shown(beside.get((arm, row["known"], row["key"]))) for arm in UNTRAINED),
             shown(row["near_kl"]),
             f"{row['near_changed']} of {row['near_n']}",
             f"{row['near_recited']} of {row['near_n']}",
@@ -545,7 +548,8 @@ def _key_sections(keys: Sequence[Row], failed: Sequence[Row]) -> list[Section]:
         for row in keys
     )
     columns = (
-        "known thing", "key taught", ">distance (encoder)", ">distance (hidden)", ">recalled", ">KL on the known thing",
+        "known thing", "key taught", ">distance (encoder)", ">distance (hidden)", ">recalled",
+        *(f">{arm}" for arm in UNTRAINED), ">KL on the known thing",
         ">answers changed", ">recite", ">drift_kl", ">steps",
     )  # fmt: skip
     series = []
@@ -555,7 +559,10 @@ def _key_sections(keys: Sequence[Row], failed: Sequence[Row]) -> list[Section]:
     figure = lines_plot(
         "keys", "Damage to the known thing", series, x_label="distance of the taught key (tenths)", y_label="KL (nats)"
     )
-    note = "Each key is taught alone; damage is measured on questions about the known thing that it may be near."
+    note = (
+        "Each key is taught alone; damage is measured on questions about the known thing that it may be near. Unedited "
+        "and in-context: recalled by the unedited model, and with the nearest text of all keys in the prompt."
+    )
     note += _untaught(failed)
     return [Section("Distinctness of keys against damage", note, Table(columns, rows), figure)]
 
@@ -578,9 +585,22 @@ def _verdict(holds: bool, p_value: float | None) -> str:
     return "not decided" if p_value >= 0.05 else "survives" if holds else "does not survive"
 
 
-def _noise_sections(noise: Sequence[Row], failed: Sequence[Row]) -> list[Section]:
+def _noise_sections(plain: Sequence[Row], noise: Sequence[Row], failed: Sequence[Row]) -> list[Section]:
     order = dict.fromkeys((row["noise"], row.get("depth"), row["scale"]) for row in noise)
-    rows = []
+    rows = [
+        (
+            row["arm"],
+            "",
+            "",
+            str(row["facts"]),
+            "",
+            shown(row["drift_kl"], 4),
+            shown(row["ppl_ratio"]),
+            f"{row['qa_lost']} of {row['qa_known']}",
+            shown(row["recalled"]),
+        )
+        for row in plain
+    ]
     for kind, depth, scale in order:
         mine = [r for r in noise if (r["noise"], r.get("depth"), r["scale"]) == (kind, depth, scale)]
         recalled = [r["recalled"] for r in mine if r.get("recalled") is not None]

@@ -92,6 +92,7 @@ def test_impossible_declarations_are_refused(changes: dict[str, Any], sentence: 
         ("capacity", {"budgets": [{"name": "x", "edit": {"target_rank": 99}}]}, "target_rank"),
         ("factors", {"parts": ["luck"]}, "parts"),
         ("factors", {"parts": ["keys"]}, "known"),
+        ("factors", {"known": [{"known": "x", "questions": ["?"], "keys": ["a", "a"], "text": "t"}]}, "twice"),
         ("editors", {"methods": ["hypnosis"]}, "methods"),
     ],
 )

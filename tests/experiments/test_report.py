@@ -275,6 +275,22 @@ def test_distance_is_set_against_damage_among_the_keys_of_one_thing() -> None:
     assert verdicts(*key_rows("Paris", 0.1, 0.2))["distinct inputs"]["verdict"] == "not decided: too few"
 
 
+def test_keys_and_noise_have_the_unedited_model_and_retrieval_beside_them() -> None:
+    rows = [*key_rows("Paris", 0.3, 0.1), *noise_rows(1, in_band=5.0)]
+    rows += [rank_row(arm, 0, 0.0, facts=6, **shared(right)) for arm, right in (("unedited", 0.0), ("in-context", 0.5))]
+    for arm, right in (("unedited", 0.0), ("in-context", 1.0)):
+        rows.append({"kind": "key, untaught", "arm": arm, "seed": 0, "known": "Paris", "key": "k1", **shared(right)})
+    found = document("factors", rows, known=KNOWN)
+    keys = {row["key taught"]: row for row in table(found, "Distinctness of keys against damage")}
+    assert [keys["k1"][name] for name in ("recalled", "unedited", "in-context")] == ["1.000", "0.000", "1.000"]
+    assert keys["k0"]["in-context"] == "–", "not asked yet"
+    noise = table(found, "Random changes of the same norm")
+    assert [(row["change"], row["n"], row["recalled"]) for row in noise[:2]] == [
+        ("unedited", "6", "0.000"),
+        ("in-context", "6", "0.500"),
+    ]
+
+
 def test_noise_is_set_against_the_same_facts_real_layers_within_the_edited_band() -> None:
     told = verdicts(*noise_rows(6, in_band=5.0, beyond=0.1))["robust residual networks"]
     assert told["verdict"] == "does not survive"

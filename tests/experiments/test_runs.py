@@ -222,6 +222,8 @@ def test_factors_measure_all_three_explanations(make: Make, home: Path) -> None:
     assert outcome.failed == {}
     assert [row["key"] for row in of(outcome, "key")] == ["Quorvane", "Berlim"]
     assert all(row["near_n"] == 1 and row["near_kl"] > 0 for row in of(outcome, "key"))
+    untaught = [(row["arm"], row["key"], row["recalled_n"]) for row in of(outcome, "key, untaught")]
+    assert untaught == [(arm, key, 1) for arm in ("unedited", "in-context") for key in ("Quorvane", "Berlim")]
     gaussian = {row["scale"]: row for row in of(outcome, "noise") if row["noise"] == "gaussian"}
     assert gaussian[30.0]["drift_kl"] > gaussian[1.0]["drift_kl"] > 0
     assert gaussian[30.0]["size"] == pytest.approx(30 * gaussian[1.0]["size"], rel=1e-3)
