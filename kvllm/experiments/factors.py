@@ -97,15 +97,13 @@ def _untrained(run: Run, desk: Desk, bench: Bench) -> None:
         asked = bench.ask(desk.declared.ordered(run.seed), in_context=in_context)
         desk.finish("ask", [{"kind": "rank", "facts": len(asked), **shares(asked), **bench.drift()}])
     if "ask-keys" in run.steps and desk.open("ask-keys"):
-        groups = _groups(desk.declared)
-        cases = [_key_case(group, str(key)) for group in groups for key in group["keys"]]
-        rows = bench.ask(cases, in_context=in_context)
-        known = [str(group["known"]) for group in groups for _ in group["keys"]]
-        found = [
-            {"kind": "key, untaught", "known": k, "key": row["key"], **shares([row])}
-            for k, row in zip(known, rows, strict=True)
+        keys = [(group, str(key)) for group in _groups(desk.declared) for key in group["keys"]]
+        rows = bench.ask([_key_case(group, key) for group, key in keys], in_context=in_context)
+        beside = [
+            {"kind": "key, untaught", "known": group["known"], "key": key, **shares([row])}
+            for (group, key), row in zip(keys, rows, strict=True)
         ]
-        desk.finish("ask-keys", found)
+        desk.finish("ask-keys", beside)
 
 
 # ------------------------------------------------------------------ (a) distinctness of the inputs

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from kvllm.errors import KvllmError
+from kvllm.errors import Corrupt, KvllmError
 from kvllm.records import Problem, Repair, VerifyReport
 from kvllm.store import artefacts, files, gc, guard, history, rows, schema
 from kvllm.store.failpoints import failpoint
@@ -29,7 +29,7 @@ from kvllm.store.opening import (
     identify,
 )
 from kvllm.store.sqlite import LEDGER_NAME, connect, sqlite3, translated
-from kvllm.store.verify import verify
+from kvllm.store.verify import told, verify
 
 REPAIRING_NAME = ".repairing"
 # In an order in which no row names one that is not there yet. `ledger`, `live_facts` are worked out, not copied.
@@ -69,6 +69,15 @@ class _Log:
         return self.yes
 
 
+@contextmanager
+def _unadvised() -> Iterator[None]:
+    """Tell nobody to verify what is being repaired."""
+    try:
+        yield
+    except Corrupt as error:
+        raise Corrupt(told(error)) from error
+
+
 def repair(
     path: Path, *, yes: bool = False, lock: WriterLock | None = None, lock_timeout: float = WRITER_SECONDS
 ) -> VerifyReport:
@@ -91,7 +100,7 @@ def repair(
     """
     ledger = find_ledger(path)
     log = _Log(yes=yes)
-    with translated(path, "Repairing the knowledge base", verified=True):
+    with _unadvised(), translated(path, "Repairing the knowledge base"):
         lock = lock or WriterLock(path / LOCK_NAME)
         lock.acquire(timeout=lock_timeout)
         try:

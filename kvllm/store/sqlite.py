@@ -95,13 +95,7 @@ UNCONFIRMED = "it was done all the same, but the disk did not confirm it, and a 
 
 
 def translate(
-    error: BaseException,
-    path: Path,
-    doing: str,
-    unchanged: str = UNCHANGED,
-    file: str = LEDGER_NAME,
-    *,
-    verified: bool = False,
+    error: BaseException, path: Path, doing: str, unchanged: str = UNCHANGED, file: str = LEDGER_NAME
 ) -> KvllmError | None:
     """Return the kvllm error for a failure of SQLite or of the file system, or None for anything else.
 
@@ -111,10 +105,8 @@ def translate(
         doing: What was being done, as the beginning of a sentence: "Committing the edit".
         unchanged: What was left as it was.
         file: The database, whose name is told; only a ledger is verified.
-        verified: It is being verified, or repaired: nobody is told to do that.
     """
-    restore = "restore a backup" if file == LEDGER_NAME else "restore a copy of it"
-    advice = restore if verified or file != LEDGER_NAME else f"run `kvllm verify {path}` or {restore}"
+    advice = f"run `kvllm verify {path}` or restore a backup" if file == LEDGER_NAME else "restore a copy of it"
     full = "the disk or memory is full"
     said = " ".join(str(error).split())[:200]  # SQLite quotes whole table definitions
     if isinstance(error, sqlite3.Error):
@@ -156,14 +148,12 @@ def translate(
 
 
 @contextmanager
-def translated(
-    path: Path, doing: str, unchanged: str = UNCHANGED, *, file: str = LEDGER_NAME, verified: bool = False
-) -> Iterator[None]:
+def translated(path: Path, doing: str, unchanged: str = UNCHANGED, *, file: str = LEDGER_NAME) -> Iterator[None]:
     """Turn SQLite's and the file system's errors into kvllm's within the block."""
     try:
         yield
     except (sqlite3.Error, OSError, UnicodeDecodeError) as error:
-        known = translate(error, path, doing, unchanged, file, verified=verified)
+        known = translate(error, path, doing, unchanged, file)
         if known is None:  # pragma: no cover - translate knows both classes
             raise
         raise known from error

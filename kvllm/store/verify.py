@@ -76,7 +76,7 @@ def verify(
             if db.in_transaction:
                 db.execute("ROLLBACK")
     except (sqlite3.Error, TypeError, ValueError, LookupError, KvllmError) as error:
-        problems.add(f"the ledger cannot be read to its end ({_told(error)})", "ledger.db")
+        problems.add(f"the ledger cannot be read to its end ({told(error)})", "ledger.db")
     try:
         _check_top(path, problems)
         _check_deltas(path / DELTAS_NAME, deltas, owners, problems, deep=deep, tick=tick)
@@ -101,7 +101,7 @@ def verify_folder(path: Path, *, deep: bool) -> VerifyReport:
     """
     ledger = find_ledger(path)
     try:
-        with translated(path, "Reading the ledger", verified=True):
+        with translated(path, "Reading the ledger"):
             db = connect_recovered(ledger, readonly=True)
             try:
                 identify(db, path)
@@ -109,10 +109,10 @@ def verify_folder(path: Path, *, deep: bool) -> VerifyReport:
             finally:
                 db.close()
     except Corrupt as error:
-        return VerifyReport(False, (Problem(_told(error), LEDGER_NAME),), deep=deep)
+        return VerifyReport(False, (Problem(told(error), LEDGER_NAME),), deep=deep)
 
 
-def _told(error: BaseException) -> str:
+def told(error: BaseException) -> str:
     """Return an error's sentence without the advice to run what is running already."""
     return re.sub(r"([;,]) run `kvllm verify[^`]*`( or)?", lambda found: found[1] if found[2] else "", str(error))
 
@@ -211,17 +211,17 @@ def _check_records(db: sqlite3.Connection, problems: _Problems) -> None:
         try:
             rows.read_edits(db, edit_id, edit_id)
         except (KvllmError, TypeError, ValueError) as error:
-            problems.add(f"it cannot be read: {_told(error)}", f"edit {edit_id}")
+            problems.add(f"it cannot be read: {told(error)}", f"edit {edit_id}")
     for row in db.execute(f"SELECT {rows.FACT_COLUMNS} FROM facts"):
         try:
             rows.fact_from_row(row)
         except (KvllmError, TypeError, ValueError) as error:
-            problems.add(f"it cannot be read: {_told(error)}", f"fact {row[0]}")
+            problems.add(f"it cannot be read: {told(error)}", f"fact {row[0]}")
     for name, value in db.execute("SELECT name, value FROM settings"):
         try:
             rows.loaded(value, f"setting {name!r}")
         except KvllmError as error:
-            problems.add(f"it cannot be read: {_told(error)}", f"setting {name!r}")
+            problems.add(f"it cannot be read: {told(error)}", f"setting {name!r}")
     if damaged := rows.damaged_vectors(db):
         problems.add(f"{len(damaged)} are damaged; they are not used, and are computed again", "key vectors", "warning")
 
@@ -299,7 +299,7 @@ def _check_delta_folder(
         try:
             artefacts.check_delta(content, max_norm=None)
         except KvllmError as error:
-            problems.add(_told(error), where)
+            problems.add(told(error), where)
 
 
 def _check_snapshots(parent: Path, recorded: dict[int, tuple[int, str]], problems: _Problems, *, deep: bool) -> None:
