@@ -21,7 +21,7 @@ from kvllm.experiments.statistics import Loss, correlation, fit_retention, paire
 from kvllm.metrics import mean, shown, shown_p
 from kvllm.paired import Interval, bootstrap, holm, mcnemar, wilson
 from kvllm.reports.document import Document, Origin, Section, Table
-from kvllm.reports.plots import lines_plot
+from kvllm.reports.plots import bars_plot, lines_plot
 
 SCHEMA = "kvllm-experiment/1"
 Row = Mapping[str, Any]
@@ -769,9 +769,12 @@ def _difference(name: str, what: str, differences: Sequence[float], left_out: in
 
 # ------------------------------------------------------------------ editors
 
+# What a picture of the methods shows: more is better in each.
+_DRAWN = ("recalled", "generalized", "unchanged")
+
 
 def _editors(declared: Declared, outcome: Outcome) -> tuple[list[str], list[Section]]:
-    rows, findings = [], []
+    rows, findings, bars = [], [], []
     for arm in dict.fromkeys(run.arm for run in outcome.runs):
         facts = [row for row in outcome.rows if row["arm"] == arm and row["kind"] == "fact"]
         drift = [row for row in outcome.rows if row["arm"] == arm and row["kind"] == "drift"]
@@ -799,6 +802,7 @@ def _editors(declared: Declared, outcome: Outcome) -> tuple[list[str], list[Sect
                 stray,
             )
         )
+        bars.append((arm, [right / n if n else None for right, n in map(shares.__getitem__, _DRAWN)]))
         right, n = shares["recalled"]
         findings.append(
             f"{arm}: {shown(right / n if n else None)} recalled, {shown(_mean(drift, 'train_seconds'), 1)} s per fact."
@@ -813,7 +817,10 @@ def _editors(declared: Declared, outcome: Outcome) -> tuple[list[str], list[Sect
         "adapter if it is near enough (routed right: questions about a fact that got its own; general routed: general "
         "questions that got any; where one does, drift is not none, and is not measured)."
     )
-    return findings, [Section("Methods", note, Table(columns, tuple(rows)))]
+    title = "What each method teaches, and what it leaves alone"
+    figure = bars_plot("methods", title, _DRAWN, bars, x_label="share of the questions asked")
+    shown_too = "The shares of the table above: of a perfect editor every bar is full."
+    return findings, [Section("Methods", note, Table(columns, tuple(rows))), Section(title, shown_too, figure=figure)]
 
 
 def _kept_drift(routing: Sequence[Row]) -> str:

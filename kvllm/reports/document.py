@@ -107,7 +107,7 @@ class Section:
     title: str
     note: str = ""
     table: Table | None = None
-    figure: plots.Plot | plots.Lines | plots.Matrix | None = None
+    figure: plots.Plot | plots.Lines | plots.Bars | plots.Matrix | None = None
     entries: tuple[Entry, ...] = ()
     minor: bool = False
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from kvllm.metrics import shown
 from kvllm.reports.document import Document, Entry, Table
-from kvllm.reports.plots import Lines, bars_in_text
+from kvllm.reports.plots import Bars, Lines, in_text
 from kvllm.reports.text import markdown, neutral
 
 # GitHub cuts a comment at 65,536 characters: failing answers come first, and the rest stays in the other formats.
@@ -33,7 +33,7 @@ def markdown_page(document: Document, *, failure: str | None = None) -> str:
             parts.append(markdown(section.note))
         if section.table is not None and section.table.rows:
             parts.append(table(section.table))
-        if isinstance(section.figure, Lines):
+        if isinstance(section.figure, Lines | Bars):
             parts.append(_text_plot(section.figure))
         parts += _entries(section.entries)
     origin = document.origin
@@ -60,10 +60,9 @@ def table(given: Table) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _text_plot(figure: Lines) -> str:
+def _text_plot(figure: Lines | Bars) -> str:
     """A plot as a block of plain text: Markdown shows no SVG that stands in the page itself."""
-    said = [f"{figure.title}: {figure.y_label} against {figure.x_label}", *bars_in_text(figure)]
-    inside = "&#10;".join(html.escape(neutral(line, keep="")) for line in said)
+    inside = "&#10;".join(html.escape(neutral(line, keep="")) for line in in_text(figure))
     return f"<pre>{inside}</pre>"
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from kvllm.metrics import shown
 from kvllm.reports.document import Document, Entry
-from kvllm.reports.plots import Lines, Matrix, Strip, distance_strip
+from kvllm.reports.plots import Bars, Lines, Matrix, Strip, distance_strip
 from kvllm.reports.text import neutral
 
 if TYPE_CHECKING:
@@ -57,6 +57,7 @@ def _template() -> Template:
     )
     environment.filters["shown"] = shown
     environment.filters["groups"] = _groups
+    environment.tests["bars"] = lambda figure: isinstance(figure, Bars)
     environment.tests["lines"] = lambda figure: isinstance(figure, Lines)
     environment.tests["matrix"] = lambda figure: isinstance(figure, Matrix)
     return environment.get_template("page.html.j2")

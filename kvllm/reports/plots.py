@@ -1,7 +1,7 @@
 """Where things lie in a plot: scales, ticks, paths and cells in SVG units. Draws nothing; `page.html.j2` does.
 
 Numbers in, coordinates out. Hand-made instead of a plotting library: the page takes its colours from the reader's
-light or dark mode, and four simple shapes are all there is to draw.
+light or dark mode, and five simple shapes are all there is to draw.
 
     retention_plot(points).line       # 'M44,20 L130,64'
 """
@@ -89,6 +89,42 @@ class Lines:
     right: int = WIDTH - _RIGHT
     top: int = _TOP
     bottom: int = HEIGHT - _BOTTOM
+
+
+@dataclass(frozen=True)
+class Bar:
+    """One horizontal bar; `measure` is its place among the measures, `told` says it in words."""
+
+    measure: int
+    y: float
+    width: float
+    told: str
+
+
+@dataclass(frozen=True)
+class Bars:
+    """Shares in [0, 1] as horizontal bars, one group a name and one bar a measure; `rows` are them for plain text."""
+
+    name: str
+    title: str
+    told: str
+    x_label: str
+    x_ticks: tuple[Tick, ...]
+    names: tuple[Tick, ...]
+    measures: tuple[str, ...]
+    bars: tuple[Bar, ...]
+    rows: tuple[tuple[str, tuple[float | None, ...]], ...]
+    height: int
+    thick: float = 8
+    width: int = WIDTH
+    left: int = 100
+    right: int = WIDTH - _RIGHT
+    top: int = _TOP
+
+    @property
+    def bottom(self) -> int:
+        """Where the x axis lies."""
+        return self.height - _BOTTOM
 
 
 @dataclass(frozen=True)
@@ -237,15 +273,74 @@ def lines_plot(
     return Lines(name, title, told, x_label, y_label, _placed(x_ticks, x_of), _placed(y_ticks, y_of), drawn)
 
 
-def bars_in_text(figure: Lines) -> tuple[str, ...]:
-    """Return a plot as lines of plain text, one per series: its label and its values as blocks of eight heights."""
-    top = max((value for series in figure.series for value in series.values), default=0.0) or 1.0
-    wide = max(len(series.label) for series in figure.series)
-    blocks = "▁▂▃▄▅▆▇█"
-    return tuple(
-        f"{series.label:<{wide}}  {''.join(blocks[min(7, int(8 * value / top))] for value in series.values)}"
-        f"  {shown(series.values[0])} … {shown(series.values[-1])}"
-        for series in figure.series
+def bars_plot(
+    name: str,
+    title: str,
+    measures: Sequence[str],
+    rows: Sequence[tuple[str, Sequence[float | None]]],
+    *,
+    x_label: str,
+) -> Bars | None:
+    """Draw shares in [0, 1] as bars; None where there is none.
+
+    Args:
+        name, title: Of the plot.
+        measures: What each bar of a group is.
+        rows: Name and shares of each group, one per measure; None where it was not measured, which draws no bar.
+        x_label: Of the axis.
+    """
+    given = tuple((label, tuple(shares)) for label, shares in rows if any(share is not None for share in shares))
+    if not given:
+        return None
+    thick, gap = Bars.thick, 8
+    group = thick * len(measures) + gap
+    x_of = _scale(0.0, 1.0, Bars.left, Bars.right)
+    bars = tuple(
+        Bar(
+            j,
+            _TOP + i * group + j * thick,
+            round(x_of(share) - Bars.left, 1),
+            f"{label}: {shown(share)} {measures[j]}",
+        )
+        for i, (label, shares) in enumerate(given)
+        for j, share in enumerate(shares)
+        if share is not None
+    )
+    names = tuple(Tick(_TOP + i * group + (group - gap) / 2, label) for i, (label, _) in enumerate(given))
+    told = "; ".join(f"{label}: {_in_words(measures, shares)}" for label, shares in given)
+    ticks = _placed(_steps(1.0, 0.25, 2), x_of)
+    height = round(_TOP + group * len(given) + _BOTTOM)
+    return Bars(name, title, told, x_label, ticks, names, tuple(measures), bars, given, height)
+
+
+def in_text(figure: Lines | Bars) -> tuple[str, ...]:
+    """Return a plot as lines of plain text, first what it shows; its values are blocks of eight heights.
+
+    One line per series or group: its label, its values as blocks (a dot: not measured), and in numbers the first and
+    the last, or all.
+    """
+    told: list[tuple[str, Sequence[float | None], str]]
+    if isinstance(figure, Bars):
+        head, top = f"{figure.title}: {figure.x_label}", 1.0
+        told = [(label, shares, _in_words(figure.measures, shares)) for label, shares in figure.rows]
+    else:
+        head = f"{figure.title}: {figure.y_label} against {figure.x_label}"
+        top = max((value for series in figure.series for value in series.values), default=0.0) or 1.0
+        told = [
+            (series.label, series.values, f"{shown(series.values[0])} … {shown(series.values[-1])}")
+            for series in figure.series
+        ]
+    wide = max(len(label) for label, _, _ in told)
+    return (head, *(f"{label:<{wide}}  {_blocks(values, top)}  {words}" for label, values, words in told))
+
+
+def _blocks(values: Sequence[float | None], top: float) -> str:
+    return "".join("·" if value is None else "▁▂▃▄▅▆▇█"[min(7, int(8 * value / top))] for value in values)
+
+
+def _in_words(measures: Sequence[str], shares: Sequence[float | None]) -> str:
+    return ", ".join(
+        f"{measure} {shown(share)}" for measure, share in zip(measures, shares, strict=True) if share is not None
     )
 
 

@@ -31,7 +31,7 @@ from kvllm.records import (
     StoredFact,
     VerifyReport,
 )
-from kvllm.reports.plots import Lines, bars_in_text
+from kvllm.reports.plots import Bars, Lines, in_text
 from kvllm.reports.text import neutral
 
 if TYPE_CHECKING:
@@ -370,9 +370,9 @@ def document_view(document: Document, *, answers: bool = False) -> Group:
     for section in document.sections:
         if section.table is not None and section.table.rows and (answers or not section.minor):
             parts += [Text(""), _section_table(section.title, section.table), inline(section.note, "dim")]
-        if isinstance(section.figure, Lines):
-            parts += [Text(""), inline(f"{section.figure.title}: {section.figure.y_label}", "dim")]
-            parts += [inline(line) for line in bars_in_text(section.figure)]
+        if isinstance(section.figure, Lines | Bars):
+            head, *lines = in_text(section.figure)
+            parts += [Text(""), inline(head, "dim"), *map(inline, lines)]
         listed = [entry for entry in section.entries if answers or not entry.passed or entry.note]
         passing += len(section.entries) - len(listed)
         if listed:

@@ -336,6 +336,10 @@ def test_editors_count_bytes_and_routes() -> None:
     assert methods["prefix-tuning"]["general routed"] == "1 of 44"
     assert methods["prefix-tuning"]["drift_kl"] == "not measured", "a general question got an adapter"
     assert methods["unedited"]["recalled"] == "0.000"
+    for form, drawn in (("html", "adalora: 1.000 recalled"), ("markdown", "recalled 1.000, generalized")):
+        page = render(document("editors", rows), form)
+        assert "What each method teaches" in page
+        assert drawn in page
     rows[-1]["general_routed"] = 0
     methods = {row["method"]: row for row in table(document("editors", rows), "Methods")}
     assert methods["prefix-tuning"]["drift_kl"] == "0 (not merged)"

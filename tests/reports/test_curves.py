@@ -6,7 +6,7 @@ import pytest
 
 from kvllm.records import EditPoint, ProbeResult, RetentionPoint
 from kvllm.reports.curves import recall_by_distance, recitals
-from kvllm.reports.plots import bars_in_text, distance_plot, drift_plot, lines_plot, matrix_plot, retention_plot
+from kvllm.reports.plots import bars_plot, distance_plot, drift_plot, in_text, lines_plot, matrix_plot, retention_plot
 
 
 def probe(key: str, answer: str, text: str, similarity: float | None = None, kind: str = "paraphrase") -> ProbeResult:
@@ -93,5 +93,21 @@ def test_several_lines_share_one_frame() -> None:
     assert first.dots[0].x < second.dots[0].x < first.dots[1].x
     assert second.dots[0].y == figure.bottom
     assert [tick.label for tick in figure.y_ticks] == ["0.00", "0.25", "0.50", "0.75", "1.00"]
-    assert bars_in_text(figure) == ("a   █▅  1.000 … 0.500", "bb  ▁  0.000 … 0.000")
+    assert in_text(figure) == ("X: share against n", "a   █▅  1.000 … 0.500", "bb  ▁  0.000 … 0.000")
     assert lines_plot("x", "X", [("a", [])], x_label="n", y_label="share") is None
+
+
+def test_bars_stand_by_name_and_what_was_not_measured_has_none() -> None:
+    rows = [("full", (1.0, 0.0)), ("lora", (0.5, None)), ("none", (None, None))]
+    figure = bars_plot("x", "X", ("recalled", "kept"), rows, x_label="share")
+    assert figure is not None
+    assert [tick.label for tick in figure.names] == ["full", "lora"]
+    assert [(bar.measure, bar.told) for bar in figure.bars] == [
+        (0, "full: 1.000 recalled"), (1, "full: 0.000 kept"), (0, "lora: 0.500 recalled")
+    ]  # fmt: skip
+    whole, nothing, half = figure.bars
+    assert figure.left + whole.width == figure.right == figure.x_ticks[-1].at
+    assert (nothing.width, half.width) == (0, whole.width / 2)
+    assert whole.y < figure.names[0].at < half.y < figure.names[1].at < figure.bottom, "groups do not overlap"
+    assert in_text(figure) == ("X: share", "full  █▁  recalled 1.000, kept 0.000", "lora  ▅·  recalled 0.500")
+    assert bars_plot("x", "X", ("recalled",), [("none", (None,))], x_label="share") is None
