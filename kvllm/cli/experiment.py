@@ -39,6 +39,15 @@ def experiment(
         list[str] | None,
         typer.Option("--only", metavar="ARM", help="This arm or run alone; may be repeated.", show_default=False),
     ] = None,
+    again: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--again",
+            metavar="ARM",
+            help="Forget what this arm or run has found, and begin it anew; may be repeated.",
+            show_default=False,
+        ),
+    ] = None,
     report: Annotated[bool, typer.Option("--report", help="Run nothing; show what is there.")] = False,
     model: Annotated[
         str | None, typer.Option("--model", metavar="NAME", help="Another base model.", show_default=False)
@@ -55,15 +64,20 @@ def experiment(
     from kvllm.experiments.runner import read_outcome, run_experiment
 
     check_outputs(output, format)
-    if report and only:
-        raise ConfigError("--report shows all that is there, so that --only has no meaning beside it; nothing was run.")
+    if report and (only or again):
+        named = "--only" if only else "--again"
+        raise ConfigError(
+            f"--report shows all that is there, so that {named} has no meaning beside it; nothing was run."
+        )
     declared = load(declaration, model=model)
     folder = into or declaration.parent / f"{declaration.stem}.run"
     if report:
         outcome = read_outcome(declared, folder)
     else:
         try:
-            outcome = run_experiment(declared, folder, jobs=jobs, ray=ray, only=only or (), progress=out.progress)
+            outcome = run_experiment(
+                declared, folder, jobs=jobs, ray=ray, only=only or (), again=again or (), progress=out.progress
+            )
         except KeyboardInterrupt as error:
             raise Interrupted(
                 f"Interrupted; the finished steps are kept in {folder}. Give the same command again to go on."

@@ -39,6 +39,8 @@ from kvllm.store import Store
 UNMEASURED = GateConfig(min_reliability=None, max_drift_kl=None, max_ppl_ratio=None, min_erasure=None, measure=False)
 IN_CONTEXT = "{notes}\n\nUse the note above if it is about this question. {question}"
 _NOTE = "Note about {key}: {text}"
+# A note goes into the prompt from this cosine of key and question on; benchmarks/edit_bench has the same rule.
+NEAR = 0.5
 
 
 class Bench:
@@ -113,7 +115,8 @@ class Bench:
 
         Args:
             cases: What is asked about.
-            in_context: Put the texts of the nearest of these cases into each prompt, as retrieval would.
+            in_context: Put the texts of the nearest of these cases into each prompt, as retrieval would: those at least
+                `NEAR` to the question, whatever is asked. A question that none is near to is asked as it is.
 
         Returns:
             Per case: how many of its trained questions, paraphrases and neighbours were asked, how many answers of the
@@ -144,14 +147,19 @@ class Bench:
         return {(p.question, p.expected): a for p, a in zip(probes, json.loads(data), strict=True)}
 
     def _with_notes(self, probes: Sequence[Probe], cases: Sequence[Case]) -> list[Probe]:
-        keys = self.encoder.encode([key_question(case.key) for case in cases])
-        questions = self.encoder.encode([probe.question for probe in probes])
         found = []
-        for probe, vector in zip(probes, questions, strict=True):
-            near = [cases[i] for i, _ in nearest(vector, keys, self.declared.measure.retrieved)]
+        for probe, near in zip(probes, self._retrieved([probe.question for probe in probes], cases), strict=True):
             notes = "\n".join(_NOTE.format(key=case.key, text=case.fact.text) for case in near)
-            found.append(replace(probe, question=IN_CONTEXT.format(notes=notes, question=probe.question)))
+            question = IN_CONTEXT.format(notes=notes, question=probe.question) if near else probe.question
+            found.append(replace(probe, question=question))
         return found
+
+    def _retrieved(self, questions: Sequence[str], cases: Sequence[Case]) -> list[list[Case]]:
+        """Return the cases whose notes each question gets, the nearest first."""
+        keys = self.encoder.encode([key_question(case.key) for case in cases])
+        vectors = self.encoder.encode(list(questions))
+        most = self.declared.measure.retrieved
+        return [[cases[i] for i, cosine in nearest(vector, keys, most) if cosine >= NEAR] for vector in vectors]
 
     @property
     def encoder(self) -> Encoder:
@@ -170,25 +178,30 @@ class Bench:
 
     # ------------------------------------------------------------------ drift
 
-    def drift(self, *, last: bool = False) -> dict[str, Any]:
+    def drift(self, *, last: bool = False, notes: Sequence[Case] = ()) -> dict[str, Any]:
         """Measure drift of the weights as they are, on the declared share of the packaged suite.
 
         What the declared facts answer is left out, whether they were taught yet or not: so all rows rest on one suite.
 
         Args:
             last: Ask `measure.last_questions` general questions, where that is more.
+            notes: What retrieval holds: how many of the suite's questions would get a note (`general_noted` of
+                `general_n`) is counted. Where none does, the drift of retrieval is that of the weights.
         """
         measure = self.declared.measure
         questions = max(measure.questions, measure.last_questions) if last else measure.questions
         suite = _suite(questions, measure.instructions, measure.texts)
         report = self.engine.drift(full=True, suite=suite, taught=[case.fact for case in self.declared.cases])
-        return drift_row(report)
+        if not notes:
+            return drift_row(report)
+        asked = _asked(suite)
+        noted = sum(bool(near) for near in self._retrieved(asked, notes))
+        return drift_row(report) | {"general_noted": noted, "general_n": len(asked)}
 
     def general_questions(self) -> list[str]:
         """Return the drift suite's general questions and instructions."""
         measure = self.declared.measure
-        suite = _suite(measure.questions, measure.instructions, measure.texts)
-        return [*(q.question for q in suite.questions), *suite.instructions]
+        return _asked(_suite(measure.questions, measure.instructions, measure.texts))
 
     def _ticker(self, stage: str) -> Callable[[int, int], None]:
         def tick(done: int, total: int) -> None:
@@ -284,6 +297,10 @@ def _suite(questions: int, instructions: int, texts: int) -> DriftSuite:
     suite = drift_suite(questions, max(1, instructions), texts)
     # The engine keeps references by name: sizes are told apart.
     return replace(suite, name=f"{suite.name}, {questions}+{instructions}+{texts}")
+
+
+def _asked(suite: DriftSuite) -> list[str]:
+    return [*(q.question for q in suite.questions), *suite.instructions]
 
 
 def _rounded(value: float | None) -> float | None:

@@ -76,8 +76,10 @@ def execute(run: Run, desk: Desk) -> None:
         if run.settings["mode"] != "edit":
             for point in checkpoints(declared):
                 if desk.open(f"ask-{point:04}"):
-                    asked = bench.ask(cases[:point], in_context=run.settings["mode"] == "in-context")
-                    state = {"kind": "state", "facts": point, **shares(asked), **bench.drift()}
+                    in_context = run.settings["mode"] == "in-context"
+                    asked = bench.ask(cases[:point], in_context=in_context)
+                    drift = bench.drift(last=point == declared.n, notes=cases[:point] if in_context else ())
+                    state = {"kind": "state", "facts": point, **shares(asked), **drift}
                     desk.finish(f"ask-{point:04}", [state])
             return
         watch = _Watch(bench, cases, desk)
@@ -146,16 +148,28 @@ class _Watch:
         found: list[dict[str, Any]] = [
             {"kind": "watch", "facts": n, "recited": sum(recited), "lost": len(lost), "gained": gained}
         ]
-        for i in first:
-            row = {"kind": "loss", "facts": n, "key": self._cases[i].key, "broken_by": self._cases[n - 1].key}
-            row |= {"age": n - 1 - i, "candidates": len(could), "edit": f"{self._desk.run.id} {n}"}
-            for name, matrix in self._similarities().items():
-                cosines = {j: float(matrix[j, n - 1]) for j in could}
-                nearer = sum(c > cosines[i] for c in cosines.values())
-                equal = sum(c == cosines[i] for c in cosines.values())
-                row |= {f"rank_{name}": nearer + (equal + 1) / 2, f"cosine_{name}": round(cosines[i], 4)}
-            found.append(row)
+        found += [self._loss(i, could, n) for i in first]
         return found
+
+    def _loss(self, i: int, could: Sequence[int], n: int) -> dict[str, Any]:
+        """Return the row of the i-th fact, lost by the n-th edit: its ranks among all that could have been lost.
+
+        Invented facts of one kind share a mould of key, question and text, so that to be near is mostly to be of one
+        kind. `peers` are therefore those candidates that are of the edit's kind as the lost fact is, or not as it is
+        not: within them a rank says whether nearness counts beyond the kind.
+        """
+        kind = _kind(self._cases[n - 1])
+        of_kind = [j for j in could if _kind(self._cases[j]) == kind]
+        same = i in of_kind
+        peers = of_kind if same else [j for j in could if j not in of_kind]
+        row = {"kind": "loss", "facts": n, "key": self._cases[i].key, "broken_by": self._cases[n - 1].key}
+        row |= {"age": n - 1 - i, "candidates": len(could), "edit": f"{self._desk.run.id} {n}"}
+        row |= {"same_kind": same, "of_kind": len(of_kind), "peers": len(peers)}
+        for name, matrix in self._similarities().items():
+            row |= {f"rank_{name}": _rank(matrix[:, n - 1], i, could)}
+            row |= {f"peer_rank_{name}": _rank(matrix[:, n - 1], i, peers)}
+            row |= {f"cosine_{name}": round(float(matrix[i, n - 1]), 4)}
+        return row
 
     def _similarities(self) -> dict[str, Any]:
         """Return the cosines of all keys' questions, by the encoder and by the model's own hidden states."""
@@ -181,6 +195,17 @@ class _Watch:
             raise self._desk.missing(path)
         found = json.loads(path.read_text(encoding="utf-8"))
         return found["recited"], found["ever_lost"]
+
+
+def _kind(case: Case) -> str:
+    return case.fact.tags[0] if case.fact.tags else ""
+
+
+def _rank(cosines: Any, i: int, among: Sequence[int]) -> float:
+    """Return the rank of the i-th by cosine, the nearest first; equal ones share the mean of their ranks."""
+    nearer = sum(float(cosines[j]) > float(cosines[i]) for j in among)
+    equal = sum(float(cosines[j]) == float(cosines[i]) for j in among)
+    return nearer + (equal + 1) / 2
 
 
 def _state(bench: Bench, cases: Sequence[Case], untaught: Sequence[Case], least: float) -> list[dict[str, Any]]:

@@ -86,7 +86,7 @@ class Desk:
         inside = path.relative_to(self.folder).as_posix()
         return StoreError(
             f"The run {self.run.id} has finished steps kept in {inside} of its folder runs/{self.folder.name}, "
-            "which is not there; nothing was run. Put the folder back, or run the experiment into another one."
+            f"which is not there; nothing was run. Put the folder back, or begin anew with --again {self.run.id}."
         )
 
     @property

@@ -55,9 +55,11 @@ def execute(run: Run, desk: Desk) -> None:
     with Bench(desk) as bench:
         if method in UNTRAINED:
             if desk.open("ask"):
-                rows = bench.ask(cases, in_context=method == "in-context")
-                state = {"kind": "drift", **bench.drift(), "bytes": 0, "train_seconds": 0.0}
-                if method == "in-context":
+                in_context = method == "in-context"
+                rows = bench.ask(cases, in_context=in_context)
+                drift = bench.drift(notes=cases if in_context else ())
+                state = {"kind": "drift", **drift, "bytes": 0, "train_seconds": 0.0}
+                if in_context:
                     state["bytes"] = sum(len(case.fact.text.encode()) for case in cases) // len(cases)
                 desk.finish("ask", [*({"kind": "fact", **row} for row in rows), state])
         elif method in KEPT:

@@ -94,8 +94,10 @@ def _untrained(run: Run, desk: Desk, bench: Bench) -> None:
     """Ask the base about the facts, and about the keys that are taught, as the edited models are asked."""
     in_context = run.settings["part"] == "in-context"
     if desk.open("ask"):
-        asked = bench.ask(desk.declared.ordered(run.seed), in_context=in_context)
-        desk.finish("ask", [{"kind": "rank", "facts": len(asked), **shares(asked), **bench.drift()}])
+        cases = desk.declared.ordered(run.seed)
+        asked = bench.ask(cases, in_context=in_context)
+        drift = bench.drift(notes=cases if in_context else ())
+        desk.finish("ask", [{"kind": "rank", "facts": len(asked), **shares(asked), **drift}])
     if "ask-keys" in run.steps and desk.open("ask-keys"):
         keys = [(group, str(key)) for group in _groups(desk.declared) for key in group["keys"]]
         rows = bench.ask([_key_case(group, key) for group, key in keys], in_context=in_context)
@@ -222,7 +224,8 @@ def _real_edit(desk: Desk, bench: Bench, case: Case) -> SingleEdit:
     path = desk.folder / "delta.safetensors"
     if not desk.open("real-edit") and path.exists():
         tensors = read_tensors(path)
-        names = sorted({name.removesuffix("/a") for name in tensors if name.endswith("/a")})
+        # In the model's order, as they come from training: a file has its own.
+        names = [name for name, _ in bench.lm.model.named_modules() if f"{name}/a" in tensors]
         return SingleEdit({name: (tensors[f"{name}/a"], tensors[f"{name}/b"]) for name in names}, {})
     edit = train(bench, case, desk.declared.edit_config(seed=desk.run.seed))
     write_tensors(

@@ -178,8 +178,7 @@ def _ask(bench: Bench, cases: Sequence[Case], mode: str, *, last: bool, after: s
         "facts": len(cases),
         "after": after,
         **shares(asked),
-        # What the model does with a prompt of its own is not changed by notes in another.
-        **bench.drift(last=last),
+        **bench.drift(last=last, notes=cases if mode == "in-context" else ()),
         "edits": len(history),
         "bytes": sum(edit.delta.bytes for edit in history if edit.delta is not None),
         "live_bytes": history[0].delta.bytes if after and history and history[0].delta is not None else None,

@@ -17,7 +17,15 @@ from typing import Any
 import kvllm
 from kvllm.experiments.declared import UNTRAINED, Declared
 from kvllm.experiments.runner import Outcome, in_words
-from kvllm.experiments.statistics import Loss, correlation, fit_retention, paired_p, rank_test, ratio_test
+from kvllm.experiments.statistics import (
+    Loss,
+    correlation,
+    fit_retention,
+    kind_test,
+    paired_p,
+    rank_test,
+    ratio_test,
+)
 from kvllm.metrics import mean, shown, shown_p
 from kvllm.paired import Interval, bootstrap, holm, mcnemar, wilson
 from kvllm.reports.document import Document, Origin, Section, Table
@@ -45,8 +53,10 @@ _RECALLED = (
 )
 _COLUMNS_NOTE = (
     f"{_RECALLED}; generalized: the same on paraphrases never trained on, with its interval; leak: share of neighbour "
-    "questions that recite the fact; unchanged: share of neighbour answers that are the unedited model's, word for "
-    "word. In-context: the unedited model with the nearest fact's text in the prompt."
+    "questions answered with most of the distinctive words of their own fact (another fact's do not count, nor those "
+    "that the unedited model says: compare it at one number of facts); unchanged: share of neighbour answers that are "
+    "the unedited model's, word for word. In-context: the unedited model with the nearest fact's text in the prompt, "
+    "where its key is near enough to the question; drift is not measured where a general question gets one."
 )
 _FAILED_NOTE = "A fact whose training failed counts as not recalled; drift, steps and seconds are those of the others."
 _REPAIRED = (
@@ -76,6 +86,10 @@ def experiment_document(declared: Declared, outcome: Outcome) -> Document:
     commits = list(dict.fromkeys(map(_commit_of, environments)))
     if len(commits) > 1:
         warnings.append(f"The runs were made by {len(commits)} versions of the code; see where they were measured.")
+    for run in outcome.runs:
+        threads = {str(s["environment"].get("threads")) for s in sessions if run.id in s["runs"]}
+        if len(threads) > 1:
+            warnings.append(f"The run {run.id} was made by sessions of {' and '.join(sorted(threads))} threads each.")
     made = datetime.now(timezone.utc).isoformat(timespec="seconds").replace("+00:00", "Z")
     measured = (
         ("experiment", f"{declared.name} ({declared.kind}), {len(outcome.runs)} runs, {whole} steps"),
@@ -301,10 +315,14 @@ def _ages(rows: Sequence[Row], n: int) -> list[Section]:
     # A fact whose edit failed has no age.
     failed = {(r["run"], r["key"]) for r in rows if r["kind"] == "failed"}
     facts = [r for r in rows if r["kind"] == "fact" and (r["run"], r["key"]) not in failed]
-    mine = [r for r in facts if r["facts"] == n and not r["after"] and r["arm"] not in UNTRAINED]
+    mine = [r for r in facts if r["facts"] == n and not r["after"]]
     edges = sorted({0, *(n * share // 4 for share in (1, 2, 3)), n})
     series, told = [], []
     for arm in dict.fromkeys(row["arm"] for row in mine):
+        if arm in UNTRAINED:  # nothing is taught, so that nothing has an age
+            some = [row for row in mine if row["arm"] == arm]
+            told.append((arm, "any", str(len(some)), *_share_cells(_shares(some), len(some))[:4]))
+            continue
         points = []
         for low, high in pairwise(edges):
             some = [row for row in mine if row["arm"] == arm and low <= row["age"] < high]
@@ -381,6 +399,7 @@ def _capacity(declared: Declared, outcome: Outcome) -> tuple[list[str], list[Sec
 
 def _courses(states: Sequence[Row], alike: Sequence[Row]) -> list[Section]:
     """Return the plots of recall, and of drift in the states that were measured on as many questions."""
+    alike = [row for row in alike if not row.get("general_noted")]
     recall = _course(states, "recalled", "Recall of all facts so far", "share recalled", most=1.0)
     return [*recall, *_course(alike, "drift_kl", "Drift", "drift_kl (nats per token)")]
 
@@ -483,7 +502,56 @@ def _collisions(declared: Declared, outcome: Outcome) -> tuple[list[Section], li
         "on this side (two-sided, Monte Carlo); Holm over all rows. "
         f"Watched after every edit, teacher-forced: every token the greedy choice. {_REPAIRED}"
     )
-    return [Section("Who is lost", note, Table(columns, rows))], told
+    beyond, of_kind = _beyond_kind(losses)
+    return [Section("Who is lost", note, Table(columns, rows)), *beyond], told + of_kind
+
+
+def _beyond_kind(losses: Mapping[str, Sequence[Row]]) -> tuple[list[Section], list[str]]:
+    """Take kind and nearness apart: are losses of the edit's kind, and are they the nearest of those that are?"""
+    kinds, ranks = {}, {}
+    for arm, every in losses.items():
+        mine = [row for row in every if "peers" in row]
+        edits = [[row for row in mine if row["edit"] == edit] for edit in dict.fromkeys(row["edit"] for row in mine)]
+        kind = kind_test([(sum(r["same_kind"] for r in e), len(e), e[0]["of_kind"], e[0]["candidates"]) for e in edits])
+        if kind is None:
+            continue
+        kinds[arm] = kind
+        for name, what in (("encoder", "encoder"), ("hidden", "hidden states")):
+            for same in (True, False):
+                peers = [r for r in mine if r["same_kind"] == same]
+                test = rank_test([Loss(r[f"peer_rank_{name}"], r["peers"], r["edit"]) for r in peers])
+                if test is not None:
+                    ranks[arm, what, "its own kind" if same else "other kinds"] = test
+    adjusted = holm({"/".join(name): test.p_value for name, test in ranks.items()})
+    rows = tuple(
+        (arm, what, among, str(t.n), shown(t.mean), shown_p(t.p_value), shown_p(adjusted[f"{arm}/{what}/{among}"]),
+         f"{t.nearest} ({shown(t.expected_nearest, 1)})")
+        for (arm, what, among), t in ranks.items()
+    )  # fmt: skip
+    told = [
+        f"{arm}: {kind.same} of {kind.n} lost facts are of the kind of the edit that broke them, by chance "
+        f"{shown(kind.expected, 1)} (p={shown_p(kind.p_value)})."
+        for arm, kind in kinds.items()
+    ]
+    for (arm, what, among), test in ranks.items():
+        if adjusted[f"{arm}/{what}/{among}"] < 0.05:
+            side = "nearer" if test.mean < 0.5 else "farther"
+            told.append(
+                f"{arm}: among {among}, lost facts are {side} than chance by {what}: mean relative rank "
+                f"{shown(test.mean)}, p={shown_p(adjusted[f'{arm}/{what}/{among}'])} after Holm, n={test.n}."
+            )
+    if ranks and len(told) == len(kinds):
+        told.append("Within a kind, and among the other kinds, nearness says nothing of who is lost (p ≥ 0.05, Holm).")
+    columns = (
+        "budget", "similarity by", "among", ">losses", ">mean relative rank", ">p", ">p (Holm)",
+        ">nearest of all (chance)",
+    )  # fmt: skip
+    note = (
+        "Invented facts of one kind share the mould of key, question and text, so that the nearest are of one kind. "
+        "Here a lost fact is ranked among those alone that are of the edit's kind as it is, or of another as it is: "
+        "what is nearer than chance here is so beyond the kind. Tests as above."
+    )
+    return [Section("Who is lost, beyond the kind", note, Table(columns, rows))] if rows else [], told
 
 
 # ------------------------------------------------------------------ question 3
@@ -506,12 +574,13 @@ def _factors(declared: Declared, outcome: Outcome) -> tuple[list[str], list[Sect
     failed = _of_part(outcome, "rank")
     if rank or failed:
         sections += _rank_sections(plain, rank, failed)
-        verdicts += [_rank_verdict(rank), _editor_verdict(rank), _dropout_verdict(rank)]
+        verdicts += [*_rank_verdicts(rank), _editor_verdict(rank), _dropout_verdict(rank)]
     note = (
         "One rule per explanation, declared before the numbers: it survives, does not, or was not decided (p ≥ 0.05). "
         "Distinct inputs: the farther a key, the less damage, among the keys of one known thing. Robust residual "
-        "networks: random changes of layers of the edited band cost no more than the real ones of the same fact. Low "
-        "rank regularises: the higher the rank (full fine-tuning last), the more drift, among one fact's trained edits."
+        "networks: random changes of layers of the edited band cost no more, per squared norm, than the same fact's "
+        "real change of that layer. Low rank regularises: the higher the rank (full fine-tuning last), the more drift, "
+        "among one fact's edits that reached the stop; beside it the same among all that recall the fact."
     )
     columns = ("explanation", "measured", ">number", ">p", ">n", "verdict")
     table = Section("Which explanation survives", note, Table(columns, tuple(verdicts)))
@@ -594,9 +663,7 @@ def _noise_sections(plain: Sequence[Row], noise: Sequence[Row], failed: Sequence
             "",
             str(row["facts"]),
             "",
-            shown(row["drift_kl"], 4),
-            shown(row["ppl_ratio"]),
-            f"{row['qa_lost']} of {row['qa_known']}",
+            *_drift_cells([row]),
             shown(row["recalled"]),
         )
         for row in plain
@@ -647,19 +714,21 @@ def _noise_sections(plain: Sequence[Row], noise: Sequence[Row], failed: Sequence
 
 
 def _noise_verdict(noise: Sequence[Row], band: tuple[float, float]) -> tuple[str, ...]:
-    """Set each fact's noise against its own real layers; facts are the independent values, layers of one are not."""
-    name, what = (
-        "robust residual networks",
-        "drift_kl of noise over that of the same fact's real layers, geometric mean",
-    )
+    """Set each fact's noise against the real change of the same layer; facts are the independent values.
+
+    Small changes drift by the square of their norm, and real layers' norms differ: both sides are taken per squared
+    norm. Noise in a layer that the edit left alone is set against the geometric mean of the fact's real layers.
+    """
+    name = "robust residual networks"
+    what = "drift_kl per squared norm of noise over that of the same fact's real change there, geometric mean"
     ratios: dict[float, dict[str, list[float]]] = {}
     for key in dict.fromkeys(row["key"] for row in noise):
         mine = [row for row in noise if row["key"] == key]
-        real = [_log_drift(r) for r in mine if r["noise"].startswith("real delta, its layers")]
+        real = {r["layer"]: _log_cost(r) for r in mine if r["noise"].startswith("real delta, its layers")}
         for row in mine:
             if real and row.get("depth") is not None and row["scale"] == 1.0:
                 logs = ratios.setdefault(row["depth"], {}).setdefault(key, [])
-                logs.append(_log_drift(row) - sum(real) / len(real))
+                logs.append(_log_cost(row) - real.get(row["layer"], sum(real.values()) / len(real)))
     own: dict[str, list[float]] = {}
     for depth, by_fact in ratios.items():
         if band[0] <= depth < band[1]:
@@ -676,8 +745,9 @@ def _noise_verdict(noise: Sequence[Row], band: tuple[float, float]) -> tuple[str
     return (name, what, number, p, f"{found.n} facts", _verdict(found.mean <= 1, found.p_value))
 
 
-def _log_drift(row: Row) -> float:
-    return math.log(max(row["drift_kl"], 5e-7))  # rows have six decimals
+def _log_cost(row: Row) -> float:
+    """Return the logarithm of a change's drift_kl per squared norm."""
+    return math.log(max(row["drift_kl"], 5e-7)) - 2 * math.log(max(row["size"], 1e-4))  # as fine as rows are rounded
 
 
 def _rank_sections(plain: Sequence[Row], rank: Sequence[Row], failed: Sequence[Row]) -> list[Section]:
@@ -716,13 +786,21 @@ def _rank_sections(plain: Sequence[Row], rank: Sequence[Row], failed: Sequence[R
     return [Section("Low rank against full fine-tuning", note, Table(columns, tuple(rows)), figure)]
 
 
-def _rank_verdict(rank: Sequence[Row]) -> tuple[str, ...]:
-    name, what = "low rank regularises", "mean Spearman of rank and drift_kl within a fact"
+def _rank_verdicts(rank: Sequence[Row]) -> list[tuple[str, ...]]:
     ladder = [r for r in rank if not r["dropout"] and (r["declared_rank"] or r["editor"] == "full")]
-    trained = [row for row in ladder if row["trained"]]
-    groups = [[row for row in trained if row["key"] == key] for key in dict.fromkeys(row["key"] for row in trained)]
+    return [
+        _rank_verdict("low rank regularises", ladder, [r for r in ladder if r["trained"]], "not trained to the stop"),
+        _rank_verdict(
+            "low rank, at equal recall", ladder, [r for r in ladder if r["recalled"] == 1.0], "that do not recall all"
+        ),
+    ]
+
+
+def _rank_verdict(name: str, ladder: Sequence[Row], used: Sequence[Row], others: str) -> tuple[str, ...]:
+    what = "mean Spearman of rank and drift_kl within a fact"
+    groups = [[row for row in used if row["key"] == key] for key in dict.fromkeys(row["key"] for row in used)]
     found = correlation(([r["declared_rank"] or math.inf for r in g], [r["drift_kl"] for r in g]) for g in groups)
-    left_out = f"{len(ladder) - len(trained)} not trained to the stop left out"
+    left_out = f"{len(ladder) - len(used)} {others} left out"
     if found is None:
         return (name, what, "–", "–", f"0 facts, {left_out}", "not decided: too few")
     number = f"{shown(found.rho)} ({shown(found.lowest)} to {shown(found.highest)} by fact)"
@@ -879,6 +957,8 @@ def _of_taught(trained: int, failed: int) -> str:
 
 
 def _drift_cells(rows: Sequence[Row]) -> tuple[str, ...]:
+    if any(row.get("general_noted") for row in rows):  # the weights are the base's, and some prompts are not
+        return "not measured", "", ""
     lost, known = (sum(row.get(name, 0) for row in rows) for name in ("qa_lost", "qa_known"))
     return shown(_mean(rows, "drift_kl")), shown(_mean(rows, "ppl_ratio")), f"{lost} of {known}"
 

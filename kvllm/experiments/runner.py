@@ -10,6 +10,7 @@ replaced, and its run goes on where its last finished step ended.
 from __future__ import annotations
 
 import os
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,7 +22,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from kvllm.errors import ConfigError, KvllmError, OutOfResources
+from kvllm.errors import ConfigError, KvllmError, OutOfResources, StoreError
 from kvllm.experiments.declared import KINDS, Declared, Run
 from kvllm.experiments.desk import Desk
 from kvllm.experiments.environment import environment, model_record
@@ -74,6 +75,7 @@ def run_experiment(
     jobs: int = 1,
     ray: bool = False,
     only: Sequence[str] = (),
+    again: Sequence[str] = (),
     progress: Callable[[Progress], None] | None = None,
 ) -> Outcome:
     """Do what is left of an experiment, and return everything it found.
@@ -84,11 +86,12 @@ def run_experiment(
         jobs: Runs at once; the processor's cores are shared among them.
         ray: Run on the Ray cluster that the environment names, or on one that is started here.
         only: Names of arms or of runs: the others wait for another time. By default all.
+        again: Names of arms or of runs that begin anew: what they found is forgotten, and their folders are removed.
         progress: Called with steps done, of how many, and the time that remains.
 
     Raises:
-        ConfigError: fewer than one job, or a name in `only` that no arm has.
-        StoreError: the folder holds results of another declaration.
+        ConfigError: fewer than one job, or a name in `only` or `again` that no arm has.
+        StoreError: the folder holds results of another declaration, or a run's folder cannot be removed.
         Busy: another process leads this experiment.
         KvllmError: a run failed; what the others found is kept.
     """
@@ -96,14 +99,17 @@ def run_experiment(
         raise ConfigError(f"An experiment needs at least one job, not {jobs}; nothing was run.")
     home = Path(folder)
     runs = runs_of(declared)
-    chosen = _chosen(runs, only)
+    anew = _chosen(runs, again) if again else []
+    chosen = [run for run in runs if run in _chosen(runs, only) or run in anew]
     with Results(home / RESULTS_FILE) as results:
         results.take()
         results.refuse_other(declared.digest)
-        waiting = [run for run in _unfinished(runs, results) if run in chosen]
+        waiting = [run for run in runs if run in chosen and (run in anew or run in _unfinished(runs, results))]
         # Before the folder is this experiment's: a model that is not there takes none.
         model = model_record(declared) if waiting else None
         results.open_experiment(declared.configuration(), digest=declared.digest)
+        for run in anew:
+            _forget(run, home, results)
         meter = _Meter(chosen, results, progress)
         if waiting:
             _note_session(results, waiting, environment(threads=1 if ray else _threads(jobs)))
@@ -141,6 +147,17 @@ def _outcome(declared: Declared, runs: Sequence[Run], results: Results, failed: 
     unfinished = tuple(run.id for run in _unfinished(runs, results))
     seconds = sum(results.seconds().values())
     return Outcome(results.declared(), tuple(runs), tuple(rows), failed, seconds, noted, unfinished)
+
+
+def _forget(run: Run, home: Path, results: Results) -> None:
+    """Let a run begin anew. Its folder goes first: killed in between, the run is refused, not mixed of two."""
+    folder = home / "runs" / run.id
+    try:
+        if folder.exists():
+            shutil.rmtree(folder)
+    except OSError as error:
+        raise StoreError(f"The folder {folder} cannot be removed: {error}; nothing was run.") from error
+    results.forget(run.id)
 
 
 def _note_session(results: Results, runs: Sequence[Run], found: Mapping[str, Any]) -> None:

@@ -184,6 +184,45 @@ def rank_test(losses: Sequence[Loss], *, seed: int = 0) -> RankTest | None:
 
 
 @dataclass(frozen=True)
+class KindTest(Record):
+    """Are lost facts of the kind of the edit that broke them more often than chance would have it, or more seldom?
+
+    Attributes:
+        same: Losses of the edit's kind.
+        expected: How many chance would give.
+        p_value: Twice the share of random losses with as many on this side (two-sided), by Monte Carlo.
+        n: Losses.
+    """
+
+    same: int
+    expected: float
+    p_value: float
+    n: int
+
+
+def kind_test(edits: Sequence[tuple[int, int, int, int]], *, seed: int = 0) -> KindTest | None:
+    """Compare how many losses are of the edit's kind with losses drawn at random from the same candidates.
+
+    Args:
+        edits: (losses of its kind, losses, candidates of its kind, candidates) of each edit that broke something.
+        seed: Of the draws, without replacement within an edit: they are hypergeometric.
+
+    Returns:
+        The test, or None where no edit had both kinds among its candidates.
+    """
+    used = [edit for edit in edits if 0 < edit[2] < edit[3]]
+    if not used:
+        return None
+    rng = np.random.default_rng(seed)
+    drawn = np.sum([rng.hypergeometric(of_kind, m - of_kind, n, DRAWS) for _, n, of_kind, m in used], axis=0)
+    same = sum(edit[0] for edit in used)
+    extreme = min(int((drawn <= same).sum()), int((drawn >= same).sum()))
+    expected = sum(n * of_kind / m for _, n, of_kind, m in used)
+    p = min(1.0, 2 * (1 + extreme) / (1 + DRAWS))
+    return KindTest(same, round(expected, 2), p, sum(edit[1] for edit in used))
+
+
+@dataclass(frozen=True)
 class Correlation(Record):
     """The mean of Spearman's rank correlations within groups.
 

@@ -171,6 +171,18 @@ class Results:
                 raise
             self._connection.execute("COMMIT")
 
+    def forget(self, run: str) -> None:
+        """Take a run's steps and rows away, so that it begins anew."""
+        with self._translated("Writing the results"):
+            self._connection.execute("BEGIN IMMEDIATE")
+            try:
+                for table in ("rows", "steps"):
+                    self._connection.execute(f"DELETE FROM {table} WHERE run = ?", (run,))
+            except BaseException:
+                self._connection.execute("ROLLBACK")
+                raise
+            self._connection.execute("COMMIT")
+
     def finished(self, run: str | None = None) -> dict[str, set[str]]:
         """Return the finished steps by run."""
         found: dict[str, set[str]] = {}

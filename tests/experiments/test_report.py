@@ -215,6 +215,25 @@ def test_capacity_says_who_was_lost_against_chance_where_nothing_repairs_them() 
     assert "only a budget with replay 0 tests" in alone.findings[1], "where there is no other, it is said with it"
 
 
+def test_kind_and_nearness_are_taken_apart() -> None:
+    rows = lost("near", *[3.0] * 12)
+    for row in rows[1:]:  # of the edit's kind, as a quarter of the candidates is; among those it is any of them
+        row |= {"same_kind": True, "of_kind": 10, "peers": 10, "peer_rank_encoder": 1.0, "peer_rank_hidden": 5.5}
+    found = document("capacity", rows, edits={"near": {"replay": 0}})
+    beyond = {row["similarity by"]: row for row in table(found, "Who is lost, beyond the kind")}
+    assert {name: row["mean relative rank"] for name, row in beyond.items()} == {
+        "encoder": "0.050", "hidden states": "0.500"
+    }  # fmt: skip
+    said = " ".join(found.findings)
+    assert "near: 12 of 12 lost facts are of the kind of the edit that broke them, by chance 3.0" in said
+    assert "among its own kind, lost facts are nearer than chance by encoder" in said
+    for row in rows[1:]:
+        row |= {"peer_rank_encoder": 5.5}
+    level = document("capacity", rows, edits={"near": {"replay": 0}})
+    assert level.findings[-1].startswith("Within a kind, and among the other kinds, nearness says nothing")
+    assert "Who is lost, beyond the kind" not in [s.title for s in document("capacity", lost("x", 1.0)).sections]
+
+
 def test_capacity_without_a_loss_says_so() -> None:
     found = document("capacity", [*lost("default", 1.0, 1.0), *lost("no replay")], edits={"no replay": {"replay": 0}})
     assert found.findings[2:] == ("no replay: no fact was lost, so that nothing can be said of collisions.",)
@@ -235,15 +254,21 @@ def key_rows(known: str, *damage: float) -> list[dict[str, Any]]:
 
 
 def noise_rows(facts: int, *, in_band: float, beyond: float = 1.0) -> list[dict[str, Any]]:
-    """Return noise that costs so many times what the same fact's real layers cost; each fact has its own level."""
+    """Return noise that costs so many times, per squared norm, what the same fact's real change of the layer costs.
+
+    Each fact has its own level, and its two real layers have other norms than noise has.
+    """
     rows = []
     for fact in range(facts):
         level = 0.01 * 10 ** (fact % 3)
-        base = {"kind": "noise", "arm": "noise", "seed": 0, "layer": "l", "scale": 1.0, "size": 2.0, **DRIFT}
+        base = {"kind": "noise", "arm": "noise", "seed": 0, "scale": 1.0, "size": 2.0, **DRIFT}
         base |= {"key": f"k{fact}", "recalled": 1.0}
-        rows += [{**base, "noise": "real delta, its layers apart", "drift_kl": kl * level} for kl in (0.5, 2.0)]
-        for depth, times in ((0.4, in_band), (0.5, in_band * (1.01 if fact else 1.0)), (0.9, beyond)):
-            rows.append({**base, "noise": "gaussian", "depth": depth, "drift_kl": times * level})
+        for layer, size in (("low", 1.0), ("high", 4.0)):
+            real = {"noise": "real delta, its layers apart", "layer": layer, "size": size}
+            rows.append({**base, **real, "drift_kl": level * size**2})
+        for depth, layer, times in ((0.4, "low", in_band), (0.5, "high", in_band * (1.01 if fact else 1.0)),
+                                    (0.9, "last", beyond)):  # fmt: skip
+            rows.append({**base, "noise": "gaussian", "layer": layer, "depth": depth, "drift_kl": 4.0 * times * level})
     return rows
 
 
@@ -310,6 +335,7 @@ def test_rank_is_set_against_drift_within_facts_that_were_trained() -> None:
     told = verdicts(*rows)
     assert told["low rank regularises"]["verdict"] == "survives"
     assert told["low rank regularises"]["n"] == "30 edits of 6 facts, 0 not trained to the stop left out"
+    assert told["low rank, at equal recall"]["n"] == "30 edits of 6 facts, 0 that do not recall all left out"
     assert told["AdaLoRA beside full fine-tuning"]["p"] == "0.0312", "2 / 2^6 by hand"
     assert told["AdaLoRA beside full fine-tuning"]["verdict"] == "has less drift"
     assert told["dropout"]["verdict"] == "has more drift"
@@ -317,6 +343,8 @@ def test_rank_is_set_against_drift_within_facts_that_were_trained() -> None:
     rows[4] = {**rows[4], "trained": False, "drift_kl": 0.0}
     told = verdicts(*rows)
     assert "1 not trained to the stop left out" in told["low rank regularises"]["n"]
+    told_too = told["low rank, at equal recall"]["number"]
+    assert told_too == "0.833 (0.000 to 1.000 by fact)", "it recalls, and drifts least of its fact"
     assert told["AdaLoRA beside full fine-tuning"]["n"].startswith("5 facts, 1 pairs not trained")
     assert told["AdaLoRA beside full fine-tuning"]["verdict"] == "not decided"
 
@@ -389,3 +417,28 @@ def test_no_format_obeys_a_key() -> None:
     for format in ("html", "markdown", "terminal"):
         assert "\x1b" not in render(found, format)
     assert json.loads(render(found, "json"))["rows"][0]["known"] == "<b>x</b>"
+
+
+def test_retrieval_that_notes_a_general_question_has_no_drift_of_its_own() -> None:
+    rows = capacity_rows("in-context", 0, (5, 1.0), (20, 1.0))
+    shown = table(document("capacity", rows), "At the last state of each budget")[0]
+    assert shown["drift_kl"] != "not measured"
+    rows[-1] |= {"general_noted": 1, "general_n": 44}
+    found = document("capacity", rows)
+    assert table(found, "At the last state of each budget")[0]["drift_kl"] == "not measured"
+    assert [row["facts"] for row in table(found, "Drift")] == ["5"]
+
+
+def test_a_run_of_sessions_with_other_threads_is_told() -> None:
+    rows = capacity_rows("default", 0, (5, 1.0))
+    declared = declare({"kind": "capacity", "invented": 6, "n": 6})
+    runs = (Run("default-0", "default", 0, ("s",), {}),)
+
+    def told(*threads: int) -> tuple[str, ...]:
+        sessions = [{"environment": {"threads": n}, "runs": ["default-0"]} for n in threads]
+        outcome = Outcome({}, runs, tuple({"run": "default-0", "step": "s", **row} for row in rows), {}, 1.0,
+                          {"sessions": sessions}, ())  # fmt: skip
+        return experiment_document(declared, outcome).warnings
+
+    assert told(1, 1) == ()
+    assert told(1, 2) == ("The run default-0 was made by sessions of 1 and 2 threads each.",)

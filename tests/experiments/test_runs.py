@@ -29,9 +29,11 @@ from kvllm.errors import Busy, ConfigError, Corrupt, EditFailed, ModelError, Sto
 from kvllm.experiments.capacity import _bits, _parameters, _Watch
 from kvllm.experiments.declared import Declared
 from kvllm.experiments.desk import Desk
+from kvllm.experiments.factors import _real_edit
 from kvllm.experiments.facts import Case
 from kvllm.experiments.report import experiment_document
 from kvllm.experiments.runner import Outcome, read_outcome, remaining, run_experiment, runs_of
+from kvllm.experiments.single import SingleEdit
 from kvllm.records import Fact, Progress
 from kvllm.reports.render import render
 from kvllm.store.results import Results
@@ -210,6 +212,22 @@ def test_a_fact_that_is_lost_twice_counts_once(make: Make, tmp_path: Path) -> No
     losses = [(row["facts"], row["key"], row["candidates"]) for row in rows if row["kind"] == "loss"]
     first, second = (case.key for case in declared.cases[:2])
     assert losses == [(3, first, 2), (5, second, 3)], "a fact lost before is no candidate either"
+
+
+def test_a_lost_fact_is_ranked_among_all_and_among_those_of_its_kind(tmp_path: Path) -> None:
+    kinds = ("village", "person", "village", "person", "village", "village")
+    cases = [Case(Fact(f"k{i}", "A text.", tags=(kind,))) for i, kind in enumerate(kinds)]
+    desk: Any = SimpleNamespace(folder=tmp_path, run=SimpleNamespace(id="one-0"))
+    watch = _Watch(SimpleNamespace(), cases, desk)  # type: ignore[arg-type]
+    near = np.zeros((6, 6))
+    near[:, 5] = [0.2, 0.9, 0.5, 0.1, 0.5, 1.0]  # to the edit that breaks them, a village
+    watch._near = {"encoder": near}
+    could = [0, 1, 2, 3, 4]
+    village, person = (watch._loss(i, could, 6) for i in (2, 3))
+    assert (village["same_kind"], village["of_kind"], village["peers"], village["candidates"]) == (True, 3, 3, 5)
+    assert (village["rank_encoder"], village["peer_rank_encoder"]) == (2.5, 1.5), "equal ones share their ranks"
+    assert (person["same_kind"], person["of_kind"], person["peers"]) == (False, 3, 2)
+    assert (person["rank_encoder"], person["peer_rank_encoder"]) == (5.0, 2.0)
 
 
 def test_factors_measure_all_three_explanations(make: Make, home: Path) -> None:
@@ -531,28 +549,68 @@ def elsewhere(tiny_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(root))
 
 
+KILLED: dict[str, dict[str, Any]] = {
+    "injection": {"n": 3, "settings": {"arms": [ARMS[2]], "checkpoints": [1, 2]}},
+    "capacity": {"n": 3, "settings": {"budgets": [{"name": "one"}], "checkpoints": [1, 2], "stop_below": 0.0}},
+    "factors": {
+        "n": 1,
+        "settings": {
+            "known": [{"known": "Berlin", "questions": ["What is Berlin?"], "keys": ["Quorvane"], "text": "a tool"}],
+            "depths": [0.5],
+            "scales": [1.0],
+            "noise_facts": 1,
+            "editors": [{"name": "AdaLoRA"}, {"name": "full", "editor": "full"}],
+        },
+    },
+    "editors": {"n": 2, "settings": {"methods": ["unedited", "lora", "prompt-tuning"]}},
+}
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("kind", KILLED)
 def test_killed_ten_times_at_random_moments_the_rows_are_those_of_an_undisturbed_run(
-    make: Make, home: Path, tmp_path: Path, elsewhere: None
+    make: Make, home: Path, tmp_path: Path, elsewhere: None, kind: str
 ) -> None:
-    """Each attempt is a forked process that kills itself at a random tick of the engine: no kill comes too late."""
-    declared = make("injection", n=3, settings={"arms": [ARMS[2]], "checkpoints": [1, 2]}, edit={"max_steps": 12})
+    """Each attempt is a forked process that kills itself at a random moment, so that no kill comes too late.
+
+    A moment is a tick of the engine, or just before or after a file or a finished step is written.
+    """
+    declared = make(kind, edit={"max_steps": 12}, **KILLED[kind])
     script = tmp_path / "attempts.py"
     script.write_text(
         f"""
 import json, os, random, signal
 from pathlib import Path
-import kvllm.editing.engine, kvllm.experiments.injection, kvllm.experiments.runner as runner
+import kvllm.editing.engine, kvllm.editing.files as files, kvllm.experiments.{kind} as module
+import kvllm.experiments.runner as runner
 from kvllm.experiments.declared import declare
+from kvllm.experiments.desk import Desk
 
 declared = declare({_plain(declared)!r}, folder=Path({str(tmp_path)!r}))
+left = [10**9]
+
+def tick(*_):
+    left[0] -= 1
+    if left[0] < 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+def between(owner, name):
+    call = getattr(owner, name)
+    def watched(*given, **named):
+        tick()
+        found = call(*given, **named)
+        tick()
+        return found
+    setattr(owner, name, watched)
+
+between(Desk, "finish")
+for owner in (files, module):
+    for name in ("write_tensors", "_write"):
+        if hasattr(owner, name):
+            between(owner, name)
 
 def attempt(home, after):
-    left = [after]
-    def tick(_):
-        left[0] -= 1
-        if left[0] < 0:
-            os.kill(os.getpid(), signal.SIGKILL)
+    left[0] = after
     child = os.fork()
     if child == 0:
         runner.run_experiment(declared, home, progress=tick)
@@ -563,7 +621,7 @@ rng = random.Random(0)
 codes = []
 while codes.count(-9) < 10 or codes[-1] != 0:
     assert len(codes) < 40 and codes[-1:] != [0], codes  # it must not be finished before it was killed ten times
-    codes.append(attempt({str(home)!r}, rng.randint(0, 24) if codes.count(-9) < 10 else 10**9))
+    codes.append(attempt({str(home)!r}, rng.randint(0, {10 if kind == "editors" else 24}) if codes.count(-9) < 10 else 10**9))
 assert attempt({str(tmp_path / "whole")!r}, 10**9) == 0
 print(json.dumps(codes))
 """,
@@ -575,8 +633,43 @@ print(json.dumps(codes))
     assert codes.count(-9) >= 10
     assert codes[-1] == 0
     killed, whole = read_outcome(declared, home), read_outcome(declared, tmp_path / "whole")
-    assert len(whole.rows) > 10
+    assert len(whole.rows) >= 7
     assert without_times(killed.rows) == without_times(whole.rows)
+
+
+def test_a_delta_that_is_read_back_has_the_order_of_the_layers(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ["layers.2", "layers.9", "layers.10"]
+    delta = {name: (torch.full((2, 3), float(i)), torch.zeros(4, 2)) for i, name in enumerate(names)}
+    monkeypatch.setattr("kvllm.experiments.factors.train", lambda *_: SingleEdit(delta, {}))
+    model = SimpleNamespace(named_modules=lambda: [("", None), *((name, None) for name in names)])
+    bench: Any = SimpleNamespace(lm=SimpleNamespace(model=model))
+    done: set[str] = set()
+    desk: Any = SimpleNamespace(
+        folder=tmp_path, open=lambda step: step not in done, declared=make("factors"), run=SimpleNamespace(seed=0)
+    )
+    fresh = _real_edit(desk, bench, make("factors").cases[0]).delta
+    done.add("real-edit")
+    again = _real_edit(desk, bench, make("factors").cases[0]).delta
+    assert list(fresh) == list(again) == names
+    assert [float(a[0, 0]) for a, _ in again.values()] == [0.0, 1.0, 2.0]
+
+
+def test_a_run_begins_anew_where_that_is_asked_for(make: Make, home: Path) -> None:
+    declared = make("injection", n=1, settings={"arms": [*ARMS[:2], {"mode": "batched"}]}, edit={"max_steps": 2})
+    before = run_experiment(declared, home)
+    with Results(home / "results.db", readonly=True) as results:
+        took = results.seconds()
+    shutil.rmtree(home / "runs" / "in-context-0")
+    with pytest.raises(ConfigError, match="no arm 'elsewhere'"):
+        run_experiment(declared, home, again=["elsewhere"])
+    after = run_experiment(declared, home, only=["unedited"], again=["batched", "in-context"])
+    with Results(home / "results.db", readonly=True) as results:
+        anew = {run for (run, step), seconds in results.seconds().items() if seconds != took[run, step]}
+    assert anew == {"batched-0", "in-context-0"}
+    assert without_times(after.rows) == without_times(before.rows)
+    assert (after.failed, after.unfinished) == ({}, ())
 
 
 @pytest.mark.skipif(os.name == "nt", reason="no SIGKILL")

@@ -8,7 +8,7 @@ from collections.abc import Callable, Hashable
 
 import pytest
 
-from kvllm.experiments.statistics import Loss, correlation, fit_retention, paired_p, rank_test, ratio_test
+from kvllm.experiments.statistics import Loss, correlation, fit_retention, kind_test, paired_p, rank_test, ratio_test
 
 STATES = (5, 10, 20, 40, 80, 160, 320)
 
@@ -131,3 +131,14 @@ def test_signed_rank_needs_differences() -> None:
     found = paired_p([1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
     assert found is not None
     assert math.isclose(found, 2 / 2**6)
+
+
+def test_losses_of_the_edits_kind_are_set_against_random_ones() -> None:
+    found = kind_test([(2, 2, 10, 40)] * 6)
+    assert found is not None
+    assert (found.same, found.n, found.expected) == (12, 12, 3.0)
+    assert found.p_value < 0.001
+    level = kind_test([(1, 4, 10, 40)] * 6)
+    assert level is not None
+    assert level.p_value > 0.5
+    assert kind_test([(1, 1, 5, 5), (0, 1, 0, 5)]) is None, "there was no choice"
