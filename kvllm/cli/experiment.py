@@ -87,4 +87,6 @@ def experiment(
         return result
     run, why = next(iter(outcome.failed.items()))
     failure = f"{len(outcome.failed)} of {len(outcome.runs)} runs failed, first {run}: {why}"
-    return replace(result, exit_code=EditFailed.exit_code, failure=failure)
+    if result.failure is None:
+        return replace(result, exit_code=EditFailed.exit_code, failure=failure)
+    return replace(result, failure=f"{result.failure} {failure}")  # a report that could not be written goes first

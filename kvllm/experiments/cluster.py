@@ -13,7 +13,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from kvllm.errors import ConfigError
+from kvllm.errors import ConfigError, KvllmError
 from kvllm.experiments.declared import Declared, Run
 from kvllm.store.results import Results
 
@@ -77,6 +77,7 @@ def run_on_ray(
 
     Raises:
         ConfigError: ray is not installed.
+        OutOfResources: a worker wants disk or memory.
     """
     ray: Any
     try:
@@ -85,7 +86,7 @@ def run_on_ray(
         raise ConfigError(
             "Ray is not installed; install the extra in kvllm's folder: pip install -e '.[ray]'. Nothing was run."
         ) from error
-    from kvllm.experiments.runner import attempt
+    from kvllm.experiments.runner import attempt, keep_failure
 
     own = not ray.is_initialized()
     if own:
@@ -103,11 +104,11 @@ def run_on_ray(
             look()
             for reference in done:
                 try:
-                    error_text = ray.get(reference)
+                    failure = ray.get(reference)
                 except ray.exceptions.RayError as error:
-                    error_text = f"its worker died too often ({type(error).__name__}); what was finished is kept."
-                if error_text is not None:
-                    failed[started[reference].id] = error_text
+                    why = f"its worker died too often ({type(error).__name__}); what was finished is kept."
+                    failure = (KvllmError.code, why)
+                keep_failure(failed, started[reference], failure)
         return failed
     finally:
         if own:

@@ -576,7 +576,7 @@ def _factors(declared: Declared, outcome: Outcome) -> tuple[list[str], list[Sect
         sections += _rank_sections(plain, rank, failed)
         verdicts += [*_rank_verdicts(rank), _editor_verdict(rank), _dropout_verdict(rank)]
     note = (
-        "One rule per explanation, declared before the numbers: it survives, does not, or was not decided (p ≥ 0.05). "
+        "One rule per explanation: it survives, does not, or was not decided (p ≥ 0.05). "
         "Distinct inputs: the farther a key, the less damage, among the keys of one known thing. Robust residual "
         "networks: random changes of layers of the edited band cost no more, per squared norm, than the same fact's "
         "real change of that layer. Low rank regularises: the higher the rank (full fine-tuning last), the more drift, "

@@ -230,13 +230,29 @@ def execute(
         torch.set_num_threads(before)
 
 
-def attempt(declared: Declared, run: Run, folder: Path, *, threads: int, recorder: Any = None) -> str | None:
-    """Do what is left of one run in a worker; return what went wrong in words (errors themselves may not travel)."""
+def attempt(
+    declared: Declared, run: Run, folder: Path, *, threads: int, recorder: Any = None
+) -> tuple[str, str] | None:
+    """Do what is left of a run in a worker; return what went wrong as code and sentence: errors may not travel."""
     try:
         execute(declared, run, folder, threads=threads, recorder=recorder)
     except KvllmError as error:
-        return str(error)
+        return error.code, str(error)
     return None
+
+
+def keep_failure(failed: dict[str, str], run: Run, failure: tuple[str, str] | None) -> None:
+    """Note why a worker could not finish a run.
+
+    Raises:
+        OutOfResources: for want of disk or memory, which the other runs would want as well.
+    """
+    if failure is None:
+        return
+    code, sentence = failure
+    if code == OutOfResources.code:
+        raise OutOfResources(sentence)
+    failed[run.id] = sentence
 
 
 @contextmanager
@@ -299,7 +315,7 @@ def _run_in_processes(
             jobs, mp_context=get_context("spawn"), initializer=_leave_with, initargs=(os.getpid(),)
         )
         try:
-            futures: dict[Future[str | None], Run] = {
+            futures: dict[Future[tuple[str, str] | None], Run] = {
                 pool.submit(attempt, declared, run, home, threads=_threads(jobs)): run for run in left
             }
             pending = set(futures)
@@ -307,10 +323,9 @@ def _run_in_processes(
                 done, pending = wait(pending, timeout=_POLL_SECONDS, return_when=FIRST_COMPLETED)
                 meter.look()
                 for future in done:
-                    error = future.result()
+                    failure = future.result()
                     left.remove(futures[future])
-                    if error is not None:
-                        failed[futures[future].id] = error
+                    keep_failure(failed, futures[future], failure)
         except BrokenProcessPool as broken:
             moved = sum(map(len, results.finished().values())) > finished
             deaths = 0 if moved else deaths + 1

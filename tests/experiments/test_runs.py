@@ -621,7 +621,8 @@ rng = random.Random(0)
 codes = []
 while codes.count(-9) < 10 or codes[-1] != 0:
     assert len(codes) < 40 and codes[-1:] != [0], codes  # it must not be finished before it was killed ten times
-    codes.append(attempt({str(home)!r}, rng.randint(0, {10 if kind == "editors" else 24}) if codes.count(-9) < 10 else 10**9))
+    after = rng.randint(0, {10 if kind == "editors" else 24}) if codes.count(-9) < 10 else 10**9
+    codes.append(attempt({str(home)!r}, after))
 assert attempt({str(tmp_path / "whole")!r}, 10**9) == 0
 print(json.dumps(codes))
 """,
@@ -695,6 +696,24 @@ def test_processes_side_by_side_give_the_rows_of_one_and_outlive_a_killed_worker
     assert (tmp_path / "killed").exists()
     side = read_outcome(declared, home)
     assert without_times(side.rows) == without_times(run_experiment(declared, tmp_path / "alone").rows)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="the fuse stands in a file that is no module")
+def test_workers_on_a_full_disk_end_the_experiment_as_one_process_does(
+    make: Make, home: Path, tmp_path: Path, elsewhere: None
+) -> None:
+    declared = make("injection", n=1, settings={"arms": ARMS[:2]})
+    script = tmp_path / "experiment.py"
+    fuse = (
+        "import kvllm.experiments.desk as desk\n"
+        "from kvllm.errors import OutOfResources\n"
+        "def full(*_): raise OutOfResources('The disk is full.')\n"
+        "desk.Desk.finish = full\n"
+    )
+    for jobs in (1, 2):
+        script.write_text(fuse + _script(_plain(declared), tmp_path, home, jobs), encoding="utf-8")
+        done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=False)
+        assert done.stderr.splitlines()[-1] == "kvllm.errors.OutOfResources: The disk is full.", jobs
 
 
 @pytest.mark.skipif(os.name == "nt", reason="no SIGTERM")
