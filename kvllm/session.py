@@ -133,8 +133,8 @@ class Session:
         assert engine is not None
         engine.head = edit.id
         engine.settle()
-        # A snapshot only makes opening faster: where it cannot be written, the edit stands all the same.
-        with suppress(KvllmError, OSError):
+        # A snapshot only makes opening faster: whatever keeps it from being written, the edit stands all the same.
+        with suppress(Exception):
             engine.snapshot_if_due(SNAPSHOT_EVERY)
         return edit
 

@@ -171,8 +171,8 @@ class Engine:
             return
         from safetensors.torch import save
 
-        state = {name: tensor.contiguous() for name, tensor in self.weights.state().items()}
-        self.store.write_snapshot(self.head, save(state))
+        masters = {name: self.weights.master(name).contiguous() for name in self.weights.touched}
+        self.store.write_snapshot(self.head, save(masters))
         self.store.drop_snapshots(keep=2)
 
     def check_base_files(self) -> None:

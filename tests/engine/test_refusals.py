@@ -239,22 +239,35 @@ def test_weights_follow_the_ledger_whichever_side_an_interruption_falls(
     assert (taught.get(KEY) or taught.facts(at=1)[0]).text == ("Ada" if committed and op == "update" else TEXT)
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
+        MemoryError(),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:118] DefaultCPUAllocator: can't allocate memory"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
 def test_a_snapshot_that_cannot_be_written_costs_no_edit(
-    taught: KnowledgeBase, monkeypatch: pytest.MonkeyPatch
+    taught: KnowledgeBase, error: Exception, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from kvllm import session
 
     monkeypatch.setattr(session, "SNAPSHOT_EVERY", 1)
     monkeypatch.setitem(engine.EDITORS, "adalora", RandomEditor)
+    failed = []
 
     def full(name: str) -> None:
         if name.startswith("snapshot."):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            failed.append(name)
+            raise error
 
     failpoints.hook = full
-    taught.update(KEY, "Ada")
+    edit = taught.update(KEY, "Ada")
     failpoints.hook = None
-    assert taught.head() == 2
+    assert failed
+    assert taught.head() == edit.id == 2
+    assert taught.weights_digest() == edit.weights_digest
     assert not taught._store.nearest_snapshot(2)
 
 
