@@ -74,6 +74,8 @@ def tiny_config(family: str, vocab: int) -> Any:
         "qwen3": (t.Qwen3Config, {**grouped, "head_dim": 16}),
         "gemma2": (t.Gemma2Config, {**gemma, "query_pre_attn_scalar": 16}),
         "gemma3": (t.Gemma3TextConfig, {**gemma, "query_pre_attn_scalar": 16}),
+        "granite": (t.GraniteConfig, {**grouped, "logits_scaling": 3.0}),
+        "cohere": (t.CohereConfig, {**grouped, "logit_scale": 0.4}),
         "gpt2": (
             t.GPT2Config,
             {**shared, "n_embd": HIDDEN, "n_layer": LAYERS, "n_head": 4, "n_positions": POSITIONS},

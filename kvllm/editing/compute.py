@@ -93,7 +93,7 @@ class ComputeCopy:
         if lm.device.type == "cpu":
             self.model.set_attn_implementation("eager")
         self._layers: nn.ModuleList = decoder_layers(self.model)[1]
-        self._lm = LanguageModel(self.model, lm.tokenizer, lm.config)
+        self._lm = LanguageModel(self.model, lm.tokenizer, lm.config, logit_scale=lm.logit_scale)
 
     @torch.no_grad()
     def load(self, weights: dict[str, torch.Tensor]) -> None:
@@ -221,10 +221,8 @@ class ComputeCopy:
     def logits(self, states: torch.Tensor) -> torch.Tensor:
         """Project last hidden states (n, hidden) onto the vocabulary, fp32 (n, vocab)."""
         with self.precision():
-            logits: torch.Tensor = self.model.get_output_embeddings()(states)
-        logits = logits.float()
-        cap = getattr(self.model.config.get_text_config(), "final_logit_softcapping", None)
-        return torch.tanh(logits / cap) * cap if cap else logits
+            projected: torch.Tensor = self.model.get_output_embeddings()(states)
+        return self.lm.finished(projected.float())
 
     def _upper(self, batch: torch.Tensor, opening: Opening | None, starts: Sequence[int]) -> torch.Tensor:
         """Run the layers from the lowest adapted one on, over a batch (batch, seq, hidden).

@@ -35,6 +35,8 @@ _SENTINEL = "\u27e6kvllm-slot-{index}\u27e7"
 _MARKUP = re.compile(r"<.+>|\[.+\]|\{.+\}|⟨.+⟩|\uff1c.+\uff1e", re.DOTALL)
 _GENERATION_BATCH = 32
 _HEAD_TOKENS = 128  # positions per vocabulary projection when scoring
+_SCALE_TOKENS = 8  # positions that a model's own logits are looked at
+_SCALE_ROUNDING = 1e-3  # a factor no further from 1 is 1
 
 
 @dataclass(frozen=True)
@@ -63,13 +65,18 @@ class RowScore:
 
 
 class LanguageModel:
-    """A causal language model with its tokenizer, in evaluation mode, without gradients."""
+    """A causal language model with its tokenizer, in evaluation mode, without gradients.
 
-    def __init__(self, model: Any, tokenizer: Any, config: ModelConfig) -> None:
+    A copy of another one in lower precision is given that one's `logit_scale`.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, config: ModelConfig, *, logit_scale: float | None = None) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.config = config
         self._frames: dict[tuple[str, ...], tuple[int, ...]] = {}
+        if logit_scale is not None:
+            self.logit_scale = logit_scale
         self.model.eval()
         self.model.requires_grad_(False)
 
@@ -113,6 +120,7 @@ class LanguageModel:
             )
         found = cls(model, tokenizer, config)
         found._check_tokenizer(folder)
+        found._check_logits(folder)
         return found
 
     def _check_tokenizer(self, folder: str | Path) -> None:
@@ -128,6 +136,17 @@ class LanguageModel:
             raise ModelError(f"The tokenizer in {folder} cannot be used: {_reason(error)}.") from error
         if not usable:
             raise ModelError(f"The tokenizer in {folder} makes an empty prompt; nothing was loaded.")
+
+    def _check_logits(self, folder: str | Path) -> None:
+        """Refuse a model that cannot be run, or whose logits kvllm would work out otherwise than the model does."""
+        try:
+            _ = self.logit_scale
+        except KvllmError:
+            raise
+        except Exception as error:  # a model from outside
+            if is_out_of_memory(error):
+                raise OutOfResources(f"There is not enough memory to run the model {Path(folder).name}.") from error
+            raise ModelError(f"The model in {folder} cannot be run: {_reason(error)}.") from error
 
     # ------------------------------------------------------------------ tokens
 
@@ -572,11 +591,60 @@ class LanguageModel:
         return backbone
 
     def logits(self, states: torch.Tensor) -> torch.Tensor:
-        """Project last hidden states (n, hidden) onto the vocabulary (n, vocab), with the model's own soft cap."""
-        logits: torch.Tensor = self.model.get_output_embeddings()(states)
-        text_config = self.model.config.get_text_config()
-        cap = getattr(text_config, "final_logit_softcapping", None)
+        """Project last hidden states (n, hidden) onto the vocabulary (n, vocab), as the model does."""
+        return self.finished(self.model.get_output_embeddings()(states))
+
+    def finished(self, projected: torch.Tensor) -> torch.Tensor:
+        """Return a vocabulary projection (n, vocab) as logits: with the model's own factor and soft cap."""
+        return self._capped(projected if self.logit_scale == 1.0 else projected * self.logit_scale)
+
+    def _capped(self, logits: torch.Tensor) -> torch.Tensor:
+        cap = self._cap
         return torch.tanh(logits / cap) * cap if cap else logits
+
+    @cached_property
+    def _cap(self) -> float | None:
+        return getattr(self.model.config.get_text_config(), "final_logit_softcapping", None)
+
+    @cached_property
+    @torch.inference_mode()
+    def logit_scale(self) -> float:
+        """What the model multiplies its vocabulary projection with, before a soft cap; 1 for most families.
+
+        Granite divides, Cohere and Falcon-H1 multiply, MiniCPM3 scales what is projected, each under a name of its own:
+        so the factor is read off the model's own logits for a few tokens.
+
+        Raises:
+            ModelError: no constant factor gives the model's own logits.
+        """
+        states: list[torch.Tensor] = []
+        handle = self._backbone.register_forward_hook(
+            lambda module, args, output: states.append(output.last_hidden_state)
+        )
+        try:
+            ids, mask = self.pad([self.prompt_ids("?")[:_SCALE_TOKENS]])
+            own = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits.cpu().double()
+        finally:
+            handle.remove()
+        refusal = ModelError("The model works its logits out in a way that kvllm does not know; it cannot be used.")
+        if not states:
+            raise refusal
+        projected = self.model.get_output_embeddings()(states[-1]).cpu().double()
+        if own.shape != projected.shape:
+            raise refusal
+        if not (own.isfinite().all() and projected.isfinite().all()):
+            return 1.0  # weights that are no numbers are refused where they are measured
+        raw, of = own, projected
+        if self._cap:
+            below = own.abs() < 0.9 * self._cap
+            raw, of = torch.atanh(own[below] / self._cap) * self._cap, projected[below]
+        scale = float((raw * of).sum() / of.square().sum().clamp(min=1e-300)) if of.any() else 1.0
+        # Six digits: the same number on every machine.
+        scale = 1.0 if abs(scale - 1) < _SCALE_ROUNDING else float(f"{scale:.6g}")
+        tolerance = 1e-3 if states[-1].dtype == torch.float32 else 3e-2  # of the largest logit
+        if float((self._capped(projected * scale) - own).abs().max()) > tolerance * float(own.abs().max()):
+            raise refusal
+        return scale
 
     def greedy(self, states: torch.Tensor) -> torch.Tensor:
         """Return the likeliest token (n,) after each of the last hidden states (n, hidden)."""

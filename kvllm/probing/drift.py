@@ -79,6 +79,7 @@ def base_reference(
                 *prompts,
                 *suite.texts,
                 *(["begin"] if begin else []),
+                *([f"logits x {lm.logit_scale}"] if lm.logit_scale != 1.0 else []),
             ]
         ).encode()
     ).hexdigest()[:24]

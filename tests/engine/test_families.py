@@ -28,6 +28,8 @@ FAMILIES = {
     "qwen3": True,
     "gemma2": True,
     "gemma3": True,
+    "granite": True,
+    "cohere": True,
 }
 
 
@@ -105,7 +107,7 @@ def test_rows_that_follow_an_opening_and_rows_that_do_not_are_run_in_one_batch(l
     assert torch.allclose(together, alone, atol=2e-4), float((together - alone).abs().max())
 
 
-@pytest.mark.parametrize("family", ["gpt2", "neox", "opt", "bloom", "qwen3", "gemma3"])
+@pytest.mark.parametrize("family", ["gpt2", "neox", "opt", "bloom", "qwen3", "gemma3", "granite", "cohere"])
 def test_a_fact_is_learned_and_replayed_in_every_family(
     folder: Callable[[str], Path], make_kb: Callable[..., KnowledgeBase], family: str
 ) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -209,6 +210,60 @@ def test_scores_equal_a_computation_by_hand(lm: LanguageModel) -> None:
         greedy = [int(logits[place].argmax()) == row.ids[place + 1] for place in places]
         assert score.nll == pytest.approx(sum(nll) / len(nll), rel=1e-4)
         assert score.greedy == sum(greedy) / len(greedy)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("family", "scale"), [("granite", 1 / 3), ("cohere", 0.4), ("gemma2", 1.0), ("llama", 1.0)])
+def test_logits_are_the_models_own_whatever_it_scales_them_by(
+    family: str, scale: float, dtype: str, tmp_path: Path
+) -> None:
+    model = LanguageModel.load(tiny_model(tmp_path / family, family=family), ModelConfig(dtype=dtype, device="cpu"))
+    exact = dtype == "float32"
+    assert model.logit_scale == (scale if scale == 1.0 else pytest.approx(scale, rel=1e-5 if exact else 1e-2))
+    row = model.row("What is torchkeras?", "Ada leads")
+    with torch.no_grad():
+        own = model.model(input_ids=torch.tensor([row.ids])).logits[0, len(row.prompt) - 1 : -1].float()
+    found = model.logits(model.answer_states([row])[0].to(getattr(torch, dtype))).float()
+    assert torch.allclose(found, own, atol=(1e-5 if exact else 3e-2) * float(own.abs().max()))
+    nll = torch.nn.functional.cross_entropy(own, torch.tensor(row.answer))
+    assert model.score([row])[0].nll == pytest.approx(float(nll), rel=1e-4 if exact else 1e-2)
+
+
+def _changing_logits(
+    folder: Path, change: Callable[[torch.Tensor], torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> LanguageModel:
+    """Load a model that does something to its logits."""
+    model = LanguageModel.load(folder, ModelConfig(device="cpu"))
+    forward = model.model.forward
+
+    def changed(**arguments: Any) -> Any:
+        output = forward(**arguments)
+        output.logits = change(output.logits)
+        return output
+
+    monkeypatch.setattr(model.model, "forward", changed)
+    return LanguageModel(model.model, model.tokenizer, model.config)
+
+
+def test_a_factor_before_a_soft_cap_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tiny_model(tmp_path / "gemma2", family="gemma2")
+    cap = LanguageModel.load(folder, ModelConfig(device="cpu")).model.config.final_logit_softcapping
+    factor = 1.7
+    model = _changing_logits(
+        folder, lambda logits: torch.tanh(torch.atanh(logits.double() / cap) * factor).float() * cap, monkeypatch
+    )
+    assert model.logit_scale == pytest.approx(factor, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "change", [lambda logits: logits**3, lambda logits: logits.abs(), lambda logits: logits[..., :-1]]
+)
+def test_logits_that_no_factor_explains_are_refused(
+    change: Callable[[torch.Tensor], torch.Tensor], tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = _changing_logits(tiny_llama, change, monkeypatch)
+    with pytest.raises(ModelError, match="works its logits out in a way that kvllm does not know"):
+        model.score([model.row("Who?", "Ada")])
 
 
 def test_a_generated_answer_scores_as_greedy(lm: LanguageModel) -> None:
