@@ -97,7 +97,7 @@ class EditRejected(KvllmError):
 
 
 class ModelError(KvllmError):
-    """A model's name cannot be resolved to files, or its files cannot be used."""
+    """A model's name cannot be resolved to files, its files cannot be used, or its weights were changed by hand."""
 
     code = "model_error"
     exit_code = 5

@@ -334,12 +334,14 @@ class KnowledgeBase:
     @property
     def engine(self) -> Engine:
         """The loaded model at the head's state, for measurements of one's own; changes to it are not recorded."""
-        return self._session.engine
+        engine = self._session.engine
+        engine.weights.seal()
+        return engine
 
     @property
     def model(self) -> Any:
-        """The transformers model, edited. Changing it by hand is not recorded."""
-        return self._session.engine.lm.model
+        """The transformers model, edited. Changing it by hand is not recorded, and nothing is edited from there."""
+        return self.engine.lm.model
 
     @property
     def tokenizer(self) -> Any:
@@ -776,7 +778,9 @@ class KnowledgeBase:
             fact = _fact(key, text, aliases or (), questions or (), probes or (), language, tags or ())
             self._refuse_existing([fact])
             old = None
-        with self._session.engine.elsewhere():
+        engine = self._session.engine
+        engine.check_weights()
+        with engine.elsewhere():
             trained = self._edits.train([fact], config or self._session.edit_config, old)
             report, refused = self._edits.measure(trained, gate or self._session.gate_config)
             warnings = (*report.warnings, *(f"The gate would refuse: {r}" for r in refused))
@@ -785,14 +789,16 @@ class KnowledgeBase:
     def rollback(self, ref: int | str) -> Edit:
         """Return to an earlier edit or tag (0 or "base": the untouched base), as a new edit, by replay.
 
-        The weights become bit-identical to the earlier head's; this is checked against the recorded digest.
+        The weights become bit-identical to the earlier head's; this is checked against the recorded digest. It is the
+        way back from a head whose own state cannot be replayed, too.
 
         Raises:
             EditNotFound: no such edit or tag.
+            ModelError: `model` was changed by hand.
         """
         with self._session.writing():
             target = self._store.resolve(ref)
-            with self._session.all_or_nothing() as parent:
+            with self._session.all_or_nothing(leaving=True) as parent:
                 engine = self._session.engine
                 started = time.perf_counter()
                 engine.load_state(target)

@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 from kvllm.config import EditConfig, GateConfig, ModelConfig
-from kvllm.errors import KvllmError, ModelError, OutOfResources, StoreError, is_out_of_memory
+from kvllm.errors import Corrupt, KvllmError, ModelError, OutOfResources, StoreError, Untrusted, is_out_of_memory
 from kvllm.prompts import names_of
 from kvllm.records import Edit, Progress, StoredFact
 from kvllm.store import NewEdit, Store
@@ -139,12 +139,19 @@ class Session:
         return edit
 
     @contextmanager
-    def all_or_nothing(self) -> Iterator[int]:
+    def all_or_nothing(self, *, leaving: bool = False) -> Iterator[int]:
         """Hold the model at the ledger's head, whose id is given, and hold the weights together with the ledger.
 
         After any exception in the block the weights are as they were, unless the ledger says that it was committed.
+
+        Args:
+            leaving: The head's state is left for another one: where it cannot be replayed, the base's is held instead.
+
+        Raises:
+            ModelError: the weights were changed by hand.
         """
-        engine = self.engine
+        engine = self._engine_to_leave() if leaving else self.engine
+        engine.check_weights()
         parent = self.store.head()
         before = engine.weights.state()
         with engine.away():
@@ -153,6 +160,16 @@ class Session:
             except BaseException:
                 self._put_back(before, parent)
                 raise
+
+    def _engine_to_leave(self) -> Engine:
+        """Return the loaded model at the head's state, or at the base's where there is no way to that one."""
+        try:
+            return self.engine
+        except (Corrupt, Untrusted):
+            if self.loaded is None:
+                raise
+            self.loaded.leave()
+            return self.loaded
 
     def _put_back(self, before: Mapping[str, Any], parent: int) -> None:
         """Set the weights to what they were; where the edit was committed, the next use replays the ledger's head."""

@@ -11,17 +11,19 @@ from __future__ import annotations
 
 import json
 import math
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 
-from kvllm.errors import Corrupt, EditFailed, Untrusted
+from kvllm.errors import Corrupt, EditFailed, ModelError, Untrusted
 from kvllm.lm.model import tensors_digest
 from kvllm.store.artefacts import MAX_NORM
 
 Factors = tuple[torch.Tensor, torch.Tensor]  # A (rank, in), B (out, rank)
 Delta = Mapping[str, Factors]
+_Form = tuple[torch.dtype, torch.device, torch.Size]
 
 _PREFIX = "base_model.model."
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -171,6 +173,8 @@ class AdaptedWeights:
     otherwise an fp32 master stands beside it and is cast once after all sums.
 
     With another dtype for `masters` each sum is rounded to it: what a tool without fp32 masters would hold.
+
+    Once the model is `sealed`, a matrix that somebody else has changed is not taken for the base's.
     """
 
     def __init__(self, model: Any, *, base_digest: str = "", masters: torch.dtype = torch.float32) -> None:
@@ -180,6 +184,7 @@ class AdaptedWeights:
         self._base: dict[str, torch.Tensor] = {}
         self._masters: dict[str, torch.Tensor] = {}
         self._touched: set[str] = set()
+        self._seals: dict[str, tuple[_Form, int]] | None = None
 
     @property
     def touched(self) -> tuple[str, ...]:
@@ -206,7 +211,9 @@ class AdaptedWeights:
 
         Raises:
             Untrusted: a module is unknown or a shape does not fit; nothing was changed.
+            ModelError: a matrix was changed by hand; nothing was changed.
         """
+        self._check_seals(delta)
         changes = {name: self._fitted(name, factors) for name, factors in delta.items()}
         for name, change in changes.items():
             self._own(name)
@@ -236,12 +243,67 @@ class AdaptedWeights:
         for name in state:
             if state[name].shape != self._weight(name).shape:
                 raise Corrupt(f"A stored matrix does not fit the model's {name}; it was not used.")
+        self._check_seals(state)
         for name in state:
             self._own(name)
         for name in self._base:
             self._masters[name].copy_(state.get(name, self._base[name]))
             self._sync(name)
         self._touched = set(state)
+
+    def seal(self) -> None:
+        """Remember every parameter as it is, before somebody gets hold of the model; later calls do nothing."""
+        if self._seals is None:
+            self._seals = {name: (_form(p), _checksum(p)) for name, p in self._model.named_parameters()}
+
+    @property
+    def sealed(self) -> bool:
+        return self._seals is not None
+
+    def changed_by_hand(self, *, edited: bool = True) -> list[str]:
+        """Return the parameters that are not what they were when sealed, or what edits made of them.
+
+        A change by hand of an edited fp32 matrix changes its master as well: that the digest tells.
+
+        Args:
+            edited: Whether those that edits ever changed, whose base values are kept, are read too.
+        """
+        if self._seals is None:
+            return []
+        now = dict(self._model.named_parameters())
+        owned = {f"{name}.weight": name for name in self._base}
+
+        def is_changed(name: str) -> bool:
+            if name not in owned or not self._has_form(name, now):
+                return not self._is_as_sealed(name, now)
+            return edited and not self._has_master(owned[name])
+
+        return [name for name in {**now, **self._seals} if is_changed(name)]
+
+    def _check_seals(self, modules: Iterable[str]) -> None:
+        """Refuse matrices that a hand has changed before any edit did: their values are about to become the base's."""
+        if self._seals is None:
+            return
+        now = dict(self._model.named_parameters())
+        fresh = [f"{name}.weight" for name in modules if name not in self._base]
+        # A matrix that two modules share has the first one's name only.
+        if changed := [name for name in fresh if name in self._seals and not self._is_as_sealed(name, now)]:
+            raise hand_changed(changed)
+
+    def _has_form(self, name: str, now: Mapping[str, torch.Tensor]) -> bool:
+        assert self._seals is not None
+        return name in now and name in self._seals and _form(now[name]) == self._seals[name][0]
+
+    def _is_as_sealed(self, name: str, now: Mapping[str, torch.Tensor]) -> bool:
+        assert self._seals is not None
+        return self._has_form(name, now) and _checksum(now[name]) == self._seals[name][1]
+
+    def _has_master(self, name: str) -> bool:
+        """Say whether the model has a module's master, and an untouched master its base value."""
+        weight, master = self._weight(name), self._masters[name]
+        if weight.data_ptr() != master.data_ptr() and not torch.equal(weight, master.to(weight)):
+            return False
+        return name in self._touched or torch.equal(master, self._base[name])
 
     def is_finite(self) -> bool:
         """Say whether every changed matrix holds finite numbers only, in the precision that the model computes in."""
@@ -285,6 +347,24 @@ class AdaptedWeights:
         weight = self._weight(name)
         if weight.data_ptr() != self._masters[name].data_ptr():
             weight.data.copy_(self._masters[name])
+
+
+def hand_changed(names: Sequence[str]) -> ModelError:
+    """Return the error that says that weights are not those that the ledger knows of."""
+    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    return ModelError(
+        f"The model's weights were changed by hand ({names[0]}{more}), and no ledger would know of that; nothing was "
+        "changed. Open the knowledge base again to go on."
+    )
+
+
+def _form(tensor: torch.Tensor) -> _Form:
+    return tensor.dtype, tensor.device, tensor.shape
+
+
+def _checksum(tensor: torch.Tensor) -> int:
+    """Return a CRC of a tensor's bytes: nobody is kept from forging it, and it is four times as fast as a sha256."""
+    return zlib.crc32(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
 
 
 def is_transposed(module: Any) -> bool:

@@ -23,7 +23,16 @@ import torch
 from kvllm.config import EditConfig, ModelConfig
 from kvllm.editing.compute import ComputeCopy
 from kvllm.editing.contrast import contrast_questions
-from kvllm.editing.delta import AdaptedWeights, Delta, Factors, check_finite, check_norm, concatenate, from_files
+from kvllm.editing.delta import (
+    AdaptedWeights,
+    Delta,
+    Factors,
+    check_finite,
+    check_norm,
+    concatenate,
+    from_files,
+    hand_changed,
+)
 from kvllm.editing.editor import EditTask, StepRecord, Training
 from kvllm.editing.editors import EDITORS
 from kvllm.editing.inputs import input_whitening
@@ -117,6 +126,27 @@ class Engine:
             self.load_state(head)
             self.head = head
             self._sure = True
+
+    def leave(self) -> None:
+        """Hold the base's weights, where the head's state cannot be had and is to be left behind."""
+        self.weights.replay([])
+        self.head = 0
+        self._sure = True
+
+    def check_weights(self) -> None:
+        """Refuse the head's weights where somebody has changed them since they were handed out.
+
+        Raises:
+            ModelError: naming the first such parameter.
+        """
+        if not self.weights.sealed:
+            return
+        changed = self.weights.changed_by_hand()
+        recorded = self.store.edit(self.head).weights_digest if self.head else None
+        if not changed and recorded is not None and self.weights.digest() != recorded:
+            changed = list(self.weights.touched)
+        if changed:
+            raise hand_changed(changed)
 
     @contextmanager
     def away(self) -> Iterator[None]:
@@ -251,7 +281,13 @@ class Engine:
 
     @contextmanager
     def base_weights(self) -> Iterator[LanguageModel]:
-        """The model with the base's weights, for as long as this is open."""
+        """The model with the base's weights, for as long as this is open.
+
+        Raises:
+            ModelError: parameters that no edit changes were changed by hand, so these are not the base's.
+        """
+        if changed := self.weights.changed_by_hand(edited=False):
+            raise hand_changed(changed)
         with self.elsewhere():
             self.weights.replay([])
             yield self.lm
@@ -533,9 +569,9 @@ class Engine:
 
     def _drift_reference(self, suite: DriftSuite, tick: Tick | None) -> DriftReference:
         if suite.name not in self._references:
-            with self.base_weights():
-                made = base_reference(self.lm, self.store.base.digest, suite, on_progress=tick)
-            self._references[suite.name] = made
+            self._references[suite.name] = base_reference(
+                self.lm, self.store.base.digest, suite, at_base=self.base_weights, on_progress=tick
+            )
         return self._references[suite.name]
 
     # ------------------------------------------------------------------ facts about this run

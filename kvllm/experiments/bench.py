@@ -71,7 +71,8 @@ class Bench:
             shutil.rmtree(path, ignore_errors=True)  # killed while it was being made
             KnowledgeBase.create(path, model=declared.model, dtype=declared.dtype, device=declared.device).close()
         model = ModelConfig(dtype=declared.dtype, device=declared.device, masters=masters)
-        self.kb = KnowledgeBase(Session(Store.open(path), model_config=model, gate=UNMEASURED, progress=self.progress))
+        self._session = Session(Store.open(path), model_config=model, gate=UNMEASURED, progress=self.progress)
+        self.kb = KnowledgeBase(self._session)
         self._encoder: Encoder | None = None
 
     def __enter__(self) -> Bench:
@@ -84,11 +85,11 @@ class Bench:
 
     @property
     def engine(self) -> Engine:
-        return self.kb.engine
+        return self._session.engine  # nobody's hand: its weights need no look before every edit
 
     @property
     def lm(self) -> LanguageModel:
-        return self.kb.engine.lm
+        return self.engine.lm
 
     # ------------------------------------------------------------------ edits
 

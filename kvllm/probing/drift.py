@@ -13,8 +13,10 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -56,14 +58,16 @@ def base_reference(
     base_digest: str,
     suite: DriftSuite | None = None,
     *,
+    at_base: Callable[[], AbstractContextManager[Any]] = nullcontext,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> DriftReference:
-    """Return the reference from the cache, or by asking the model, which must hold its base weights now.
+    """Return the reference from the cache, or by asking the model.
 
     Args:
         lm: The base model.
         base_digest: Identifies it; with the suite's content, the cache's key.
         suite: The gate's by default.
+        at_base: Holds its weights at the base's while it is asked; needed wherever they are edited.
         on_progress: Called with (done, total) while the base is asked.
     """
     suite = suite or drift_suite()
@@ -88,14 +92,15 @@ def base_reference(
     if cached is not None:
         return cached
     ids = [tuple(lm.prompt_ids(p)) for p in prompts]
-    answers = lm.generate_ids(ids, max_new_tokens=ANSWER_TOKENS, batch_size=64, on_batch=on_progress)
-    rows = tuple(Row(i, a) for i, a in zip(ids, answers, strict=True))
     texts = []
     for text in suite.texts:
         tokens = tuple(lm.completion_ids(text))
         if len(tokens) > begin + _TEXT_CONTEXT:
             texts.append(Row(tokens[: begin + _TEXT_CONTEXT], tokens[begin + _TEXT_CONTEXT :]))
-    reference = DriftReference(suite, rows, _outputs(lm, rows, suite), tuple(texts), tuple(_text_nll(lm, texts)))
+    with at_base():
+        answers = lm.generate_ids(ids, max_new_tokens=ANSWER_TOKENS, batch_size=64, on_batch=on_progress)
+        rows = tuple(Row(i, a) for i, a in zip(ids, answers, strict=True))
+        reference = DriftReference(suite, rows, _outputs(lm, rows, suite), tuple(texts), tuple(_text_nll(lm, texts)))
     _write(path, reference)
     return reference
 

@@ -13,10 +13,10 @@ import torch
 
 from kvllm import KnowledgeBase
 from kvllm.editing import engine
-from kvllm.errors import Corrupt, EditNotFound
+from kvllm.errors import Corrupt, EditNotFound, ModelError
 from kvllm.lm.model import tensors_digest
 from kvllm.session import SNAPSHOT_EVERY
-from tests.kit import KEY, TEXT, RandomEditor, elsewhere, unchanged
+from tests.kit import KEY, TEXT, RandomEditor, elsewhere, file_hashes, unchanged
 from tests.store.bench import forge_seals
 
 STUBBED = 40
@@ -296,3 +296,144 @@ def test_a_session_with_earlier_edits_trains_what_a_fresh_one_does(
     assert one.delta is not None
     assert two.delta is not None
     assert one.delta.sha256 == two.delta.sha256
+
+
+# ---------------------------------------------------------------- changes by hand
+
+
+def halved(kb: KnowledgeBase) -> None:
+    kb.model.half()
+
+
+def back_from_half(kb: KnowledgeBase) -> None:
+    kb.model.half().float()
+
+
+def embedding_in_place(kb: KnowledgeBase) -> None:
+    kb.model.get_input_embeddings().weight.data.mul_(1.01)  # counted by no version of the parameter
+
+
+def taught_matrix(kb: KnowledgeBase) -> None:
+    with torch.no_grad():
+        kb.model.get_submodule(kb.engine.weights.touched[0]).weight[0, 0] += 1
+
+
+def swapped_rows(kb: KnowledgeBase) -> None:
+    weight = kb.model.get_input_embeddings().weight
+    weight.data = weight.data.flip(0)
+
+
+def new_parameter(kb: KnowledgeBase) -> None:
+    kb.model.register_parameter("mine", torch.nn.Parameter(torch.zeros(1)))
+
+
+@pytest.mark.parametrize(
+    "change", [halved, back_from_half, embedding_in_place, taught_matrix, swapped_rows, new_parameter]
+)
+@pytest.mark.parametrize("op", ["insert", "delete", "compact", "rollback", "dry_run"])
+def test_no_edit_starts_from_weights_that_were_changed_by_hand(
+    taught: KnowledgeBase, op: str, change: Callable[[KnowledgeBase], None], stub: None
+) -> None:
+    arguments = {"delete": (KEY,), "compact": (), "rollback": (0,)}
+    before = taught.history(), file_hashes(taught.path)
+    change(taught)
+    with pytest.raises(ModelError, match=r"changed by hand \(.+\).*; nothing was changed\. Open the knowledge base"):
+        getattr(taught, op)(*arguments.get(op, ("numpy", "Ada")))
+    assert (taught.history(), file_hashes(taught.path)) == before
+    with KnowledgeBase.open(taught.path) as again:
+        again.insert("numpy", "Ada")
+
+
+def test_a_change_by_hand_is_not_laundered_by_a_look_at_the_base(taught: KnowledgeBase) -> None:
+    taught_matrix(taught)
+    taught.ask_base("What is numpy?")
+    taught.drift("basic")
+    with pytest.raises(ModelError, match="changed by hand"):
+        taught.insert("numpy", "Ada")
+
+
+def test_a_hand_changed_model_is_nobodys_base(taught: KnowledgeBase, tmp_path: Path, stub: None) -> None:
+    """Neither the base's outputs, which are cached, nor the base values of matrices are taken from it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KVLLM_CACHE", str(tmp_path / "cache"))
+        embedding_in_place(taught)
+        for ask in (taught.drift, lambda: taught.ask_base("What?"), lambda: taught.engine.pool(taught.edit_config)):
+            with pytest.raises(ModelError, match="changed by hand"):
+                ask()
+        assert not list((tmp_path / "cache").rglob("*.safetensors"))
+    name = "model.layers.0.mlp.down_proj"
+    taught.model.get_submodule(name).weight.data.mul_(2)
+    delta = {name: (torch.ones(1, 192), torch.ones(64, 1))}
+    digest = taught.weights_digest()
+    with pytest.raises(ModelError, match=f"changed by hand .{name}"):
+        taught.engine.weights.apply(delta)
+    assert taught.weights_digest() == digest
+    assert taught.ask("What is torchkeras?") is not None  # it can be asked
+
+
+def test_drift_of_a_hand_changed_model_is_measured_against_what_is_known_of_the_base(taught: KnowledgeBase) -> None:
+    before = taught.drift("basic").value("drift_kl")
+    taught.model.get_input_embeddings().weight.data[0].mul_(30)
+    taught.model.get_submodule("model.layers.3.mlp.up_proj").weight.data.mul_(3)
+    assert taught.drift("basic").value("drift_kl") != before
+
+
+def test_a_model_that_was_only_looked_at_is_edited_as_ever(taught: KnowledgeBase, stub: None) -> None:
+    assert taught.model is taught.engine.lm.model
+    with torch.no_grad():
+        for parameter in taught.model.parameters():
+            parameter.copy_(parameter.clone())
+    for number in range(SNAPSHOT_EVERY + 2):
+        taught.upsert("numpy", f"text {number}")
+        taught.ask_base("What is numpy?")
+    config = replace(taught.edit_config, depth=(0.0, 0.5))  # other matrices
+    taught.insert("Berlin", "Ada", config=config)
+    taught.regression(1)
+    taught.dry_run("Halcyon", "Ada")
+    taught.rollback(2)
+    taught.insert("Berlin", "Ada", config=config)
+    taught.delete(KEY)
+    taught.compact()
+    assert taught.verify(deep=True).ok
+    assert taught.engine.weights.changed_by_hand() == []
+
+
+def test_a_model_in_half_precision_is_looked_at_without_false_alarm(
+    make_kb: Callable[..., KnowledgeBase], stub: None
+) -> None:
+    kb = make_kb(dtype="bfloat16")
+    assert next(kb.model.parameters()).dtype is torch.bfloat16
+    kb.insert(KEY, TEXT)
+    kb.update(KEY, "Ada")
+    kb.rollback(1)
+    kb.model.get_submodule(kb.engine.weights.touched[0]).weight.data[0, 0] += 1
+    with pytest.raises(ModelError, match="changed by hand"):
+        kb.update(KEY, "Ada")
+
+
+@pytest.mark.parametrize("damage", ["another digest", "no delta"])
+def test_rollback_leads_back_from_a_head_that_cannot_be_replayed(
+    make_kb: Callable[..., KnowledgeBase], taught_folder: Path, tmp_path: Path, damage: str, stub: None
+) -> None:
+    path = Path(shutil.copytree(taught_folder, tmp_path / "headless.kb"))
+    with KnowledgeBase.open(path) as kb:
+        first = f"{kb.weights_digest()}|{kb._session.engine.lm.digest()}"
+        with pytest.MonkeyPatch.context() as patch:
+            if damage == "another digest":
+                patch.setattr(kb._session.engine.weights, "digest", lambda: "f" * 64)
+            edit = kb.update(KEY, "Ada")
+    assert edit.delta is not None
+    if damage == "no delta":
+        shutil.rmtree(path / "deltas" / edit.delta.sha256)
+    kb = make_kb(path.name, damaged=damage == "no delta")
+    with pytest.raises(Corrupt):
+        kb.ask("What is torchkeras?")
+    for ref, error in ((2, Corrupt), (9, EditNotFound)):
+        with pytest.raises(error):
+            kb.rollback(ref)
+        assert kb.head() == 2
+    assert kb.rollback(1).target == 1
+    assert digests(kb) == first
+    assert kb.ask("What is torchkeras?") == TEXT
+    assert elsewhere(OPENED, str(kb.path)) == f"{first}|{TEXT}"
+    kb.insert("numpy", "Ada")
