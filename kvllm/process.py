@@ -20,4 +20,6 @@ def prepare_libraries() -> None:
     # Every shape of a matrix product is a compiled kernel, and each step of a training has shapes of its own: the usual
     # 1,024 of them are 0.4 GiB that nobody asks for again.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
+    # What torch has no Metal kernel for runs on the CPU: in peft's allocation of ranks kthvalue, for some versions.
+    os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
     memory.keep_large_tensors_out_of_the_heap()

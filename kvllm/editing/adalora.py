@@ -25,7 +25,7 @@ import torch
 from torch.nn import functional as F
 
 from kvllm.config import EditConfig
-from kvllm.editing.compute import WIDTHS, ComputeCopy, padded, rounded_up
+from kvllm.editing.compute import WIDTHS, ComputeCopy, decomposable, padded, rounded_up
 from kvllm.editing.delta import Factors, check_finite, fold_singular_values, is_transposed
 from kvllm.editing.editor import EditTask, StepRecord, Training, leads
 from kvllm.editing.inputs import Coordinates, edit_coordinates
@@ -725,14 +725,18 @@ def _gradient_factors(
                 gradient = gradient.T
             if name in coordinates:
                 gradient = gradient @ coordinates[name].directions.T
-            rank = min(config.init_rank, *gradient.shape)
-            u, _, v = torch.svd_lowrank(gradient, q=rank, niter=2)
-            factors[name] = (v.T.contiguous(), u.contiguous())
+            factors[name] = _leading_vectors(gradient, config.init_rank)
         return factors
     finally:
         for module in modules.values():
             module.weight.grad = None
             module.weight.requires_grad_(False)
+
+
+def _leading_vectors(gradient: torch.Tensor, rank: int) -> Factors:
+    """Return the leading singular vectors of a matrix (out, in): rows of (rank, in), columns of (out, rank)."""
+    u, _, v = torch.svd_lowrank(decomposable(gradient), q=min(rank, *gradient.shape), niter=2)
+    return v.T.contiguous().to(gradient.device), u.contiguous().to(gradient.device)
 
 
 @contextmanager

@@ -54,6 +54,11 @@ def padded(rows: torch.Tensor, n: int) -> torch.Tensor:
     return torch.cat([rows, rows.new_zeros(n - len(rows), *rows.shape[1:])]) if n > len(rows) else rows
 
 
+def decomposable(matrix: torch.Tensor) -> torch.Tensor:
+    """Return a matrix where torch can decompose it: not every torch has eigh and qr for Metal."""
+    return matrix.cpu() if matrix.device.type == "mps" else matrix
+
+
 def compute_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
     """Return the dtype that training computes in: bf16 where the hardware multiplies it, else the model's own."""
     if device.type == "cuda":

@@ -311,7 +311,8 @@ class AdaptedWeights:
 
     def change_norms(self) -> dict[str, float]:
         """Return the Frobenius norm of the change against the base of every touched matrix, by module."""
-        return {name: float((self._masters[name].double() - self._base[name].double()).norm()) for name in self.touched}
+        changes = ((name, self._masters[name].cpu(), self._base[name].cpu()) for name in self.touched)  # Metal: no fp64
+        return {name: float((master.double() - base.double()).norm()) for name, master, base in changes}
 
     def digest(self) -> str:
         """Return sha256 over the base digest and the touched masters (name, dtype, shape, bytes)."""

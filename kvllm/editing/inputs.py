@@ -21,7 +21,7 @@ import torch
 
 from kvllm.cachefile import read_checked, write_checked
 from kvllm.config import cache_folder
-from kvllm.editing.compute import ComputeCopy
+from kvllm.editing.compute import ComputeCopy, decomposable
 from kvllm.editing.delta import is_transposed
 from kvllm.editing.preservation import PRESERVATION_VERSION, PreservationPool, Prompt, packaged_prompts
 from kvllm.lm.decoding import Opening
@@ -145,7 +145,7 @@ def edit_coordinates(
 
 def _squeeze(y: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
     """Return x ↦ x (I + w YᵀY)^-½ for rows x (n, in), with Y (tokens, in) scaled to YᵀY of mean eigenvalue 1."""
-    values, vectors = torch.linalg.eigh(y @ y.T)
+    values, vectors = _eigh(y @ y.T)
     kept = values > values[-1] * _DISTINCT
     values, axes = values[kept], (vectors[:, kept] / values[kept].sqrt()).T @ y  # (axes, in), orthonormal
     shorter = (1 + _CONTRAST_WEIGHT * values * y.shape[1] / values.sum()).rsqrt() - 1
@@ -167,7 +167,7 @@ def _principal(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     The second: (directions,), the squares of their lengths.
     """
     few = x.shape[0] < x.shape[1]
-    values, vectors = torch.linalg.eigh(x @ x.T if few else x.T @ x)
+    values, vectors = _eigh(x @ x.T if few else x.T @ x)
     kept = values > values[-1] * _DISTINCT
     values, vectors = values[kept], vectors[:, kept]
     half = _HALF_WAY * values.mean()
@@ -178,10 +178,16 @@ def _principal(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _whitening(moments: torch.Tensor, ridge: float) -> torch.Tensor:
-    values, vectors = torch.linalg.eigh(moments)
+    values, vectors = _eigh(moments)
     scaled = values.clamp(min=0) / values.mean().clamp(min=1e-12)
     whitening: torch.Tensor = (vectors * (scaled + ridge).rsqrt()) @ vectors.T
     return whitening
+
+
+def _eigh(symmetric: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return eigenvalues, ascending, and eigenvectors, on the matrix's own device."""
+    values, vectors = torch.linalg.eigh(decomposable(symmetric))
+    return values.to(symmetric.device), vectors.to(symmetric.device)
 
 
 def _second_moments(
@@ -210,7 +216,7 @@ def _inputs(
     def add(name: str, x: torch.Tensor) -> None:
         whole = torch.cat([found[name], x.float()]) if name in found else x.float()
         if len(whole) > 2 * whole.shape[1]:
-            values, vectors = torch.linalg.eigh(whole.T @ whole)
+            values, vectors = _eigh(whole.T @ whole)
             whole = (vectors * values.clamp(min=0).sqrt()).T
         found[name] = whole
 
