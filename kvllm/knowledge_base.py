@@ -613,7 +613,8 @@ class KnowledgeBase:
 
     def upsert(self, key: str, text: str, **options: Any) -> Edit:
         """Insert the fact, or update it where the key is live; options as for `insert`."""
-        return self.update(key, text, **options) if key in self else self.insert(key, text, **options)
+        with self._session.writing():  # first, or another writer may insert or delete the key in between
+            return self.update(key, text, **options) if key in self else self.insert(key, text, **options)
 
     def delete(
         self,

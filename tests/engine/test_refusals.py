@@ -371,6 +371,22 @@ def test_two_openings_in_one_process_exclude_each_other_too(
         other.tag("v1")
 
 
+def test_an_upsert_looks_for_the_key_when_it_has_the_lock(
+    make_kb: Callable[..., KnowledgeBase], taught: KnowledgeBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(engine.EDITORS, "adalora", RandomEditor)
+    other = make_kb("taught.kb")
+    writing = taught._session.writing
+
+    def late() -> Any:
+        if "numpy" not in other:
+            other.insert("numpy", "Ada")  # by another writer, who was there first
+        return writing()
+
+    monkeypatch.setattr(taught._session, "writing", late)
+    assert taught.upsert("numpy", "Berlin").op == "update"
+
+
 def test_a_head_moved_by_another_process_is_followed(taught: KnowledgeBase) -> None:
     assert taught.ask("What is torchkeras?") == TEXT
     code = """
