@@ -361,6 +361,9 @@ class KnowledgeBase:
 
         Returns:
             The answer, a string.
+
+        Raises:
+            ConfigError: the prompt cannot be used, or `max_new_tokens` is below 1.
         """
         return self.ask_many([prompt], max_new_tokens=max_new_tokens)[0]
 
@@ -368,12 +371,14 @@ class KnowledgeBase:
         self, prompts: Sequence[str | Sequence[Mapping[str, str]]], *, max_new_tokens: int | None = None
     ) -> list[Answer]:
         """Ask the weights several prompts in batches; each answer is as `ask` gives it."""
+        _check_room(max_new_tokens)
         cleaned = [_clean_prompt(prompt) for prompt in prompts]
         engine = self._session.engine
         return engine.lm.generate(cleaned, max_new_tokens=max_new_tokens, on_batch=self._session.ticker("asking"))
 
     def ask_base(self, prompt: str | Sequence[Mapping[str, str]], *, max_new_tokens: int | None = None) -> Answer:
         """Ask the untouched base model, as `ask` asks the edited one."""
+        _check_room(max_new_tokens)
         cleaned = _clean_prompt(prompt)
         with self._session.engine.base_weights() as lm:
             return lm.generate([cleaned], max_new_tokens=max_new_tokens)[0]
@@ -1088,6 +1093,14 @@ def _names_of(given: Sequence[str]) -> tuple[str, ...]:
     if isinstance(given, str):
         raise ConfigError("Give neighbours as a list of keys or questions, not as one string; nothing was asked.")
     return tuple(clean_key(name) for name in given)
+
+
+def _check_room(max_new_tokens: int | None) -> None:
+    if max_new_tokens is not None and max_new_tokens < 1:
+        raise ConfigError(
+            f"An answer has at least one token, so max_new_tokens cannot be {max_new_tokens}; nothing was asked. Leave "
+            f"it out for the default."
+        )
 
 
 def _clean_prompt(prompt: str | Sequence[Mapping[str, str]]) -> str | list[dict[str, str]]:

@@ -39,6 +39,17 @@ def test_an_answer_knows_whether_it_was_cut(taught: KnowledgeBase) -> None:
     assert cut.truncated
 
 
+@pytest.mark.parametrize("room", [0, -1])
+def test_an_answer_without_a_token_is_refused(kb: KnowledgeBase, room: int) -> None:
+    for asked in (
+        lambda: kb.ask("keras?", max_new_tokens=room),
+        lambda: kb.ask_many(["keras?"], max_new_tokens=room),
+        lambda: kb.ask_base("keras?", max_new_tokens=room),
+    ):
+        with pytest.raises(ConfigError, match=f"at least one token, so max_new_tokens cannot be {room}"):
+            asked()
+
+
 def test_the_record_of_an_edit_says_how_it_was_made(taught: KnowledgeBase) -> None:
     edit = taught.edit(1)
     training = edit.config["training"]
