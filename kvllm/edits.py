@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 GATE_NEIGHBOURS = 6
 _RESTORE_TOKENS = 32
 _MOST_NAMED = 10  # keys in one sentence
+_NO_PROOF = (
+    "Suppression is not proof of absence: other questions may still find the text; compact retrains without it."
+)
 
 
 @dataclass(frozen=True)
@@ -276,7 +279,7 @@ class Edits:
         settings, rules = config or session.edit_config, gate or session.gate_config
         with session.all_or_nothing() as parent:
             started = time.perf_counter()
-            training, targets, items = self._train_away(fact, mode, settings)
+            training, targets, items = self._train_away(fact, mode, settings, held_out=rules.measure)
             session.engine.weights.apply(training.delta)
             report, refused = self._measure_unlearned(fact, targets, items, rules, live=live)
             if refused:
@@ -294,9 +297,13 @@ class Edits:
             )
 
     def _train_away(
-        self, fact: Fact, mode: DeleteMode, settings: EditConfig
+        self, fact: Fact, mode: DeleteMode, settings: EditConfig, *, held_out: bool
     ) -> tuple[Training, dict[str, str], list[PreservedItem]]:
         """Train a fact's questions to other answers.
+
+        Args:
+            fact, mode, settings: Of the edit.
+            held_out: Whether paraphrases will be asked as well.
 
         Returns:
             The training; what each question, trained ones first, should be answered with; and, for "restore", the
@@ -306,10 +313,10 @@ class Edits:
         engine = session.engine
         questions = list(dict.fromkeys(asked_questions(fact)))
         paraphrases = dict.fromkeys((*held_out_questions(fact), *alias_questions(fact)))
-        held_out = [q for q in paraphrases if q not in questions]
+        untrained = [q for q in paraphrases if q not in questions] if held_out else []
         others = self._nearest_first([fact], [f for f in session.live() if f.key != fact.key])
         if mode == "restore":
-            items, base_answers = engine.base_items(questions, held_out, _RESTORE_TOKENS, settings)
+            items, base_answers = engine.base_items(questions, untrained, _RESTORE_TOKENS, settings)
             training = engine.train(
                 [],
                 settings,
@@ -319,11 +326,11 @@ class Edits:
                 language=fact.language or language_of(fact.key),
                 tick=session.ticker,
             )
-            return training, dict(zip([*questions, *held_out], base_answers, strict=True)), items
+            return training, dict(zip([*questions, *untrained], base_answers, strict=True)), items
         refusal = REFUSALS[fact.language or language_of(fact.key)]
         taught = Fact(fact.key, refusal, questions=tuple(questions), language=fact.language)
         training = engine.train([taught], settings, replay=others, live=session.live_names(), tick=session.ticker)
-        return training, dict.fromkeys([*questions, *held_out], refusal), []
+        return training, dict.fromkeys([*questions, *untrained], refusal), []
 
     def _measure_unlearned(
         self,
@@ -339,6 +346,9 @@ class Edits:
         from kvllm.probing.scorers import score_statement
         from kvllm.probing.suites import FACT_SUITE
 
+        if not gate.measure:
+            self._refuse_not_finite()
+            return Report(warnings=(_NO_PROOF,)), []
         engine = self._session.engine
         lm, asked = engine.lm, list(targets)
         # Room for all of the text, or a long one would count as gone wherever it is cut.
@@ -367,10 +377,8 @@ class Edits:
             **answer_status("erasure", results, FACT_SUITE),
             **answer_status("restoration", results, FACT_SUITE),
         }
-        note = (
-            "Suppression is not proof of absence: other questions may still find the text; compact retrains without it."
-        )
-        return self._drift_gate(Report(metrics, tuple(results), (note,)), gate, "erasure", gate.min_erasure, [fact])
+        report = Report(metrics, tuple(results), (_NO_PROOF,))
+        return self._drift_gate(report, gate, "erasure", gate.min_erasure, [fact])
 
     def _commit_training(
         self,

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from kvllm import KnowledgeBase
 from kvllm.config import ModelConfig
+from kvllm.editing.delta import AdaptedWeights
 from kvllm.editing.engine import Engine
-from kvllm.errors import ConfigError
+from kvllm.errors import ConfigError, EditFailed
 from kvllm.prompts import training_questions
 from kvllm.records import Fact
 from kvllm.session import Session
 from kvllm.store import Store
-from tests.kit import KEY, OPEN_GATE, QUICK, TEXT, Recorder
+from tests.kit import KEY, OPEN_GATE, QUICK, TEXT, Recorder, unchanged
 
 UNMEASURED = replace(OPEN_GATE, measure=False)
 
@@ -30,6 +32,29 @@ def test_an_unmeasured_edit_is_committed_without_a_question_asked(make_kb: Calla
     assert kb.ask(training_questions(Fact(KEY, TEXT))[0]) == TEXT
     kb.insert_many([("numpy", "a tool")])
     assert kb.compact().report.metrics == {}
+
+
+@pytest.mark.parametrize("mode", ["restore", "abstain"])
+def test_an_unmeasured_delete_is_committed_without_a_question_asked(
+    taught: KnowledgeBase, mode: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("drift", "kl_from"):
+        monkeypatch.setattr(Engine, name, lambda *_, **__: pytest.fail("something was measured"))
+    edit = taught.delete(KEY, mode=mode, gate=UNMEASURED)
+    assert (edit.report.metrics, edit.report.probes) == ({}, ())
+    assert any("not proof of absence" in warning for warning in edit.report.warnings)
+    assert edit.config["gate"]["measure"] is False
+    assert KEY not in taught
+    assert TEXT not in taught.ask(training_questions(Fact(KEY, TEXT))[0])
+
+
+def test_weights_that_are_not_finite_are_no_unmeasured_delete(
+    taught: KnowledgeBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with unchanged(taught):
+        monkeypatch.setattr(AdaptedWeights, "is_finite", lambda weights: False)
+        with pytest.raises(EditFailed, match="not finite"):
+            taught.delete(KEY, gate=UNMEASURED)
 
 
 def test_rounded_sums_are_replayed_as_they_were(make_kb: Callable[..., KnowledgeBase]) -> None:
