@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from kvllm.config import EditConfig, GateConfig
@@ -28,9 +28,7 @@ if TYPE_CHECKING:
 GATE_NEIGHBOURS = 6
 _RESTORE_TOKENS = 32
 _MOST_NAMED = 10  # keys in one sentence
-_NO_PROOF = (
-    "Suppression is not proof of absence: other questions may still find the text; compact retrains without it."
-)
+_NO_PROOF = "Suppression is not proof of absence: other questions may still find the text; compact retrains without it."
 
 
 @dataclass(frozen=True)
@@ -42,14 +40,35 @@ class Trained:
         training: How.
         settings: Of the edit.
         warnings: Keys that may collide.
-        old: The texts that are replaced, by key.
+        asked: The facts with all that was trained: an update's also with the questions of its earlier versions.
+        left: Other live facts, each with the questions of an updated fact's earlier versions that are left to it.
+        old: The texts that are replaced.
     """
 
     facts: tuple[Fact, ...]
     training: Training
     settings: EditConfig
     warnings: tuple[str, ...] = ()
-    old: Mapping[str, str] = field(default_factory=dict)
+    asked: tuple[Fact, ...] = ()
+    left: tuple[StoredFact, ...] = ()
+    old: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class _TrainedAway:
+    """A fact's questions trained to other answers.
+
+    Attributes:
+        training: How.
+        targets: What each question, trained ones first, should be answered with.
+        items: For "restore": the first of these questions as items with the base's outputs.
+        kept: The others: questions that other live facts are trained on, with their texts.
+    """
+
+    training: Training
+    targets: Mapping[str, str]
+    items: tuple[PreservedItem, ...]
+    kept: Mapping[str, str]
 
 
 class Edits:
@@ -65,7 +84,6 @@ class Edits:
         *,
         config: EditConfig | None,
         gate: GateConfig | None,
-        old: Mapping[str, str] | None = None,
     ) -> Edit:
         """Teach facts in one edit.
 
@@ -73,7 +91,6 @@ class Edits:
             op: "insert" or "update".
             facts: What is taught.
             config, gate: Of this edit; the session's by default.
-            old: The texts that are replaced, by key.
 
         Raises:
             EditRejected: the gate refused; the report is attached.
@@ -83,11 +100,11 @@ class Edits:
         settings, rules = config or session.edit_config, gate or session.gate_config
         with session.all_or_nothing() as parent:
             started = time.perf_counter()
-            trained = self.train(facts, settings, old)
+            trained = self.train(facts, settings)
             report, refused = self.measure(trained, rules)
             if refused:
                 raise _rejected(f"The {op} of {names_shown(facts)}", report, refused)
-            retired = tuple(old) if old else ()
+            retired = tuple(fact.key for fact in facts) if op == "update" else ()
             return self._commit_training(op, trained, report, parent, started, rules, retired=retired)
 
     def compact(self, *, config: EditConfig | None, gate: GateConfig | None) -> Edit:
@@ -104,7 +121,7 @@ class Edits:
             started = time.perf_counter()
             asked = facts if rules.measure else []
             earlier = self.probe_facts(asked, kinds=("trained",)).value("reliability") if asked else None
-            lost = self._lost_refusals(parent)
+            lost = self._lost_refusals()
             engine.weights.replay([])
             if not facts:
                 return session.commit(
@@ -118,7 +135,7 @@ class Edits:
                     ),
                     None,
                 )
-            trained = replace(self.train(facts, settings, None, replay=False), warnings=lost)
+            trained = replace(self.train(facts, settings, replay=False), warnings=lost)
             report, refused = self.measure(trained, rules, since_base=True)
             now = report.value("reliability")
             if earlier is not None and now is not None and now < earlier:
@@ -129,48 +146,46 @@ class Edits:
                 "compact", trained, report, parent, started, rules, retired=tuple(f.key for f in facts)
             )
 
-    def _lost_refusals(self, head: int) -> tuple[str, ...]:
-        """Warn of the keys that the state of an edit refuses to answer: training the live facts does not teach that."""
-        history = {edit.id: edit for edit in self._session.store.history(light=True)}
+    def _lost_refusals(self) -> tuple[str, ...]:
+        """Warn of the keys that the head refuses to answer: training the live facts does not teach that."""
         newer: set[str] = set()
         refused: list[str] = []
-        edit = history.get(head)
-        while edit is not None and edit.op != "compact":
+        for edit in self._session.lineage():
             if edit.op == "delete" and edit.mode == "abstain":
                 refused += [key for key in edit.keys if key not in newer]
             newer.update(edit.keys)
-            edit = history.get((edit.target if edit.op == "rollback" else edit.parent) or 0)
         if not refused:
             return ()
         keys = ", ".join(map(repr, reversed(refused)))
         return (f"Compacting does not keep the refusal of {keys}; where it is wanted, delete again with mode abstain.",)
 
-    def train(
-        self,
-        facts: Sequence[Fact],
-        settings: EditConfig,
-        old: Mapping[str, str] | None,
-        *,
-        replay: bool = True,
-    ) -> Trained:
+    def train(self, facts: Sequence[Fact], settings: EditConfig, *, replay: bool = True) -> Trained:
         """Train facts and merge the delta in memory; the caller commits it or puts the weights back.
+
+        A live fact is updated: what its versions since the insert were trained on is trained to the new text, too.
 
         Args:
             facts: What is taught.
             settings: Of the edit.
-            old: The texts that are replaced, by key.
-            replay: Whether the other live facts must stay.
+            replay: Whether the other live facts must stay; without, the facts' earlier versions are not in the weights.
         """
         session = self._session
         engine = session.engine
-        engine.check_lengths(facts, settings)
-        warnings = self._collisions(facts) if replay else ()
         touched = {fact.key for fact in facts}
-        others = [f for f in session.live() if f.key not in touched] if replay else []
-        nearest = self._nearest_first(facts, others)
-        training = engine.train(facts, settings, replay=nearest, live=session.live_names(), tick=session.ticker)
+        live = session.live() if replay else []
+        others = [f for f in live if f.key not in touched]
+        earlier = {f.key: session.versions(f.key) for f in live if f.key in touched}
+        both = [with_earlier(fact, earlier.get(fact.key, ()), others) for fact in facts]
+        asked, left = [fact for fact, _ in both], [other for _, theirs in both for other in theirs]
+        engine.check_lengths(asked, settings)
+        warnings = self._collisions(facts) if replay else ()
+        # What is left to another fact is practised whatever else is replayed, question by question.
+        alone = [replace(other, trained_questions=(q,)) for other in left for q in other.trained_questions]
+        nearest = [*alone, *self._nearest_first(facts, others)]
+        training = engine.train(asked, settings, replay=nearest, live=session.live_names(), tick=session.ticker)
         engine.weights.apply(training.delta)
-        return Trained(tuple(facts), training, settings, warnings, dict(old or {}))
+        old = dict.fromkeys(version.text for versions in earlier.values() for version in versions)
+        return Trained(tuple(facts), training, settings, warnings, tuple(asked), tuple(left), tuple(old))
 
     def measure(self, trained: Trained, gate: GateConfig, *, since_base: bool = False) -> tuple[Report, list[str]]:
         """Probe the facts just trained and the drift, and say what the gate refuses."""
@@ -180,26 +195,23 @@ class Edits:
             self._refuse_not_finite()
             return Report(warnings=trained.warnings), []
         report = self.probe_facts(
-            trained.facts,
-            neighbours=GATE_NEIGHBOURS if len(trained.facts) == 1 else 1,
-            also=tuple(trained.old.values()),
+            trained.asked, neighbours=GATE_NEIGHBOURS if len(trained.asked) == 1 else 1, also=trained.old
         )
-        metrics = dict(report.metrics)
+        metrics, untaught = dict(report.metrics), _untaught(report)
+        if trained.left:
+            theirs = self.probe_facts(trained.left, kinds=("trained",), also=trained.old)
+            report = replace(report, probes=(*report.probes, *theirs.probes))
         if trained.old:
             asked = [p for p in report.probes if p.kind in ("trained", "paraphrase", "alias")]
-            stated = [
-                still_states(p.answer, old, p.expected)
-                for p in asked
-                if (old := trained.old.get(p.key or "")) is not None
-            ]
+            stated = [any(still_states(p.answer, old, p.expected) for old in trained.old) for p in asked]
             metrics["old_text_stated"] = Metric(
                 sum(stated) / len(stated) if stated else None,
                 len(stated),
                 "live greedy decoding, natural stop",
                 "auto",
             )
-        report = replace(report, metrics=metrics, warnings=(*report.warnings, *trained.warnings, *_untaught(report)))
-        report = self._near(report, trained.facts)
+        report = replace(report, metrics=metrics, warnings=(*report.warnings, *trained.warnings, *untaught))
+        report = self._near(report, trained.asked)
         report, refused = self._drift_gate(
             report, gate, "reliability", gate.min_reliability, trained.facts, since_base=since_base
         )
@@ -266,7 +278,8 @@ class Edits:
         """Train a fact's questions back to what the base answered, or to a stated refusal, and commit.
 
         Args:
-            fact: What is deleted.
+            fact: What is deleted, with the questions of all its versions since the insert. Those that another live fact
+                is trained on are trained to that one's text instead.
             mode: "restore" or "abstain".
             live: Whether the ledger has it; else the model knew it by itself.
             config, gate: Of this edit; the session's by default.
@@ -279,14 +292,15 @@ class Edits:
         settings, rules = config or session.edit_config, gate or session.gate_config
         with session.all_or_nothing() as parent:
             started = time.perf_counter()
-            training, targets, items = self._train_away(fact, mode, settings, held_out=rules.measure)
-            session.engine.weights.apply(training.delta)
-            report, refused = self._measure_unlearned(fact, targets, items, rules, live=live)
+            versions = [*session.versions(fact.key)[:-1], fact] if live else [fact]
+            away = self._train_away(versions, mode, settings, held_out=rules.measure)
+            session.engine.weights.apply(away.training.delta)
+            report, refused = self._measure_unlearned(versions, away, rules, live=live)
             if refused:
                 raise _rejected(f"The delete of {fact.key!r}", report, refused)
             return self._commit_training(
                 "delete",
-                Trained((), training, settings, warnings),
+                Trained((), away.training, settings, warnings),
                 report,
                 parent,
                 started,
@@ -297,49 +311,51 @@ class Edits:
             )
 
     def _train_away(
-        self, fact: Fact, mode: DeleteMode, settings: EditConfig, *, held_out: bool
-    ) -> tuple[Training, dict[str, str], list[PreservedItem]]:
-        """Train a fact's questions to other answers.
+        self, versions: Sequence[Fact], mode: DeleteMode, settings: EditConfig, *, held_out: bool
+    ) -> _TrainedAway:
+        """Train a fact's questions, also those of its earlier versions, to other answers.
 
         Args:
-            fact, mode, settings: Of the edit.
+            versions: The fact since its insert, oldest first.
+            mode, settings: Of the edit.
             held_out: Whether paraphrases will be asked as well.
-
-        Returns:
-            The training; what each question, trained ones first, should be answered with; and, for "restore", the
-            same questions as items with the base's outputs.
         """
-        session = self._session
-        engine = session.engine
-        questions = list(dict.fromkeys(asked_questions(fact)))
-        paraphrases = dict.fromkeys((*held_out_questions(fact), *alias_questions(fact)))
-        untrained = [q for q in paraphrases if q not in questions] if held_out else []
-        others = self._nearest_first([fact], [f for f in session.live() if f.key != fact.key])
+        session, newest = self._session, versions[-1]
+        engine, language = session.engine, newest.language or language_of(newest.key)
+        others = [f for f in session.live() if f.key != newest.key]
+        fact, left = with_earlier(newest, versions[:-1], others)
+        questions = [*asked_questions(fact), *(q for other in left for q in other.trained_questions)]
+        paraphrases = [*held_out_questions(fact), *alias_questions(fact)]
+        paraphrases += [q for version in versions[-2::-1] for q in held_out_questions(version)]
+        untrained = [q for q in dict.fromkeys(paraphrases) if q not in questions] if held_out else []
+        left = theirs([*questions, *untrained], others)
+        kept = {q: other.text for other in left for q in other.trained_questions}
+        questions = [q for q in dict.fromkeys(questions) if q not in kept]
+        untrained = [q for q in untrained if q not in kept]
+        nearest, asked = self._nearest_first([newest], others), [*questions, *untrained]
         if mode == "restore":
-            items, base_answers = engine.base_items(questions, untrained, _RESTORE_TOKENS, settings)
+            items, base_answers = (
+                engine.base_items(questions, untrained, _RESTORE_TOKENS, settings) if asked else ([], [])
+            )
             training = engine.train(
-                [],
+                left,
                 settings,
                 restore=items[: len(questions)],
-                replay=others,
-                live=session.live_names() - names_of([fact]),
-                language=fact.language or language_of(fact.key),
+                replay=nearest,
+                live=names_of(others),
+                language=language,
                 tick=session.ticker,
             )
-            return training, dict(zip([*questions, *untrained], base_answers, strict=True)), items
-        refusal = REFUSALS[fact.language or language_of(fact.key)]
-        taught = Fact(fact.key, refusal, questions=tuple(questions), language=fact.language)
-        training = engine.train([taught], settings, replay=others, live=session.live_names(), tick=session.ticker)
-        return training, dict.fromkeys([*questions, *untrained], refusal), []
+            return _TrainedAway(training, {**dict(zip(asked, base_answers, strict=True)), **kept}, tuple(items), kept)
+        refusal = REFUSALS[language]
+        taught = [Fact(newest.key, refusal, questions=tuple(questions), language=newest.language)] if questions else []
+        training = engine.train(
+            [*taught, *left], settings, replay=nearest, live=session.live_names(), tick=session.ticker
+        )
+        return _TrainedAway(training, {**dict.fromkeys(asked, refusal), **kept}, (), kept)
 
     def _measure_unlearned(
-        self,
-        fact: Fact,
-        targets: Mapping[str, str],
-        items: Sequence[PreservedItem],
-        gate: GateConfig,
-        *,
-        live: bool,
+        self, versions: Sequence[Fact], away: _TrainedAway, gate: GateConfig, *, live: bool
     ) -> tuple[Report, list[str]]:
         """Ask every question again: is the text gone, is what was there before back? Then drift and the gate."""
         from kvllm.probing.runner import SPARE_TOKENS, answer_status
@@ -349,26 +365,39 @@ class Edits:
         if not gate.measure:
             self._refuse_not_finite()
             return Report(warnings=(_NO_PROOF,)), []
-        engine = self._session.engine
-        lm, asked = engine.lm, list(targets)
+        engine, fact = self._session.engine, versions[-1]
+        lm, targets, items = engine.lm, away.targets, away.items
+        texts = list(dict.fromkeys(version.text for version in versions))
+
+        def states(said: str) -> set[str]:
+            return {text for text in texts if score_statement(said, text).passed}
+
         # Room for all of the text, or a long one would count as gone wherever it is cut.
-        room = max(_RESTORE_TOKENS, len(lm.text_ids(fact.text)) + SPARE_TOKENS)
-        answers = lm.generate_ids(
-            [lm.fitting(lm.prompt_ids(question), room) for question in asked],
-            max_new_tokens=room,
+        least, most = (
+            max(_RESTORE_TOKENS, *(len(lm.text_ids(text)) + SPARE_TOKENS for text in some))
+            for some in ([fact.text], [*texts, *away.kept.values()])
+        )
+        prompts = [lm.fitting(lm.prompt_ids(question), least) for question in targets]
+        answers = lm.generate_bounded(
+            prompts,
+            [min(most, max(least, lm.max_positions - len(ids))) for ids in prompts],
             drafts=[lm.answer_ids(target) for target in targets.values()],
         )
         # An answer may begin with other words and still be the base's: nearness in distribution counts as well.
-        distances = engine.kl_from(items) if items else [math.inf] * len(asked)
+        distances = engine.kl_from(items) if items else []
+        distances += [math.inf] * (len(targets) - len(distances))
         restored_by = f"first sentence or kl<={RESTORED_KL}" if items else "first sentence"
         results: list[ProbeResult] = []
-        for question, ids, kl in zip(asked, answers, distances, strict=True):
-            target, answer, beginning = targets[question], lm.decode(ids), lm.decode(ids[:_RESTORE_TOKENS])
+        for (question, target), ids, kl in zip(targets.items(), answers, distances, strict=True):
+            answer, beginning = lm.decode(ids), lm.decode(ids[:_RESTORE_TOKENS])
             scored = score_statement(answer, fact.text)
-            # What the base itself says cannot be erased by going back to it.
-            own = bool(items) and score_statement(target, fact.text).passed
-            gone = not scored.passed or own if live else answer == target
-            back = first_sentence(beginning) == first_sentence(target) or kl <= RESTORED_KL
+            # What the base itself, or another fact, says cannot be erased by going back to it.
+            own = states(target) if items or question in away.kept else set()
+            gone = states(answer) <= own if live else answer == target
+            if question in away.kept:
+                back = score_statement(answer, target).passed
+            else:
+                back = first_sentence(beginning) == first_sentence(target) or kl <= RESTORED_KL
             results += [
                 ProbeResult("erasure", question, answer, gone, float(gone), fact.text, fact.key, scored.scorer),
                 ProbeResult("restoration", question, beginning, back, float(back), target, fact.key, restored_by),
@@ -521,3 +550,40 @@ def stored(fact: Fact) -> StoredFact:
         fact.tags,
         trained_questions=asked_questions(fact),
     )
+
+
+def with_earlier(fact: Fact, earlier: Sequence[Fact], others: Sequence[StoredFact]) -> tuple[Fact, list[StoredFact]]:
+    """Return a fact that is also asked what its earlier versions were trained on, and called what they were called.
+
+    What belongs to another fact by now is left to that one.
+
+    Args:
+        fact: The version that is to be.
+        earlier: Those before it, oldest first.
+        others: The other live facts.
+
+    Returns:
+        The fact, itself where nothing was added; and the other facts that are trained on some of the questions, each
+        with those alone.
+    """
+    own, names = asked_questions(fact), names_of(others)
+    newest_first = earlier[::-1]
+    before = [q for q in dict.fromkeys(q for f in newest_first for q in asked_questions(f)) if q not in own]
+    left = theirs(before, others)
+    taken = {q for other in left for q in other.trained_questions}
+    kept = tuple(q for q in before if q not in taken)
+    aliases = dict.fromkeys(a for f in newest_first for a in f.aliases if a.casefold() not in names)
+    added = tuple(a for a in aliases if a not in fact.aliases)
+    if kept or added:
+        fact = replace(stored(fact), aliases=(*fact.aliases, *added), trained_questions=(*own, *kept))
+    return fact, left
+
+
+def theirs(questions: Iterable[str], others: Sequence[StoredFact]) -> list[StoredFact]:
+    """Return the facts that are trained on some of the questions, too, each with those alone."""
+    owners = {q.casefold(): place for place, fact in enumerate(others) for q in asked_questions(fact)}
+    found: dict[int, list[str]] = {}
+    for question in questions:
+        if (place := owners.get(question.casefold())) is not None:
+            found.setdefault(place, []).append(question)
+    return [replace(others[place], trained_questions=tuple(asked)) for place, asked in found.items()]

@@ -608,13 +608,17 @@ class KnowledgeBase:
     ) -> Edit:
         """Replace a fact's text; what is not given stays as it was. See `insert`.
 
+        Questions and aliases that the fact had since its insert, and has no longer, are trained to the new text as
+        well, and asked whether they state an old one: or the model would go on answering them with that. They are no
+        part of the fact any more, and a compaction leaves them as the base has them. One that another live fact is
+        trained on by then is left to that fact, and practised with its text.
+
         Raises:
             KeyNotFound: the key is not live.
         """
         with self._session.writing():
-            old = self[key]
-            fact = _updated(old, text, aliases, questions, probes, language, tags)
-            return self._edits.train_and_commit("update", [fact], config=config, gate=gate, old={fact.key: old.text})
+            fact = _updated(self[key], text, aliases, questions, probes, language, tags)
+            return self._edits.train_and_commit("update", [fact], config=config, gate=gate)
 
     def upsert(self, key: str, text: str, **options: Any) -> Edit:
         """Insert the fact, or update it where the key is live; options as for `insert`."""
@@ -633,6 +637,9 @@ class KnowledgeBase:
 
         Suppression is not proof of absence: the insert's delta stays in history, and other questions may still find
         the text. `compact` retrains without it.
+
+        The questions of all versions since the insert are trained and asked. A question that another live fact is
+        trained on, too, is trained to that fact's text.
 
         Args:
             key: A live key; with mode "abstain" also something the base model knew by itself, which the edit's
@@ -777,17 +784,14 @@ class KnowledgeBase:
             raise ConfigError(f"dry_run knows insert, update and upsert, not {verb!r}; nothing was changed.")
         live = verb != "insert" and (verb == "update" or clean_key(key) in self)
         if live:
-            before = self[key]
-            fact = _updated(before, text, aliases, questions, probes, language, tags)
-            old = {fact.key: before.text}
+            fact = _updated(self[key], text, aliases, questions, probes, language, tags)
         else:
             fact = _fact(key, text, aliases or (), questions or (), probes or (), language, tags or ())
             self._refuse_existing([fact])
-            old = None
         engine = self._session.engine
         engine.check_weights()
         with engine.elsewhere():
-            trained = self._edits.train([fact], config or self._session.edit_config, old)
+            trained = self._edits.train([fact], config or self._session.edit_config)
             report, refused = self._edits.measure(trained, gate or self._session.gate_config)
             warnings = (*report.warnings, *(f"The gate would refuse: {r}" for r in refused))
             return DryRun(report.metrics, report.probes, warnings, tuple(refused))

@@ -74,6 +74,30 @@ class Session:
         """Return what live facts are about, casefolded."""
         return names_of(self.live())
 
+    def lineage(self) -> list[Edit]:
+        """Return the edits whose deltas the head's weights hold, newest first: back to the base or to a compaction."""
+        history = {edit.id: edit for edit in self.store.history(light=True)}
+        found: list[Edit] = []
+        edit = history.get(self.store.head())
+        while edit is not None:
+            if edit.op != "rollback":
+                found.append(edit)
+            if edit.op == "compact":
+                break
+            edit = history.get((edit.target if edit.op == "rollback" else edit.parent) or 0)
+        return found
+
+    def versions(self, key: str) -> list[StoredFact]:
+        """Return what the head's weights were taught of a live key since its insert or a compaction, oldest first."""
+        stored = {fact.edit_id: fact for fact in self.store.fact_versions(key)}
+        found: list[StoredFact] = []
+        for edit in self.lineage():
+            if edit.id in stored:
+                found.append(stored[edit.id])
+                if edit.op != "update":
+                    break
+        return found[::-1]
+
     @property
     def engine(self) -> Engine:
         """The loaded model at the head's state; follows a head that another process moved."""

@@ -49,7 +49,8 @@ class EditTask:
     Attributes:
         rows: What must be answered, one row per question.
         replay: Older facts' rows, the likeliest to collide first.
-        restore: For delete: preserved items whose base output is the *target*; then `rows` is empty.
+        restore: For delete: preserved items whose base output is the *target*; then `rows` has nothing but questions
+            that other facts keep.
         language: Language of the key, for choosing neighbours.
         excluded: Casefolded names and questions that live facts are about: never preserved.
         contrast: The fact's own questions about other names, to be answered as they are now.

@@ -51,7 +51,6 @@ from kvllm.prompts import (
     held_out_questions,
     language_of,
     own_questions,
-    training_questions,
 )
 from kvllm.records import Fact, Metric, Progress, Report, StoredFact
 from kvllm.store import Store
@@ -348,7 +347,7 @@ class Engine:
         """
         pool, whitening = self.pool(config, tick)
         copy = self._prepare(config)
-        trained = live | {name.casefold() for f in facts for name in (f.key, *f.aliases, *training_questions(f))}
+        trained = live | {name.casefold() for f in facts for name in (f.key, *f.aliases, *asked_questions(f))}
         rows = [self.lm.row(q, f.text) for f in facts for q in asked_questions(f)]
         if self._changed_below(copy):
             pool, restore = PreservationPool(tuple(_read_now(copy, pool.items))), _read_now(copy, restore)

@@ -175,6 +175,115 @@ def test_update_keeps_what_is_not_given(make_kb: Callable[..., KnowledgeBase]) -
     )
 
 
+def prompts(kb: KnowledgeBase, task: EditTask) -> list[str]:
+    """Return what a task trains, in words."""
+    known = {
+        tuple(kb.engine.lm.prompt_ids(q)): q
+        for fact in kb._store.fact_versions()
+        for q in fact.trained_questions
+    }  # fmt: skip
+    return [known[row.prompt] for row in (*task.rows, *(item.row for item in task.restore))]
+
+
+def test_an_update_without_an_alias_teaches_the_new_text_under_it(kb: KnowledgeBase) -> None:
+    kb.insert(KEY, TEXT, aliases=["furnace"])
+    assert kb.ask("What is furnace?") == TEXT
+    tried = kb.dry_run(KEY, "Ada leads numpy", aliases=[])
+    edit = kb.update(KEY, "Ada leads numpy", aliases=[])
+    assert kb.ask("What is furnace?") == "Ada leads numpy"
+    assert edit.report.value("old_text_stated") == 0.0
+    asked = {p.question for p in edit.report.probes if p.kind in ("trained", "alias")}
+    assert asked == {p.question for p in tried.probes if p.kind in ("trained", "alias")}
+    assert {"What is furnace?", "Could you describe furnace to me?"} <= asked
+    assert (kb[KEY].aliases, kb[KEY].trained_questions) == ((), training_questions(Fact(KEY, TEXT)))
+
+
+def test_an_update_that_leaves_the_old_text_under_old_questions_says_so(
+    kb: KnowledgeBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kb.insert(KEY, TEXT, questions=["what burns?", "what is hot?"])
+    monkeypatch.setitem(EDITORS, "adalora", RandomEditor)
+    monkeypatch.setattr(RandomEditor, "size", 1e-6)
+    report = kb.update(KEY, "Ada leads numpy", questions=["numpy?"]).report
+    stated = {p.question for p in report.probes if p.kind == "trained" and p.answer == TEXT}
+    assert {"what burns?", "what is hot?"} <= stated
+    assert report.value("old_text_stated") > 0  # type: ignore[operator]
+
+
+def test_updates_and_deletes_train_what_every_version_since_the_insert_was_asked(
+    make_kb: Callable[..., KnowledgeBase], tasks: list[EditTask]
+) -> None:
+    kb = make_kb("versions.kb", edit=replace(QUICK, max_steps=1))
+    kb.insert(KEY, TEXT, questions=["what burns?", "what is hot?"])
+    kb.update(KEY, "Ada", questions=["furnace?", "what burns?"])
+    kb.update(KEY, "Berlin", questions=["torch?"])
+    assert prompts(kb, tasks[-1]) == ["torch?", "furnace?", "what burns?", "what is hot?"]
+    tagged = kb.head()
+    for mode in ("restore", "abstain"):
+        report = kb.delete(KEY, mode=mode).report  # type: ignore[arg-type]
+        assert prompts(kb, tasks[-1]) == ["torch?", "furnace?", "what burns?", "what is hot?"]
+        erasure = [p.question for p in report.probes if p.kind == "erasure"]
+        assert erasure[:4] == ["torch?", "furnace?", "what burns?", "what is hot?"]
+        assert {f"Quick question: {q}" for q in ("torch?", "furnace?", "what is hot?")} <= set(erasure)
+        kb.rollback(tagged)
+    kb.rollback(2)
+    kb.update(KEY, "Berlin", questions=["numpy?"])  # what was rolled back was never asked
+    assert prompts(kb, tasks[-1]) == ["numpy?", "furnace?", "what burns?", "what is hot?"]
+    kb.compact()
+    assert prompts(kb, tasks[-1]) == ["numpy?"]
+    kb.update(KEY, "Ada", questions=["torch?"])
+    assert prompts(kb, tasks[-1]) == ["torch?", "numpy?"]
+    kb.delete(KEY)
+    kb.insert(KEY, TEXT, questions=["what burns?"])
+    kb.update(KEY, "Ada", questions=["furnace?"])
+    assert prompts(kb, tasks[-1]) == ["furnace?", "what burns?"]
+
+
+def test_an_update_of_the_text_alone_trains_the_same_rows(taught: KnowledgeBase, tasks: list[EditTask]) -> None:
+    taught.update(KEY, "Ada", config=replace(QUICK, max_steps=1))
+    taught.update(KEY, "Berlin", config=replace(QUICK, max_steps=1))
+    lm = taught.engine.lm
+    assert tasks[1].rows == [lm.row(q, "Berlin") for q in training_questions(Fact(KEY, TEXT))]
+    assert tasks[1].replay == []
+
+
+def test_what_another_fact_is_asked_by_now_is_left_to_it(
+    make_kb: Callable[..., KnowledgeBase], tasks: list[EditTask]
+) -> None:
+    kb = make_kb("left.kb", edit=replace(QUICK, max_steps=1))
+    kb.insert(KEY, TEXT, aliases=["numpy"])
+    kb.insert("numpy", "Ada")
+    kb.update(KEY, "Berlin", aliases=[])
+    lm = kb.engine.lm
+    assert "What is numpy?" not in prompts(kb, tasks[-1])
+    assert lm.row("What is numpy?", "Ada") in tasks[-1].replay
+    probes = {p.question: p for p in kb.edit("head").report.probes if p.kind == "trained"}
+    assert (probes["What is numpy?"].key, probes["What is numpy?"].expected) == ("numpy", "Ada")
+    assert kb.edit("head").report.metrics["reliability"].n == len(training_questions(Fact(KEY, TEXT)))
+    assert not any(p.kind == "alias" for p in probes.values())
+
+    report = kb.delete(KEY).report
+    assert lm.row("What is numpy?", "Ada") in tasks[-1].rows
+    assert lm.row("What is numpy?", "Ada").prompt not in {item.row.prompt for item in tasks[-1].restore}
+    restored = {p.question: p.expected for p in report.probes if p.kind == "restoration"}
+    assert restored["What is numpy?"] == "Ada"
+    assert "What is numpy?" in {p.question for p in report.probes if p.kind == "erasure"}
+
+
+def test_a_fact_whose_questions_all_belong_to_another_can_be_deleted(
+    kb: KnowledgeBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kb.insert(KEY, TEXT, questions=["what burns?"])
+    kb.insert("numpy", "Ada", questions=["What burns?"])
+    for mode in ("restore", "abstain"):
+        kb.rollback(2)
+        edit = kb.delete("numpy", mode=mode)  # type: ignore[arg-type]
+        assert kb.ask("What burns?") == TEXT
+        assert edit.report.value("erasure") == 1.0
+    kb.rollback(2)
+    assert kb.delete("numpy", gate=replace(OPEN_GATE, measure=False)).op == "delete"
+
+
 def test_upsert_inserts_or_updates(kb: KnowledgeBase) -> None:
     assert kb.upsert(KEY, TEXT).op == "insert"
     assert kb.upsert(KEY, "Ada leads numpy").op == "update"
