@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 GATE_NEIGHBOURS = 6
 _RESTORE_TOKENS = 32
 _MOST_NAMED = 10  # keys in one sentence
+_MOST_CLAIMS = 3  # names and questions in one sentence
 _NO_PROOF = "Suppression is not proof of absence: other questions may still find the text; compact retrains without it."
 
 
@@ -39,7 +40,7 @@ class Trained:
         facts: What was taught.
         training: How.
         settings: Of the edit.
-        warnings: Keys that may collide.
+        warnings: Keys that may collide, and names and questions that two facts have.
         asked: The facts with all that was trained: an update's also with the questions of its earlier versions.
         left: Other live facts, each with the questions of an updated fact's earlier versions that are left to it.
         old: The texts that are replaced.
@@ -63,12 +64,14 @@ class _TrainedAway:
         targets: What each question, trained ones first, should be answered with.
         items: For "restore": the first of these questions as items with the base's outputs.
         kept: The others: questions that other live facts are trained on, with their texts.
+        warnings: Whose they are.
     """
 
     training: Training
     targets: Mapping[str, str]
     items: tuple[PreservedItem, ...]
     kept: Mapping[str, str]
+    warnings: tuple[str, ...]
 
 
 class Edits:
@@ -178,7 +181,7 @@ class Edits:
         both = [with_earlier(fact, earlier.get(fact.key, ()), others) for fact in facts]
         asked, left = [fact for fact, _ in both], [other for _, theirs in both for other in theirs]
         engine.check_lengths(asked, settings)
-        warnings = self._collisions(facts) if replay else ()
+        warnings = (*self._collisions(facts), *claim_warnings(facts, others)) if replay else ()
         # What is left to another fact is practised whatever else is replayed, question by question.
         alone = [replace(other, trained_questions=(q,)) for other in left for q in other.trained_questions]
         nearest = [*alone, *self._nearest_first(facts, others)]
@@ -300,7 +303,7 @@ class Edits:
                 raise _rejected(f"The delete of {fact.key!r}", report, refused)
             return self._commit_training(
                 "delete",
-                Trained((), away.training, settings, warnings),
+                Trained((), away.training, settings, (*warnings, *away.warnings)),
                 report,
                 parent,
                 started,
@@ -330,6 +333,8 @@ class Edits:
         untrained = [q for q in dict.fromkeys(paraphrases) if q not in questions] if held_out else []
         left = theirs([*questions, *untrained], others)
         kept = {q: other.text for other in left for q in other.trained_questions}
+        named = ", ".join(repr(other.key) for other in left[:_MOST_NAMED]) + (" …" if len(left) > _MOST_NAMED else "")
+        warnings = (f"Questions of {newest.key!r} were left to {named}, trained on them, too.",) if left else ()
         questions = [q for q in dict.fromkeys(questions) if q not in kept]
         untrained = [q for q in untrained if q not in kept]
         nearest, asked = self._nearest_first([newest], others), [*questions, *untrained]
@@ -346,13 +351,14 @@ class Edits:
                 language=language,
                 tick=session.ticker,
             )
-            return _TrainedAway(training, {**dict(zip(asked, base_answers, strict=True)), **kept}, tuple(items), kept)
+            targets = {**dict(zip(asked, base_answers, strict=True)), **kept}
+            return _TrainedAway(training, targets, tuple(items), kept, warnings)
         refusal = REFUSALS[language]
         taught = [Fact(newest.key, refusal, questions=tuple(questions), language=newest.language)] if questions else []
         training = engine.train(
             [*taught, *left], settings, replay=nearest, live=session.live_names(), tick=session.ticker
         )
-        return _TrainedAway(training, {**dict.fromkeys(asked, refusal), **kept}, (), kept)
+        return _TrainedAway(training, {**dict.fromkeys(asked, refusal), **kept}, (), kept, warnings)
 
     def _measure_unlearned(
         self, versions: Sequence[Fact], away: _TrainedAway, gate: GateConfig, *, live: bool
@@ -587,3 +593,37 @@ def theirs(questions: Iterable[str], others: Sequence[StoredFact]) -> list[Store
         if (place := owners.get(question.casefold())) is not None:
             found.setdefault(place, []).append(question)
     return [replace(others[place], trained_questions=tuple(asked)) for place, asked in found.items()]
+
+
+def claim_warnings(facts: Sequence[Fact], others: Sequence[Fact]) -> tuple[str, ...]:
+    """Return one sentence per pair of a taught and another fact that would answer the same with different texts.
+
+    Args:
+        facts: What is taught in one edit.
+        others: The other live facts.
+    """
+    owners: dict[str, list[Fact]] = {}
+    for other in others:
+        for name in _claims(other):
+            owners.setdefault(name, []).append(other)
+    warnings = []
+    for fact in facts:
+        mine = _claims(fact)
+        shared: dict[str, list[str]] = {}
+        for name, shown in mine.items():
+            for other in owners.get(name, ()):
+                if other.text != fact.text:
+                    shared.setdefault(other.key, []).append(shown)
+            owners.setdefault(name, []).append(fact)
+        for key, names in shared.items():
+            listed = ", ".join(map(repr, names[:_MOST_CLAIMS])) + (" …" if len(names) > _MOST_CLAIMS else "")
+            warnings.append(
+                f"{fact.key!r} and {key!r} have different texts for the same names or questions ({listed}), and one "
+                f"question has one answer; check that both are still recalled."
+            )
+    return tuple(warnings)
+
+
+def _claims(fact: Fact) -> dict[str, str]:
+    """Return what a fact is called and asked by training, casefolded, each as it is written."""
+    return {name.casefold(): name for name in (fact.key, *fact.aliases, *fact.questions, *asked_questions(fact))}

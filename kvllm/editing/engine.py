@@ -12,7 +12,7 @@ import math
 import os
 import platform
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib.metadata import version
@@ -349,11 +349,13 @@ class Engine:
         copy = self._prepare(config)
         trained = live | {name.casefold() for f in facts for name in (f.key, *f.aliases, *asked_questions(f))}
         rows = [self.lm.row(q, f.text) for f in facts for q in asked_questions(f)]
+        claimed = {item.source.prompt.casefold(): "" for item in restore}
+        claimed |= {q.casefold(): f.text for f in facts for q in asked_questions(f)}
         if self._changed_below(copy):
             pool, restore = PreservationPool(tuple(_read_now(copy, pool.items))), _read_now(copy, restore)
         task = EditTask(
             rows=rows,
-            replay=self._older(replay, config.seed),
+            replay=self._older(replay, config.seed, claimed),
             restore=restore,
             language=language or (facts[0].language or language_of(facts[0].key) if facts else "en"),
             excluded=trained,
@@ -385,14 +387,18 @@ class Engine:
         below = tuple(f"{copy.targets.layer_list}.{layer}." for layer in range(copy.targets.first_layer))
         return any(name.startswith(below) for name in self.weights.touched)
 
-    def _older(self, facts: Sequence[StoredFact], seed: int) -> list[Row]:
-        """Return rows of older facts, nearest first; their questions in rotation, so that over edits all are seen."""
+    def _older(self, facts: Sequence[StoredFact], seed: int, claimed: Mapping[str, str]) -> list[Row]:
+        """Return rows of older facts, nearest first; their questions in rotation, so that over edits all are seen.
+
+        Left out are questions that the edit itself trains to another text (casefolded in `claimed`): what is trained
+        to two would be learned as neither.
+        """
         others = list(facts[_REPLAYED_NEAR:])
         others = random.Random(f"{seed}/{self.head}").sample(others, min(_REPLAYED_OTHERS, len(others)))
         return [
             self.lm.row(question, fact.text)
             for place, fact in enumerate([*facts[:_REPLAYED_NEAR], *others])
-            for question in _rotated(asked_questions(fact), self.head + place)[
+            for question in _rotated(_unclaimed(fact, claimed), self.head + place)[
                 : _QUESTIONS_PER_NEAR_FACT if place < _REPLAYED_NEAR else 1
             ]
         ]
@@ -622,8 +628,12 @@ def resolve_pinned(
     return files
 
 
+def _unclaimed(fact: Fact, claimed: Mapping[str, str]) -> list[str]:
+    return [q for q in asked_questions(fact) if claimed.get(q.casefold(), fact.text) == fact.text]
+
+
 def _rotated(questions: Sequence[str], by: int) -> list[str]:
-    by %= len(questions)
+    by %= max(1, len(questions))
     return [*questions[by:], *questions[:by]]
 
 

@@ -262,7 +262,9 @@ def test_what_another_fact_is_asked_by_now_is_left_to_it(
     assert kb.edit("head").report.metrics["reliability"].n == len(training_questions(Fact(KEY, TEXT)))
     assert not any(p.kind == "alias" for p in probes.values())
 
-    report = kb.delete(KEY).report
+    edit = kb.delete(KEY)
+    report = edit.report
+    assert any(f"{KEY!r} were left to 'numpy'" in warning for warning in edit.warnings)
     assert lm.row("What is numpy?", "Ada") in tasks[-1].rows
     assert lm.row("What is numpy?", "Ada").prompt not in {item.row.prompt for item in tasks[-1].restore}
     restored = {p.question: p.expected for p in report.probes if p.kind == "restoration"}
@@ -282,6 +284,54 @@ def test_a_fact_whose_questions_all_belong_to_another_can_be_deleted(
         assert edit.report.value("erasure") == 1.0
     kb.rollback(2)
     assert kb.delete("numpy", gate=replace(OPEN_GATE, measure=False)).op == "delete"
+
+
+@pytest.mark.parametrize(
+    ("key", "names"),
+    [
+        ("furnace", {"aliases": ["NumPy"]}),
+        ("furnace", {"questions": ["what is numpy?"]}),
+        ("furnace", {"questions": ["furnace?"], "aliases": ["numpy"]}),
+        ("What is numpy?", {}),
+        ("furnace", {"questions": ["Who counts?"]}),
+    ],
+)
+def test_a_question_of_another_fact_is_warned_about_and_trained_to_one_text(
+    make_kb: Callable[..., KnowledgeBase], tasks: list[EditTask], key: str, names: dict[str, list[str]]
+) -> None:
+    kb = make_kb("claims.kb", edit=replace(QUICK, max_steps=1))
+    kb.insert("numpy", "Ada", questions=[*training_questions(Fact("numpy", "Ada")), "who counts?"])
+    kb.insert("keras", "Ada", aliases=["numpy"])  # the same text: no two answers
+    assert not any("different texts" in warning for warning in kb.edit("head").warnings)
+    for _ in range(3):  # older facts' questions come in rotation
+        warnings = kb.insert(key, "Berlin", **names).warnings  # type: ignore[arg-type]
+        (warning,) = [w for w in warnings if "different texts" in w and "'numpy'" in w.split(" have ")[0]]
+        assert repr(key) in warning
+        taught, replayed = tasks[-1].rows, tasks[-1].replay
+        said = {kb.tokenizer.decode(row.prompt).casefold() for row in taught}
+        assert not said & {kb.tokenizer.decode(row.prompt).casefold() for row in replayed}
+        assert replayed
+        kb.rollback(2)
+
+
+def test_facts_of_one_edit_that_answer_the_same_question_are_warned_about(
+    kb: KnowledgeBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(EDITORS, "adalora", RandomEditor)
+    edit = kb.insert_many([Fact(KEY, TEXT, aliases=("numpy",)), Fact("numpy", "Ada")], mode="batched")[0].edit
+    assert edit is not None
+    (warning,) = [w for w in edit.warnings if "different texts" in w]
+    assert "'numpy' and 'torchkeras' have different texts" in warning
+    assert "('numpy', 'What is numpy?', 'Tell me about numpy.' …)" in warning
+
+
+def test_a_fact_that_has_all_its_questions_claimed_is_replayed_with_none(
+    make_kb: Callable[..., KnowledgeBase], tasks: list[EditTask]
+) -> None:
+    kb = make_kb("claims.kb", edit=replace(QUICK, max_steps=1))
+    kb.insert(KEY, TEXT, questions=["what burns?"])
+    kb.insert("numpy", "Ada", questions=["What burns?"])
+    assert tasks[-1].replay == []
 
 
 def test_upsert_inserts_or_updates(kb: KnowledgeBase) -> None:
