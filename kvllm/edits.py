@@ -151,16 +151,33 @@ class Edits:
 
     def _lost_refusals(self) -> tuple[str, ...]:
         """Warn of the keys that the head refuses to answer: training the live facts does not teach that."""
-        newer: set[str] = set()
-        refused: list[str] = []
-        for edit in self._session.lineage():
-            if edit.op == "delete" and edit.mode == "abstain":
-                refused += [key for key in edit.keys if key not in newer]
-            newer.update(edit.keys)
+        refused = self._refusals()
         if not refused:
             return ()
-        keys = ", ".join(map(repr, reversed(refused)))
+        keys = ", ".join(repr(fact.key) for fact in refused)
         return (f"Compacting does not keep the refusal of {keys}; where it is wanted, delete again with mode abstain.",)
+
+    def _refusals(self) -> list[StoredFact]:
+        """Return what the head was trained to refuse (delete of mode "abstain"), oldest first, as facts of that text.
+
+        Each has the questions that were trained to it, but for those that a live fact is trained on.
+        """
+        session = self._session
+        edits, live = session.lineage(), session.live()
+        newer: set[str] = set()
+        found: list[StoredFact] = []
+        for place, edit in enumerate(edits):
+            if edit.op == "delete" and edit.mode == "abstain":
+                for key in (key for key in edit.keys if key not in newer):
+                    versions = session.versions(key, edits[place + 1 :])
+                    newest = versions[-1] if versions else Fact(key, "")
+                    fact = stored(with_earlier(newest, versions[:-1], live)[0])
+                    taken = {q for other in theirs(fact.trained_questions, live) for q in other.trained_questions}
+                    kept = tuple(q for q in fact.trained_questions if q not in taken)
+                    refusal = REFUSALS[newest.language or language_of(key)]
+                    found.append(replace(fact, text=refusal, trained_questions=kept))
+            newer.update(edit.keys)
+        return found[::-1]
 
     def train(self, facts: Sequence[Fact], settings: EditConfig, *, replay: bool = True) -> Trained:
         """Train facts and merge the delta in memory; the caller commits it or puts the weights back.
@@ -184,8 +201,10 @@ class Edits:
         warnings = (*self._collisions(facts), *claim_warnings(facts, others)) if replay else ()
         # What is left to another fact is practised whatever else is replayed, question by question.
         alone = [replace(other, trained_questions=(q,)) for other in left for q in other.trained_questions]
-        nearest = [*alone, *self._nearest_first(facts, others)]
-        training = engine.train(asked, settings, replay=nearest, live=session.live_names(), tick=session.ticker)
+        refused = [f for f in self._refusals() if f.key not in touched] if replay else []
+        nearest = [*alone, *self._nearest_first(facts, [*others, *_replayable(refused)])]
+        names = session.live_names() | _refused_names(refused)
+        training = engine.train(asked, settings, replay=nearest, live=names, tick=session.ticker)
         engine.weights.apply(training.delta)
         old = dict.fromkeys(version.text for versions in earlier.values() for version in versions)
         return Trained(tuple(facts), training, settings, warnings, tuple(asked), tuple(left), tuple(old))
@@ -337,7 +356,8 @@ class Edits:
         warnings = (f"Questions of {newest.key!r} were left to {named}, trained on them, too.",) if left else ()
         questions = [q for q in dict.fromkeys(questions) if q not in kept]
         untrained = [q for q in untrained if q not in kept]
-        nearest, asked = self._nearest_first([newest], others), [*questions, *untrained]
+        refused = [f for f in self._refusals() if f.key != newest.key]
+        nearest, asked = self._nearest_first([newest], [*others, *_replayable(refused)]), [*questions, *untrained]
         if mode == "restore":
             items, base_answers = (
                 engine.base_items(questions, untrained, _RESTORE_TOKENS, settings) if asked else ([], [])
@@ -347,7 +367,7 @@ class Edits:
                 settings,
                 restore=items[: len(questions)],
                 replay=nearest,
-                live=names_of(others),
+                live=names_of(others) | _refused_names(refused),
                 language=language,
                 tick=session.ticker,
             )
@@ -355,9 +375,8 @@ class Edits:
             return _TrainedAway(training, targets, tuple(items), kept, warnings)
         refusal = REFUSALS[language]
         taught = [Fact(newest.key, refusal, questions=tuple(questions), language=newest.language)] if questions else []
-        training = engine.train(
-            [*taught, *left], settings, replay=nearest, live=session.live_names(), tick=session.ticker
-        )
+        names = session.live_names() | _refused_names(refused)
+        training = engine.train([*taught, *left], settings, replay=nearest, live=names, tick=session.ticker)
         return _TrainedAway(training, {**dict.fromkeys(asked, refusal), **kept}, (), kept, warnings)
 
     def _measure_unlearned(
@@ -531,6 +550,15 @@ def _untaught(report: Report) -> tuple[str, ...]:
         return ()
     names = ", ".join(map(repr, lost[:_MOST_NAMED])) + (" …" if len(lost) > _MOST_NAMED else "")
     return (f"{len(lost)} of {len(asked)} facts are not recalled by half of their questions: {names}.",)
+
+
+def _refused_names(refused: Sequence[StoredFact]) -> frozenset[str]:
+    """Return what must not be preserved as the base answers it, casefolded."""
+    return names_of(refused) | {q.casefold() for fact in refused for q in fact.trained_questions}
+
+
+def _replayable(refused: Sequence[StoredFact]) -> list[StoredFact]:
+    return [fact for fact in refused if fact.trained_questions]
 
 
 def _rejected(what: str, report: Report, reasons: list[str]) -> EditRejected:

@@ -644,7 +644,8 @@ class KnowledgeBase:
         Args:
             key: A live key; with mode "abstain" also something the base model knew by itself, which the edit's
                 `warnings` say.
-            mode: "restore" trains the questions back to what the base answered; "abstain" to a stated refusal.
+            mode: "restore" trains the questions back to what the base answered; "abstain" to a stated refusal, which
+                later edits practise as they do live facts.
             config, gate: For this edit only.
 
         Raises:

@@ -87,15 +87,20 @@ class Session:
             edit = history.get((edit.target if edit.op == "rollback" else edit.parent) or 0)
         return found
 
-    def versions(self, key: str) -> list[StoredFact]:
-        """Return what the head's weights were taught of a live key since its insert or a compaction, oldest first."""
+    def versions(self, key: str, edits: Sequence[Edit] | None = None) -> list[StoredFact]:
+        """Return what the weights were taught of a key since its insert or a compaction, oldest first.
+
+        Args:
+            key: Live at the newest of the edits, or refused since (delete of mode "abstain").
+            edits: A lineage; the head's by default.
+        """
         stored = {fact.edit_id: fact for fact in self.store.fact_versions(key)}
         found: list[StoredFact] = []
-        for edit in self.lineage():
+        for edit in self.lineage() if edits is None else edits:
             if edit.id in stored:
                 found.append(stored[edit.id])
-                if edit.op != "update":
-                    break
+            if key in edit.keys and edit.op != "update" and edit.mode != "abstain":
+                break
         return found[::-1]
 
     @property

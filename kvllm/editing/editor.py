@@ -52,7 +52,7 @@ class EditTask:
         restore: For delete: preserved items whose base output is the *target*; then `rows` has nothing but questions
             that other facts keep.
         language: Language of the key, for choosing neighbours.
-        excluded: Casefolded names and questions that live facts are about: never preserved.
+        excluded: Casefolded names and questions that live facts are about, or that are refused: never preserved.
         contrast: The fact's own questions about other names, to be answered as they are now.
         recited: Other questions, answered with the fact's own text, whose next tokens are to be expected as now.
         seed: Of every random choice.

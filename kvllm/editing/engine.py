@@ -341,7 +341,7 @@ class Engine:
             config: Of this edit.
             restore: For delete: items that must be as in the base again.
             replay: Older facts that must stay, the likeliest to collide first.
-            live: Casefolded names and questions of live facts, which are not preserved.
+            live: Casefolded names and questions of live facts, and of what is refused, which are not preserved.
             language: Of the key; by default that of the first fact.
             tick: Makes a progress function for a stage.
         """

@@ -79,7 +79,8 @@ class PreservationPool:
             rng: Source of randomness; the same state draws the same items.
             language: The key's language.
             config: Says how many of each.
-            excluded: Casefolded names and questions that live facts are about, which must not be preserved.
+            excluded: Casefolded names and questions that live facts are about, or that the model was taught to refuse,
+                which must not be preserved.
         """
         allowed = [
             item

@@ -80,12 +80,14 @@ def _live_matrix(
     encoder = encoder_for([*questions, *also])
     cached = store.vectors(encoder.name)
     missing = [i for i, fact in enumerate(facts) if fact.id not in cached]
+    fresh: dict[int, bytes] = {}
     if missing:
-        fresh = encoder.encode([questions[i] for i in missing])
-        new = {facts[i].id: pack(vector) for i, vector in zip(missing, fresh, strict=True)}
-        cached |= new
-        if not store.readonly:
+        vectors = encoder.encode([questions[i] for i in missing])
+        fresh = {i: pack(vector) for i, vector in zip(missing, vectors, strict=True)}
+        # What the weights were taught to refuse is compared, too, and has no row and no id.
+        new = {facts[i].id: vector for i, vector in fresh.items() if facts[i].id}
+        if new and not store.readonly:
             store.put_vectors(encoder.name, new)
     if not facts:
         return encoder, np.zeros((0, 1), dtype=np.float32)
-    return encoder, np.stack([unpack(cached[fact.id]) for fact in facts])
+    return encoder, np.stack([unpack(fresh[i] if i in fresh else cached[fact.id]) for i, fact in enumerate(facts)])

@@ -365,6 +365,58 @@ def test_abstaining_from_what_the_base_knew_needs_no_stored_fact(kb: KnowledgeBa
     assert "Did you mean" not in warning
 
 
+def test_a_refusal_is_replayed_by_later_edits_and_its_names_are_not_preserved(
+    make_kb: Callable[..., KnowledgeBase], tasks: list[EditTask]
+) -> None:
+    kb = make_kb("refused.kb", edit=replace(QUICK, max_steps=1), gate=replace(OPEN_GATE, measure=False))
+    lm, refusal = kb.engine.lm, REFUSALS["en"]
+    kb.insert(KEY, TEXT, aliases=["furnace"])
+    kb.delete("Berlin", mode="abstain")
+    kb.delete(KEY, mode="abstain")
+    assert "berlin" in tasks[-1].excluded
+    asked = {"berlin": training_questions(Fact("Berlin", "")), KEY: training_questions(Fact(KEY, "", ("furnace",)))}
+    rows = {name: {lm.row(q, refusal) for q in questions} for name, questions in asked.items()}
+    kb.insert("numpy", "Ada")
+    assert {"berlin", KEY, "furnace", "what is furnace?"} <= tasks[-1].excluded
+    assert len(tasks[-1].replay) == 4
+    assert all(set(tasks[-1].replay) & some for some in rows.values())
+    kb.insert("Halcyon", "Ada", aliases=["furnace"])  # whose questions are no longer refused
+    for edit in (lambda: kb.update("numpy", "Berlin"), lambda: kb.delete("numpy"), lambda: kb.insert("keras", "Ada")):
+        edit()
+        refused = {row for row in tasks[-1].replay if row.answer == lm.row("", refusal).answer}
+        assert refused
+        assert not refused & {lm.row(q, refusal) for q in asked[KEY] if "furnace" in q}
+        assert {"berlin", KEY} <= tasks[-1].excluded
+    kb.compact()
+    kb.insert("torch", "Ada")
+    assert not {"berlin", KEY} & tasks[-1].excluded
+    kb.rollback(1)
+    kb.insert("torch", "Ada")
+    assert "berlin" not in tasks[-1].excluded
+
+
+def test_a_key_that_is_taught_again_is_refused_no_longer(
+    make_kb: Callable[..., KnowledgeBase], tasks: list[EditTask]
+) -> None:
+    kb = make_kb("refused.kb", edit=replace(QUICK, max_steps=1))
+    kb.delete(KEY, mode="abstain")
+    kb.insert(KEY, TEXT)
+    assert tasks[-1].replay == []
+    kb.delete(KEY)
+    kb.insert("numpy", "Ada")
+    assert tasks[-1].replay == []
+    assert KEY not in tasks[-1].excluded
+
+
+def test_a_refusal_outlasts_a_later_edit(kb: KnowledgeBase) -> None:
+    kb.delete("keras", mode="abstain")
+    questions = training_questions(Fact("keras", ""))
+    assert kb.ask_many(questions) == [REFUSALS["en"]] * len(questions)
+    kb.insert(KEY, TEXT)
+    # A tiny model keeps no more than what is replayed: of a near fact two questions.
+    assert kb.ask_many(questions).count(REFUSALS["en"]) >= 2
+
+
 def test_abstaining_from_a_key_that_is_not_live_names_those_that_are_like_it(
     taught: KnowledgeBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:

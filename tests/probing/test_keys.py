@@ -84,6 +84,13 @@ def test_other_facts_are_ordered_by_nearness(store: Store, compass: Compass) -> 
     assert [fact.key for fact in ordered] == ["Berlin", "torchkeras", "numpy"]
 
 
+def test_facts_without_a_row_are_ordered_each_by_its_own_key_and_not_cached(store: Store, compass: Compass) -> None:
+    refused = [StoredFact("the furnace", "x"), StoredFact("keras", "x")]
+    ordered = order_by_nearness(store, [Fact("torchkeras", "x")], [*store.facts()[1:], *refused], lambda texts: compass)
+    assert [fact.key for fact in ordered] == ["the furnace", "keras", "numpy", "Berlin"]
+    assert set(store.vectors("compass")) == {2, 3}
+
+
 def test_vectors_of_live_keys_are_made_once(store: Store, compass: Compass) -> None:
     nearest_facts(store, "keras", lambda texts: compass, n=1)
     assert sorted(compass.asked) == sorted(map(key_question, ["torchkeras", "numpy", "Berlin", "keras"]))
