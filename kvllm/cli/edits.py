@@ -291,6 +291,7 @@ def many_result(found: Found, outcomes: Sequence[EditOutcome], *, done: str, bef
         done: What was done to those that went well.
         before: How many had been done by an earlier series.
     """
+    from kvllm.probing.regression import recall_by_key
     from kvllm.reports import terminal
 
     results: list[tuple[FoundFact | Refused, EditOutcome]] = list(zip(found.items, outcomes, strict=True))
@@ -298,6 +299,11 @@ def many_result(found: Found, outcomes: Sequence[EditOutcome], *, done: str, bef
     results.sort(key=lambda result: result[0].number)
     failed = sum(not outcome.ok for _, outcome in results)
     edits = {outcome.edit.id: outcome.edit for _, outcome in results if outcome.edit is not None}
+    recalled = {
+        (edit.id, key): share
+        for edit in edits.values()
+        for key, (share, _) in recall_by_key(edit.report.probes).items()
+    }
     document = {
         "ok": not failed,
         done: len(results) - failed,
@@ -309,6 +315,7 @@ def many_result(found: Found, outcomes: Sequence[EditOutcome], *, done: str, bef
                 "key": outcome.key,
                 "ok": outcome.ok,
                 "edit": None if outcome.edit is None else outcome.edit.id,
+                "recalled": None if outcome.edit is None else recalled.get((outcome.edit.id, outcome.key)),
                 "error": outcome.error,
                 "code": outcome.code,
             }

@@ -234,13 +234,21 @@ def matches_table(matches: Sequence[Match]) -> RenderableType:
     return Group(table, Text(note, style="dim"))
 
 
-def outcomes_table(outcomes: Sequence[tuple[str, EditOutcome]], *, done: str = "inserted") -> RenderableType:
-    """Return the result for each fact of an `insert_many`, with its line (or record) in the file it came from."""
+def outcomes_table(outcomes: Sequence[tuple[str, EditOutcome]], *, done: str = "inserted") -> Group:
+    """Return the result for each fact of an `insert_many`, with its line (or record) in the file it came from.
+
+    Below it stand the edits' warnings; what several edits say stands there once.
+    """
     table = _table(">line", "key", f"!{done}", "result")
     for line, outcome in outcomes:
         result = inline(outcome.error or "") if outcome.edit is None else edit_line(outcome.edit)
         table.add_row(line, inline(outcome.key), verdict(outcome.ok), result)
-    return table
+    warned: dict[str, list[int]] = {}
+    for edit in {outcome.edit.id: outcome.edit for _, outcome in outcomes if outcome.edit is not None}.values():
+        for warning in dict.fromkeys((*edit.report.warnings, *edit.warnings)):
+            warned.setdefault(warning, []).append(edit.id)
+    of = {said: f"edit {ids[0]}" if len(ids) == 1 else f"{len(ids)} edits" for said, ids in warned.items()}
+    return Group(table, *warnings_view(f"{of[said]}: {said}" for said in warned))
 
 
 def found_table(rows: Sequence[tuple[str, str, str, str]]) -> RenderableType:

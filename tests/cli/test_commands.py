@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from kvllm.errors import Busy, Corrupt, KvllmError, OutOfResources
-from kvllm.records import DryRun, EditOutcome, StoredFact
+from kvllm.records import DryRun, EditOutcome, ProbeResult, StoredFact
 from tests.cli.stand_in import Ran, StandIn, report
 from tests.importing.given import parse_rows
 
@@ -190,6 +191,30 @@ def test_an_error_that_ends_a_series_has_its_own_exit_code_and_keeps_the_results
     del StandIn.stores["my.kb"]._facts["a"]
     told = kvllm(command, "my.kb", "-", stdin=rows)
     assert (told.code, told.err.splitlines()[-1]) == (exit_code, f"error: {sentence}")
+
+
+@pytest.mark.parametrize("command", ["insert-many", "import"])
+def test_what_an_edit_of_many_facts_warns_of_is_shown_once_and_each_fact_says_how_far_it_is_recalled(
+    kvllm: Run, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    untaught, near = "1 of 2 facts are not recalled by half of their questions: 'b'.", "'a' and 'torchkeras' are near."
+
+    def insert_many(self: StandIn, facts: Any, **_: object) -> list[EditOutcome]:
+        asked = [("a", True), ("a", True), ("b", True), ("b", False), ("b", False), ("b", False)]
+        probes = [ProbeResult("trained", f"{n}: {key}?", "…", passed, 1.0, key=key) for n, (key, passed) in
+                  enumerate(asked)]  # fmt: skip
+        measured = replace(report(*probes), warnings=(untaught,))
+        first = replace(self._commit("insert", None, measured), warnings=(near, untaught))
+        second = replace(self._commit("insert", "c", report()), warnings=(near,))
+        return [EditOutcome("a", first), EditOutcome("b", first), EditOutcome("c", second)]
+
+    monkeypatch.setattr(StandIn, "insert_many", insert_many)
+    rows = "".join(json.dumps({"key": key, "text": "T."}) + "\n" for key in "abc")
+    ran = kvllm(command, "my.kb", "-", stdin=rows)
+    told = [line for line in ran.out.splitlines() if line.startswith("warning: ")]
+    assert (ran.code, told) == (0, [f"warning: edit 2: {untaught}", f"warning: 2 edits: {near}"])
+    said = kvllm(command, "my.kb", "-", "--json", stdin=rows).document
+    assert [(row["key"], row["recalled"]) for row in said["results"]] == [("a", 1.0), ("b", 0.25), ("c", None)]
 
 
 def test_strict_insert_many_refuses_all(kvllm: Run) -> None:
