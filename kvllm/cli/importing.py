@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -39,7 +41,7 @@ from kvllm.cli.edits import (
     training_arguments,
 )
 from kvllm.cli.output import Output, Result
-from kvllm.errors import ConfigError
+from kvllm.errors import ConfigError, KvllmError, OutOfResources
 from kvllm.records import DeleteMode
 
 if TYPE_CHECKING:
@@ -124,7 +126,7 @@ def import_facts(
         raise ConfigError(f"{name} is for facts that are taught, not for --delete; nothing was changed. Leave it out.")
     if delete is None and min_erasure is not None:
         raise ConfigError("--min-erasure is for --delete, not for facts that are taught; nothing was changed.")
-    if probes_to is not None and probes_to.exists() and not resume:
+    if probes_to is not None and os.path.lexists(probes_to) and not resume:
         raise ConfigError(f"{probes_to} exists already; nothing was changed. Give another name or remove it.")
     if probes_to is not None and not probes_to.absolute().parent.is_dir():
         raise ConfigError(f"The probes cannot be written to {probes_to}: no such folder; nothing was changed.")
@@ -142,6 +144,13 @@ def import_facts(
         raise BadRows(found.refused, len(found))
     if probes_to is not None and not found.probes:
         raise ConfigError(f"The records of {file} have no further questions for --probes-to; nothing was changed.")
+    if probes_to is not None and os.path.lexists(probes_to):
+        if not _holds(probes_to, found.probes_text()):
+            raise ConfigError(
+                f"{probes_to} exists already, and does not hold the further questions of {file}; nothing was changed. "
+                "Give another name or remove it."
+            )
+        probes_to = None  # an earlier series wrote them
     for note in found.notes:
         out.note(note)
     if dry_run:
@@ -158,34 +167,68 @@ def import_facts(
             min_erasure=min_erasure,
         )
         rest = left_to_do(found, base, delete=delete) if resume else found
-        with _written(found, probes_to):
+        with _written(found, probes_to) as unwritten:
             if delete is None:
                 outcomes = base.insert_many(rest, **series, **training)
             else:
                 outcomes = base.delete_many(rest.keys(), mode=delete, **training)
     done = "inserted" if delete is None else "deleted"
     result = many_result(rest, outcomes, done=done, before=len(found) - len(rest))
+    for sentence, kind in unwritten:
+        result = _also_failed(result, sentence, kind)
     return replace(result, document=_about(found) | result.document, view=lambda: _with_notes(result.view(), found))
 
 
+def _holds(path: Path, text: str) -> bool:
+    """Say whether a plain file, and no link to one, holds exactly this text."""
+    content = text.encode()
+    try:
+        found = path.lstat()
+        return stat.S_ISREG(found.st_mode) and found.st_size == len(content) and path.read_bytes() == content
+    except OSError:
+        return False
+
+
 @contextlib.contextmanager
-def _written(found: Found, probes_to: Path | None) -> Iterator[None]:
+def _written(found: Found, probes_to: Path | None) -> Iterator[list[tuple[str, type[KvllmError]]]]:
     """Write the probes before minutes are spent on training; they get their name when it is over.
 
-    Whoever is interrupted, or killed, can give the same command again.
+    Whoever is interrupted, or killed, can give the same command again. Where they cannot get their name, what was
+    taught is not lost with it: the list that the block is given then holds the sentence, and what kind of error it is.
     """
+    failed: list[tuple[str, type[KvllmError]]] = []
     if probes_to is None:
-        yield
+        yield failed
         return
     waiting = probes_to.with_name(f".{probes_to.name}.part")
-    waiting.unlink(missing_ok=True)
+    try:
+        waiting.unlink(missing_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{waiting} is in the way: {error.strerror}; nothing was changed. Remove it.") from error
     found.write_probes(waiting)
     try:
-        yield
+        yield failed
     except BaseException:
         waiting.unlink(missing_ok=True)
         raise
-    os.replace(waiting, probes_to)
+    try:
+        if os.path.lexists(probes_to):  # since the training began
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
+        os.replace(waiting, probes_to)
+    except OSError as error:
+        where = f"; they lie in {waiting}" if waiting.exists() else ""
+        sentence = f"The probes cannot be written to {probes_to}: {error.strerror}{where}."
+        failed.append((sentence, OutOfResources if error.errno in (errno.ENOSPC, errno.EDQUOT) else ConfigError))
+
+
+def _also_failed(result: Result, sentence: str, kind: type[KvllmError]) -> Result:
+    """Return a result that also says what else went wrong; an exit code that it has already stays."""
+    failure = sentence if result.failure is None else f"{result.failure} {sentence}"
+    told = {"ok": False, "error": failure}
+    if result.exit_code:
+        return replace(result, document=result.document | told, failure=failure)
+    told["code"] = kind.code
+    return replace(result, document=result.document | told, exit_code=kind.exit_code, failure=failure)
 
 
 def _dry(found: Found, base: KnowledgeBase, delete: DeleteMode | None) -> Result:

@@ -127,6 +127,10 @@ class Found(Record):
         """Return the keys, or those of one role: `keys("forget")` is what an unlearning data set wants deleted."""
         return [item.fact.key for item in self.items if role is None or item.role == role]
 
+    def probes_text(self) -> str:
+        """Return what `write_probes` writes."""
+        return "".join(json.dumps(probe.row(), ensure_ascii=False) + "\n" for probe in self.probes)
+
     def write_probes(self, path: str | os.PathLike[str]) -> int:
         """Write the probes as JSONL for `kvllm probe --probes`, and return how many.
 
@@ -135,9 +139,8 @@ class Found(Record):
         """
         if not self.probes:
             raise ConfigError(f"The records of {self.path} hold no probes beside the facts' own; nothing was written.")
-        lines = [json.dumps(probe.row(), ensure_ascii=False) + "\n" for probe in self.probes]
-        write_new(Path(path), "".join(lines))
-        return len(lines)
+        write_new(Path(path), self.probes_text())
+        return len(self.probes)
 
 
 def write_new(path: Path, text: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -199,6 +200,71 @@ def test_an_import_that_breaks_off_leaves_no_probes_behind(
     base.raises.clear()
     assert kvllm("import", "my.kb", written([EDIT]), "--probes-to", str(out)).code == 0
     assert [path.name for path in tmp_path.glob("*probes*")] == ["probes.jsonl"]
+
+
+@pytest.mark.parametrize("there", ["file", "folder", "link", "dangling link"])
+@pytest.mark.parametrize("options", [[], ["--resume"], ["--resume", "--dry-run"]])
+def test_no_file_of_others_gives_way_to_the_probes(
+    kvllm: Run, written: Callable[..., str], tmp_path: Path, there: str, options: list[str]
+) -> None:
+    out, given = tmp_path / "probes.jsonl", written([EDIT])
+    assert kvllm("import", "my.kb", given, "--probes-to", str(tmp_path / "same.jsonl")).code == 0
+    StandIn.calls.clear()
+    if there == "folder":
+        out.mkdir()
+    elif there == "file":
+        out.write_text("mine")
+    else:
+        out.symlink_to(tmp_path / ("same.jsonl" if there == "link" else "none"))
+    ran = kvllm("import", "my.kb", given, "--probes-to", str(out), *options, "--json")
+    assert (ran.code, ran.document["code"]) == (2, "invalid_input")
+    assert "probes.jsonl exists already" in ran.document["error"]
+    assert not calls("insert_many")
+    assert there != "file" or out.read_text() == "mine"
+    assert out.is_symlink() == ("link" in there)
+
+
+def test_the_probes_of_an_earlier_series_are_taken_as_they_are(
+    kvllm: Run, written: Callable[..., str], tmp_path: Path
+) -> None:
+    out = tmp_path / "probes.jsonl"
+    arguments = ("import", "my.kb", written([EDIT]), "--probes-to", str(out), "--resume", "--json")
+    assert [kvllm(*arguments).code for _ in range(2)] == [0, 0]
+    assert len(calls("insert_many")) == 2
+    assert [path.name for path in tmp_path.glob("*probes*")] == ["probes.jsonl"]
+
+
+@pytest.mark.parametrize("came", ["a file", "no folder"])
+def test_probes_that_cannot_be_written_in_the_end_do_not_replace_the_result(
+    kvllm: Run, written: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, came: str
+) -> None:
+    out = tmp_path / "out" / "probes.jsonl"
+    out.parent.mkdir()
+    taught = StandIn.insert_many
+
+    def insert_many(self: StandIn, facts: Any, **options: Any) -> Any:
+        if came == "a file":
+            out.write_text("mine")
+        else:
+            shutil.rmtree(out.parent)
+        return taught(self, facts, **options)
+
+    monkeypatch.setattr(StandIn, "insert_many", insert_many)
+    arguments = ("import", "my.kb", written([EDIT]), "--probes-to", str(out))
+    ran = kvllm(*arguments, "--json")
+    said = ran.document
+    assert (ran.code, said["ok"], said["code"], said["inserted"]) == (2, False, "invalid_input", 1)
+    assert said["error"].startswith(f"The probes cannot be written to {out}: ")
+    if came == "a file":
+        assert said["error"].endswith(f"; they lie in {out.parent / '.probes.jsonl.part'}.")
+        assert out.read_text() == "mine"
+        out.unlink()
+    else:
+        out.parent.mkdir()
+    told = kvllm(*arguments)
+    assert told.code == 4
+    assert "Who leads Halcyon?" in told.out
+    assert told.err.startswith(f"error: 1 of 1 facts were not inserted. The probes cannot be written to {out}: ")
 
 
 @pytest.mark.parametrize("command", ["import", "insert-many"])
