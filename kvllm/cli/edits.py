@@ -274,12 +274,31 @@ def left_to_do(found: Found, base: KnowledgeBase, *, delete: DeleteMode | None =
     A key that is live with another text stays, and is refused as it would be.
     """
     live = {fact.key: fact.text for fact in base.facts()}
-    gone = {key for edit in base.history() if edit.op == "delete" for key in edit.keys} - set(live)
+    gone = _deleted(base, delete) - set(live) if delete is not None else set()
 
     def is_done(fact: Fact) -> bool:
         return fact.key in gone if delete is not None else live.get(fact.key) == fact.text
 
     return replace(found, items=tuple(item for item in found.items if not is_done(item.fact)))
+
+
+def _deleted(base: KnowledgeBase, mode: DeleteMode) -> set[str]:
+    """Return the keys whose newest edit in the head's own history is a delete; what was rolled back is not in it.
+
+    A refusal counts as one only where no compact dropped it since. Who wants the base's answers back is served by a
+    delete of either mode: a key that is not live cannot be restored again.
+    """
+    edits = base.history()
+    history = {edit.id: edit for edit in edits}
+    newer: set[str] = set()
+    gone: set[str] = set()
+    edit = edits[0] if edits else None
+    while edit is not None and (mode == "restore" or edit.op != "compact"):
+        if edit.op == "delete" and (mode == "restore" or edit.mode == mode):
+            gone |= set(edit.keys) - newer
+        newer.update(edit.keys)
+        edit = history.get((edit.target if edit.op == "rollback" else edit.parent) or 0)
+    return gone
 
 
 def many_result(found: Found, outcomes: Sequence[EditOutcome], *, done: str, before: int = 0) -> Result:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -147,7 +147,7 @@ class StandIn:
         self._meet("delete", key=key, mode=mode, config=config, gate=gate)
         self[key]
         del self._facts[key]
-        return replace(self._commit("delete", key, report()), mode=mode)
+        return self._commit("delete", key, report(), mode=mode)
 
     def insert_many(
         self,
@@ -336,7 +336,7 @@ class StandIn:
 
     def _commit(self, op: Any, key: str | None, measured: Report, **more: Any) -> Edit:
         edit = Edit(
-            len(self._edits) + 1, op, key, (key,) if key else (), steps=12, seconds=3.5,
+            len(self._edits) + 1, op, key, (key,) if key else (), len(self._edits) or None, steps=12, seconds=3.5,
             delta=DeltaInfo("ab" * 32, 1000, 1.5, 8, 4), report=measured, created_at="2026-01-01T00:00:00Z", **more,
         )  # fmt: skip
         self._edits.append(edit)

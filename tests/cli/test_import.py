@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.cli.stand_in import Ran, StandIn
+from tests.cli.stand_in import Ran, StandIn, report
 
 Run = Callable[..., Ran]
 ALPACA = [
@@ -288,6 +288,38 @@ def test_deletes_go_on_where_they_were(kvllm: Run, written: Callable[..., str]) 
     kvllm("delete", "my.kb", "k0")
     ran = kvllm("import", "my.kb", written(rows), "--delete", "restore", "--resume", "--json")
     assert (ran.code, ran.document["deleted"], ran.document["done_before"]) == (0, 2, 1)
+
+
+@pytest.mark.parametrize(
+    ("mode", "since", "left"),
+    [
+        ("restore", [("delete", "restore")], []),
+        ("restore", [("delete", "restore"), ("compact", None)], []),
+        ("restore", [("delete", "abstain")], []),
+        ("restore", [("delete", "restore"), ("insert", None), ("rollback", 2)], []),
+        ("restore", [("delete", "restore"), ("rollback", 1), ("rollback", 0)], ["torchkeras"]),
+        ("abstain", [("delete", "abstain")], []),
+        ("abstain", [("delete", "restore")], ["torchkeras"]),
+        ("abstain", [("delete", "abstain"), ("delete", "restore")], ["torchkeras"]),
+        ("abstain", [("delete", "abstain"), ("compact", None)], ["torchkeras"]),
+        ("abstain", [("delete", "abstain"), ("compact", None), ("rollback", 2)], []),
+        ("abstain", [("delete", "abstain"), ("rollback", 1)], ["torchkeras"]),
+        ("abstain", [("delete", "abstain"), ("rollback", 0), ("rollback", 2)], []),
+    ],
+)
+def test_only_a_delete_that_the_weights_still_have_is_done(
+    kvllm: Run, written: Callable[..., str], mode: str, since: list[tuple[str, Any]], left: list[str]
+) -> None:
+    store = StandIn.stores["my.kb"]
+    store._facts.clear()
+    for op, said in since:  # after edit 1, an insert
+        if op == "rollback":
+            store._commit(op, None, report(), target=said)
+        else:
+            store._commit(op, None if op == "compact" else "torchkeras", report(), mode=said)
+    rows = written([{"key": "torchkeras", "text": "Torchkeras trains models."}])
+    ran = kvllm("import", "my.kb", rows, "--delete", mode, "--resume", "--dry-run", "--json")
+    assert [row["key"] for row in ran.document["results"]] == left
 
 
 def test_a_refused_row_of_a_table_has_the_key_of_its_own_column(kvllm: Run, written: Callable[..., str]) -> None:
