@@ -31,6 +31,7 @@ from kvllm.errors import (
     StaleHead,
     StoreError,
     StoreNotFound,
+    Untrusted,
 )
 from kvllm.prompts import (
     REFUSALS,
@@ -848,15 +849,22 @@ class KnowledgeBase:
             repair: First restore what can be restored; `repairs` of the report says what was done, `problems` what is
                 wrong still.
             yes: Let the repair give up committed data where nothing else brings the rest back.
+
+        Raises:
+            ModelError, BaseMismatch, OutOfResources: the weights cannot be replayed, and nothing else is wrong.
         """
         report = self._store.verify(deep=deep, repair=repair, yes=yes, tick=self._session.ticker("verifying"))
         if report.repairs:
             self._session.loaded = None  # the head may be another one now
-        if not deep or not report.ok:
+        if not deep:
             return report
         from kvllm.records import Problem
+        from kvllm.store.verify import told
 
         problems, replayed = list(report.problems), False
+        if not report.ok:
+            problems.append(Problem("the weights were not replayed, as the rest is damaged", "replay", "warning"))
+            return replace(report, problems=tuple(problems))
         try:
             engine = self._session.engine
             engine.check_base_files()
@@ -868,8 +876,12 @@ class KnowledgeBase:
                         problems.append(Problem("a replay gives other weights than were recorded", f"edit {edit_id}"))
                     show(done, len(points))
             replayed = True
-        except KvllmError as error:
-            problems.append(Problem(str(error), "replay"))
+        except (Corrupt, Untrusted) as error:
+            problems.append(Problem(told(error), "replay"))
+        except KvllmError as error:  # of the base model or the machine: it says nothing about the knowledge base
+            if all(problem.severity != "error" for problem in problems):
+                raise
+            problems.append(Problem(f"the other states were not replayed: {error}", "replay", "warning"))
         sound = all(problem.severity != "error" for problem in problems)
         return replace(report, problems=tuple(problems), ok=sound, replayed=replayed)
 

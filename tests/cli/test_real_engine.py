@@ -16,6 +16,7 @@ import pytest
 
 from kvllm import KnowledgeBase
 from kvllm.cli import main
+from kvllm.errors import OutOfResources
 from tests.cli.stand_in import Ran
 from tests.kit import KEY, ROOT, TEXT, file_hashes, unchanged
 from tests.tiny import tiny_model
@@ -170,6 +171,15 @@ def refused(run: Callable[..., Ran], kb: Path, *arguments: str) -> tuple[int, st
     return ran.code, " ".join(ran.err.split())
 
 
+def raises(error: Exception) -> Callable[..., Any]:
+    """Return a function that raises."""
+
+    def fail(*_: object, **__: object) -> Any:
+        raise error
+
+    return fail
+
+
 def test_an_altered_delta_is_corrupt(run: Callable[..., Ran], copied: Path) -> None:
     (file,) = copied.rglob("adapter_model.safetensors")
     whole = file.read_bytes()
@@ -201,6 +211,50 @@ def test_a_changed_base_model_is_refused(run: Callable[..., Ran], tmp_path: Path
         code, sentence = refused(run, kb, *arguments)
         assert code == 9
         assert "model.safetensors" in sentence
+
+
+def test_deep_verification_blames_the_base_model_or_the_machine_where_it_is_theirs(
+    run: Callable[..., Ran], ask_json: Callable[..., tuple[int, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, kb = tiny_model(tmp_path / "base"), tmp_path / "m.kb"
+    assert run("init", kb, "--model", base).code == 0
+    moved = base.rename(tmp_path / "moved")
+    assert (run("verify", kb).code, ask_json("verify", kb, "--deep")[1]["code"]) == (0, "model_error")
+    assert run("verify", kb, "--deep").code == 5
+    assert run("verify", kb, "--deep", "--model", moved).code == 0
+    assert run("verify", kb, "--deep", "--model", moved, "--device", "nonsense").code == 2
+    with monkeypatch.context() as patch:
+        patch.setattr("kvllm.lm.model.LanguageModel.load", raises(OutOfResources("There is not enough memory.")))
+        assert run("verify", kb, "--deep", "--model", moved).code == 10
+    (moved / "config.json").write_text((moved / "config.json").read_text() + "\n")
+    assert run("verify", kb, "--deep", "--model", moved).code == 9
+
+
+def test_damage_of_the_knowledge_base_is_told_first_where_the_weights_cannot_be_replayed(
+    ask_json: Callable[..., tuple[int, Any]], copied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from kvllm.editing.engine import Engine
+
+    with KnowledgeBase.open(copied) as kb:
+        kb.tag("v1", 1)
+        kb.rollback(1)
+    replayed = iter(["0" * 64])
+
+    def replayed_digest(self: Engine, edit_id: int) -> str:
+        for digest in replayed:
+            return digest
+        raise OutOfResources("There is not enough memory.")
+
+    monkeypatch.setattr(Engine, "replayed_digest", replayed_digest)
+    code, said = ask_json("verify", copied, "--deep")
+    told = [(problem["where"], problem["severity"]) for problem in said["verify"]["problems"]]
+    assert (code, told) == (8, [("edit 1", "error"), ("replay", "warning")])
+    assert "not enough memory" in said["verify"]["problems"][1]["what"]
+    (file,) = copied.rglob("adapter_model.safetensors")
+    file.write_bytes(file.read_bytes()[:-9])
+    code, said = ask_json("verify", copied, "--deep")
+    assert (code, said["verify"]["replayed"]) == (8, False)
+    assert said["verify"]["problems"][-1]["what"] == "the weights were not replayed, as the rest is damaged"
 
 
 def test_a_second_writer_is_told_to_wait(run: Callable[..., Ran], copied: Path) -> None:
