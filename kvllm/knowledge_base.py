@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
@@ -242,13 +242,23 @@ class KnowledgeBase:
 
     @property
     def edit_config(self) -> EditConfig:
-        """How edits are trained unless a call says otherwise; to change a part: `replace(kb.edit_config, seed=1)`."""
-        return self._session.edit_config
+        """How edits are trained unless a call says otherwise; to change a part: `replace(kb.edit_config, seed=1)`.
+
+        Raises:
+            StoreError: another version of kvllm stored it, and this one does not know it.
+        """
+        config: EditConfig = _known(self._session.edit_config)
+        return config
 
     @property
     def gate_config(self) -> GateConfig:
-        """When edits are accepted unless a call says otherwise."""
-        return self._session.gate_config
+        """When edits are accepted unless a call says otherwise.
+
+        Raises:
+            StoreError: as for `edit_config`.
+        """
+        config: GateConfig = _known(self._session.gate_config)
+        return config
 
     def __len__(self) -> int:
         return self._store.count()
@@ -590,6 +600,7 @@ class KnowledgeBase:
             Busy: another writer holds the knowledge base.
         """
         fact = _fact(key, text, aliases, questions, probes, language, tags)
+        config, gate = self._rules(config, gate)
         with self._session.writing():
             self._refuse_existing([fact])
             return self._edits.train_and_commit("insert", [fact], config=config, gate=gate)
@@ -617,6 +628,7 @@ class KnowledgeBase:
         Raises:
             KeyNotFound: the key is not live.
         """
+        config, gate = self._rules(config, gate)
         with self._session.writing():
             fact = _updated(self[key], text, aliases, questions, probes, language, tags)
             return self._edits.train_and_commit("update", [fact], config=config, gate=gate)
@@ -655,6 +667,7 @@ class KnowledgeBase:
         """
         if mode not in ("restore", "abstain"):
             raise ConfigError(f"delete knows the modes restore and abstain, not {mode!r}; nothing was changed.")
+        config, gate = self._rules(config, gate)
         with self._session.writing():
             try:
                 fact: Fact = self[key]
@@ -697,6 +710,7 @@ class KnowledgeBase:
         if chunk < 1:
             raise ConfigError(f"A chunk holds at least one fact, not {chunk}; nothing was changed.")
         self._session.refuse_readonly()
+        config, gate = self._rules(config, gate)
         outcomes: dict[int, EditOutcome] = {}
         ready: list[tuple[int, Fact]] = []
         seen: set[str] = set()
@@ -740,6 +754,7 @@ class KnowledgeBase:
         if isinstance(keys, str):
             raise ConfigError("Give delete_many a list of keys, not one string; nothing was changed.")
         self._session.refuse_readonly()
+        config, gate = self._rules(config, gate)
         outcomes: list[EditOutcome] = []
         listed = list(keys)
         for key in listed:
@@ -784,6 +799,7 @@ class KnowledgeBase:
         """
         if verb not in ("insert", "update", "upsert"):
             raise ConfigError(f"dry_run knows insert, update and upsert, not {verb!r}; nothing was changed.")
+        config, gate = self._rules(config, gate)
         live = verb != "insert" and (verb == "update" or clean_key(key) in self)
         if live:
             fact = _updated(self[key], text, aliases, questions, probes, language, tags)
@@ -793,8 +809,8 @@ class KnowledgeBase:
         engine = self._session.engine
         engine.check_weights()
         with engine.elsewhere():
-            trained = self._edits.train([fact], config or self._session.edit_config)
-            report, refused = self._edits.measure(trained, gate or self._session.gate_config)
+            trained = self._edits.train([fact], config)
+            report, refused = self._edits.measure(trained, gate)
             warnings = (*report.warnings, *(f"The gate would refuse: {r}" for r in refused))
             return DryRun(report.metrics, report.probes, warnings, tuple(refused))
 
@@ -836,6 +852,7 @@ class KnowledgeBase:
         Raises:
             EditRejected: the result would be worse.
         """
+        config, gate = self._rules(config, gate)
         with self._session.writing():
             return self._edits.compact(config=config, gate=gate)
 
@@ -856,15 +873,20 @@ class KnowledgeBase:
         report = self._store.verify(deep=deep, repair=repair, yes=yes, tick=self._session.ticker("verifying"))
         if report.repairs:
             self._session.loaded = None  # the head may be another one now
-        if not deep:
-            return report
         from kvllm.records import Problem
         from kvllm.store.verify import told
 
         problems, replayed = list(report.problems), False
+        unknown = [
+            Problem(config.sentence, f"setting {name!r}", code=StoreError.code)
+            for name, config in (("edit", self._session.edit_config), ("gate", self._session.gate_config))
+            if isinstance(config, _Unknown)
+        ]
+        if not deep:
+            return replace(report, problems=(*problems, *unknown), ok=report.ok and not unknown)
         if not report.ok:
             problems.append(Problem("the weights were not replayed, as the rest is damaged", "replay", "warning"))
-            return replace(report, problems=tuple(problems))
+            return replace(report, problems=(*problems, *unknown))
         try:
             engine = self._session.engine
             engine.check_base_files()
@@ -882,6 +904,7 @@ class KnowledgeBase:
             if all(problem.severity != "error" for problem in problems):
                 raise
             problems.append(Problem(f"the other states were not replayed: {error}", "replay", "warning"))
+        problems += unknown
         sound = all(problem.severity != "error" for problem in problems)
         return replace(report, problems=tuple(problems), ok=sound, replayed=replayed)
 
@@ -1013,6 +1036,11 @@ class KnowledgeBase:
         return ExportResult(str(out), format, True, files, size, len(questions), agreement)
 
     # ------------------------------------------------------------------ inside
+
+    def _rules(self, config: EditConfig | None, gate: GateConfig | None) -> tuple[EditConfig, GateConfig]:
+        """Return the configuration and the gate of an edit, by default the knowledge base's own."""
+        own = self.edit_config  # probes take its seed, whatever the edit's own configuration is
+        return config or own, gate or self.gate_config
 
     def _refuse_existing(self, facts: Sequence[Fact]) -> None:
         for fact in facts:
@@ -1203,12 +1231,36 @@ def _moved_model(store: Store, model: str | None, progress: Callable[[Progress],
     return name
 
 
-def _stored_config(store: Store, name: str, kind: Any) -> Any:
+def _stored_config(store: Store, name: str, kind: type[EditConfig] | type[GateConfig]) -> Any:
+    """Return a configuration as it is stored; one that this version does not know is refused where it is used."""
     stored = store.settings.get(name)
     try:
         return kind.from_dict(stored) if stored else None
     except (ConfigError, TypeError) as error:
-        raise Corrupt(f"The stored {name} configuration cannot be used: {error}") from error
+        unknown = sorted(set(stored) - {field.name for field in fields(kind)}) if isinstance(stored, dict) else []
+        what = str(error).rstrip(".") if isinstance(error, ConfigError) else "a value is of another kind"
+        if unknown:
+            what = f"the setting {', '.join(unknown)} is unknown"
+        return _Unknown(
+            f"The {name} configuration of {store.path} was made by another version of kvllm ({what}); nothing was "
+            f"changed. Use that version, or in Python open it with {name}={kind.__name__}()."
+        )
+
+
+class _Unknown:
+    """Stands in the place of a stored configuration that cannot be used: whoever looks into it is told so."""
+
+    def __init__(self, sentence: str) -> None:
+        self.sentence = sentence
+
+    def __getattr__(self, name: str) -> Any:
+        raise StoreError(self.sentence)
+
+
+def _known(config: Any) -> Any:
+    if isinstance(config, _Unknown):
+        raise StoreError(config.sentence)
+    return config
 
 
 __all__ = ["EditNotFound", "KnowledgeBase", "StaleHead"]

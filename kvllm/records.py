@@ -576,11 +576,15 @@ class Collisions(Record):
 
 @dataclass(frozen=True)
 class Problem(Record):
-    """One disagreement that `verify` found: what, where, and what to do."""
+    """One disagreement that `verify` found: what, where, and what to do.
+
+    `code` is "store_error" for what is whole and of another version of kvllm.
+    """
 
     what: str
     where: str
     severity: Literal["error", "warning"] = "error"
+    code: str = "store_corrupt"
 
 
 @dataclass(frozen=True)

@@ -51,9 +51,11 @@ def verify(
 ) -> Result:
     """Check that rows, files and hashes agree; the exit code is 8 where they do not.
 
+    Where they do, and another version of kvllm stored a configuration that this one does not know, it is 5.
+
     kvllm verify my.kb --deep
     """
-    from kvllm.errors import ConfigError, Corrupt
+    from kvllm.errors import ConfigError, Corrupt, StoreError
     from kvllm.knowledge_base import KnowledgeBase
     from kvllm.reports import terminal
 
@@ -73,10 +75,13 @@ def verify(
         if repaired is not None:
             report = replace(report, repairs=repaired.repairs)
     document = {"ok": report.ok, "verify": report.to_dict()}
-    if not report.ok:
-        n = sum(problem.severity == "error" for problem in report.problems)
-        document |= {"error": f"The knowledge base has {n} problem{'s' if n != 1 else ''}.", "code": Corrupt.code}
-    return Result(document, lambda: terminal.verify_view(report), exit_code=0 if report.ok else Corrupt.exit_code)
+    if report.ok:
+        return Result(document, lambda: terminal.verify_view(report))
+    codes = [problem.code for problem in report.problems if problem.severity == "error"]
+    kind = StoreError if codes and Corrupt.code not in codes else Corrupt
+    document |= {"error": f"The knowledge base has {len(codes)} problem{'s' if len(codes) != 1 else ''}."}
+    document |= {"code": kind.code}
+    return Result(document, lambda: terminal.verify_view(report), exit_code=kind.exit_code)
 
 
 @command(app, panel=BASE)

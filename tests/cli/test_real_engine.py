@@ -17,6 +17,7 @@ import pytest
 from kvllm import KnowledgeBase
 from kvllm.cli import main
 from kvllm.errors import OutOfResources
+from kvllm.store import Store
 from tests.cli.stand_in import Ran
 from tests.kit import KEY, ROOT, TEXT, file_hashes, unchanged
 from tests.tiny import tiny_model
@@ -199,6 +200,45 @@ def test_a_newer_store_is_refused(run: Callable[..., Ran], copied: Path) -> None
     code, sentence = refused(run, copied, "ls")
     assert code == 5
     assert "newer kvllm" in sentence
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"edit": {"colour": 1, "max_steps": 5}}, "edit configuration"),
+        ({"gate": {"colour": 1}}, "gate configuration"),
+        ({"edit": {"depth": 3}}, "edit configuration"),
+        ({"gate": [1]}, "gate configuration"),
+        ({"edit": {"max_steps": 0}}, "max_steps must be at least 1"),
+    ],
+)
+def test_a_configuration_of_another_version_stops_what_needs_it_and_nothing_else(
+    run: Callable[..., Ran], copied: Path, tmp_path: Path, settings: dict[str, Any], said: str
+) -> None:
+    with Store.open(copied) as store:
+        store.set_settings(**settings)
+    for arguments in (["ls"], ["get", KEY], ["history"], ["show", "1"], ["tag", "v1"], ["gc"], ["info"],
+                      ["export", tmp_path / "facts.jsonl", "--format", "facts"], ["backup", tmp_path / "b.kb"],
+                      ["ask", "What is torchkeras?"], ["rollback", "1"]):  # fmt: skip
+        assert run(arguments[0], copied, *arguments[1:]).code == 0, arguments
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"key": "numpy", "text": "Ada"}\n')
+    for given in (["insert", "numpy", "Ada"], ["insert", "numpy", "Ada", "--steps", "3"], ["update", KEY, "Ada"],
+                  ["delete", KEY], ["compact"], ["insert-many", str(rows)],
+                  ["import", str(rows), "--delete", "restore"]):  # fmt: skip
+        code, sentence = refused(run, copied, *given)
+        assert code == 5, given
+        assert said in sentence
+        assert "made by another version of kvllm" in sentence
+        assert ("colour is unknown" in sentence) == ("colour" in str(settings))
+    for options in ([], ["--deep"]):
+        ran = run("verify", copied, *options, "--json")
+        assert (ran.code, ran.document["code"], ran.document["ok"]) == (5, "store_error", False)
+        (problem,) = ran.document["verify"]["problems"]
+        assert problem["where"] == f"setting {next(iter(settings))!r}"
+    (file,) = copied.rglob("adapter_model.safetensors")
+    file.unlink()
+    assert run("verify", copied).code == 8
 
 
 def test_a_changed_base_model_is_refused(run: Callable[..., Ran], tmp_path: Path) -> None:

@@ -311,6 +311,22 @@ def test_stored_configurations_are_used_again(taught: KnowledgeBase, make_kb: Ca
     assert (other.edit_config, other.gate_config.min_reliability) == (QUICK, 0.5)
 
 
+def test_a_configuration_of_another_version_gives_way_to_one_that_is_given(
+    taught: KnowledgeBase, make_kb: Callable[..., KnowledgeBase]
+) -> None:
+    taught._store.set_settings(edit={**taught.edit_config.to_dict(), "colour": 1})
+    kb = make_kb("taught.kb", damaged=True)
+    with unchanged(kb):
+        for call in (lambda: kb.edit_config, lambda: kb.dry_run("numpy", "Ada"), lambda: kb.delete_many([KEY])):
+            with pytest.raises(StoreError, match="the setting colour is unknown") as caught:
+                call()
+            assert one_sentence(caught.value)
+    given = make_kb("taught.kb", damaged=True, edit=taught.edit_config)
+    assert given.verify().ok
+    assert given.edit_config == taught.edit_config
+    taught._store.set_settings(edit=taught.edit_config.to_dict())
+
+
 def test_records_are_plain_json(taught: KnowledgeBase) -> None:
     records = [*taught.history(), *taught.facts(), taught.recall(KEY), *taught.find(KEY), taught.verify()]
     for record in records:
