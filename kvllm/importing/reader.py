@@ -327,6 +327,8 @@ def _mapped(
     for name, column in columns.items():
         value = _column(row, column)
         if name in LISTS:
+            if not isinstance(value, (str, list, type(None))):
+                raise ConfigError(f"{name} must be text or a list of texts, not {type(value).__name__}.")
             value = _values(value, csv=csv)
         elif isinstance(value, list) and value:
             value = value[0]
@@ -351,12 +353,12 @@ def _column(row: Mapping[str, Any], column: str) -> Any:
     return value
 
 
-def _values(value: Any, *, csv: bool) -> Any:
+def _values(value: str | Sequence[Any] | None, *, csv: bool) -> tuple[Any, ...]:
     if value is None:
         return ()
     if isinstance(value, str):
         return tuple(part for part in (value.split(LIST_SEPARATOR) if csv else [value]) if part.strip())
-    return tuple(value) if isinstance(value, list) else value
+    return tuple(value)
 
 
 def _listed(row: Mapping[str, str]) -> dict[str, Any]:

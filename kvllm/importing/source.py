@@ -101,7 +101,7 @@ class Source:
         elif self.container == "csv":
             yield from self._csv()
         elif self.container == "object":
-            yield Raw(1, "record 1", json.loads(self._stream.read().decode("utf-8")))
+            yield self._object(self._stream.read())
         else:
             yield from self._array(self._stream.read().decode("utf-8", "surrogateescape"))
 
@@ -125,7 +125,14 @@ class Source:
             except (UnicodeDecodeError, ValueError, RecursionError) as error:
                 yield Raw(number, where, error=json_mistake(error))
 
-    # ------------------------------------------------------------------ array
+    # ------------------------------------------------------------------ one object, arrays
+
+    def _object(self, content: bytes) -> Raw:
+        try:
+            return Raw(1, "record 1", json.loads(content.decode("utf-8")))
+        except UnicodeDecodeError as error:  # Python's JSON takes surrogates in UTF-8
+            line = content.count(b"\n", 0, error.start) + 1
+            return Raw(1, "record 1", error=f"not UTF-8 (byte 0x{content[error.start]:02X} on line {line}).")
 
     def _array(self, text: str) -> Iterator[Raw]:
         """Decode the array's records one by one; a broken one is skipped by its brackets."""
@@ -177,12 +184,17 @@ class Source:
                 raise ConfigError(
                     f"The header of {self.name} cannot be used ({first.error[:-1]}); nothing was changed."
                 )
-            declared = re.fullmatch(r"sep=(.)\s*", first[1])  # how Excel says it
+            declared = re.fullmatch(r'sep=([^\r\n"])\s*', first[1])  # how Excel says it
             if declared:
                 separator = declared[1]
             elif first[1].strip():
-                separator = separator or _separator(first[1])
-                header = [name.strip() for name in next(csv.reader([first[1]], delimiter=separator))]
+                try:
+                    separator = separator or _separator(first[1])
+                    header = [name.strip() for name in next(csv.reader([first[1]], delimiter=separator))]
+                except csv.Error as error:
+                    raise ConfigError(
+                        f"The header of {self.name} on line {first[0]} cannot be used ({error}); nothing was changed."
+                    ) from error
                 break
         if not header or separator is None:
             raise ConfigError(f"{self.name} is empty; nothing was changed.")
@@ -204,7 +216,7 @@ class Source:
                 yield Raw(number, where, {name: cell for name, cell in zip(header, cells, strict=True) if name})
 
     def _text_lines(self) -> Iterator[tuple[int, str] | Raw]:
-        for number, line in numbered_lines(self._stream):
+        for number, line in _any_lines(self._stream):
             self._tick(self._stream.tell())
             if line is None:
                 yield Raw(number, "", error=too_long())
@@ -259,14 +271,28 @@ def open_source(
 
 def numbered_lines(stream: IO[bytes]) -> Iterator[tuple[int, bytes | None]]:
     """Yield (number, bytes) of each line; None for one that is longer than `MOST_LINE_BYTES`, which is not kept."""
+    return _numbered(stream.readline)
+
+
+def _any_lines(stream: IO[bytes]) -> Iterator[tuple[int, bytes | None]]:
+    """Yield lines as `numbered_lines` does; a lone carriage return, as old spreadsheets write it, ends one too."""
+    as_text = io.TextIOWrapper(stream, encoding="latin-1", newline="")  # one character a byte
+    try:
+        yield from _numbered(lambda size: as_text.readline(size).encode("latin-1"))
+    finally:
+        if not stream.closed:
+            as_text.detach()
+
+
+def _numbered(readline: Callable[[int], bytes]) -> Iterator[tuple[int, bytes | None]]:
     number = 0
-    while line := stream.readline(MOST_LINE_BYTES + 1):
+    while line := readline(MOST_LINE_BYTES + 1):
         number += 1
         if len(line) <= MOST_LINE_BYTES:
             yield number, line
             continue
-        while line and not line.endswith(b"\n"):
-            line = stream.readline(_CHUNK)
+        while line and not line.endswith((b"\n", b"\r")):
+            line = readline(_CHUNK)
         yield number, None
 
 

@@ -126,6 +126,17 @@ def test_byte_order_mark_and_windows_line_ends_are_no_mistake(written: Callable[
         (b"key,text\n", "a.csv", "a.csv holds no record; nothing was changed."),
         (b"key,text,key\na,b,c\n", "a.csv", "The header of a.csv names the column 'key' twice;"),
         (b"k\xe9y,text\na,b\n", "a.csv", "The header of a.csv cannot be used (not UTF-8"),
+        (
+            b"\nkey," + b"x" * 200_000 + b"\na,b\n",
+            "a.csv",
+            "The header of a.csv on line 2 cannot be used (field larger than field limit (131072)); nothing was",
+        ),
+        (b"sep=\r\na,b\n", "a.csv", "No record of a.csv can be used; nothing was changed: the first, line 2: 2 cells"),
+        (
+            b'{"key": "a",\n"text": "\xed\xa0\x80"}',
+            "a.json",
+            "No record of a.json can be used; nothing was changed: the first, record 1: not UTF-8 (byte 0xED on line 2",
+        ),
         (b"name,price\na,b\n", "a.csv", "The format of a.csv is not recognised (its first record has the fields name"),
     ],
 )
@@ -247,6 +258,29 @@ def test_excels_own_separator_line_is_followed(written: Callable[..., Path]) -> 
     assert len(read_facts(written("sep=|\nkey|text\na|b\n", "a.csv"))) == 1
 
 
+def test_a_lone_carriage_return_ends_a_line_of_a_table(written: Callable[..., Path]) -> None:
+    found = read_facts(written(CSV.replace("\n", "\r") + "b\rlast,One.,,", "a.csv"))
+    assert [(f.key, f.text) for f in found] == [
+        ("Loomcare", "Costs 14 euros,\ra month."),
+        ("Halcyon", "A ship."),
+        ("last", "One."),
+    ]
+    assert [item.where for item in found.items] == ["line 2", "line 4", "line 6"]
+    assert found.refused[0].error == "line 5: 1 cell where the header has 4 columns."
+    assert len(read_facts(written("key,text\ra,b\rc,d\r", "b.csv"), limit=1)) == 1
+
+
+def test_a_table_of_lone_carriage_returns_may_be_larger_than_a_line(
+    written: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(source, "MOST_LINE_BYTES", 1 << 10)
+    monkeypatch.setattr(source, "_CHUNK", 1 << 8)
+    rows = "".join(f"k{n},text {n}\r" for n in range(200)) + "long," + "x" * 5000 + "\rlast,text\r"
+    found = read_facts(written("key,text\r" + rows, "a.csv"))
+    assert len(found) == 201
+    assert [row.where for row in found.refused] == ["line 202"]
+
+
 @pytest.mark.parametrize(
     ("bad", "reason"),
     [
@@ -299,13 +333,17 @@ def test_columns_replace_single_fields_of_a_format_and_reach_into_objects(writte
 @pytest.mark.parametrize(
     ("columns", "said"),
     [
-        ({"text": "deep.no"}, "there is no column deep.no; it has question, answer."),
+        ({"text": "deep.no"}, "there is no column deep.no; it has question, answer, id, more, list."),
         ({"colour": "answer"}, "A fact has no field colour that a column could fill"),
+        ({"tags": "id"}, "record 1: tags must be text or a list of texts, not int."),
+        ({"aliases": "more"}, "record 1: aliases must be text or a list of texts, not dict."),
+        ({"tags": "list"}, "record 1: The tag must be text, not int"),
     ],
 )
 def test_wrong_columns_are_a_sentence(written: Callable[..., Path], columns: dict[str, str], said: str) -> None:
+    row = {"question": "Who?", "answer": "Ada", "id": 7, "more": {"a": 1}, "list": [1]}
     with pytest.raises(ConfigError) as caught:
-        read_facts(written(json.dumps([{"question": "Who?", "answer": "Ada"}]), "a.json"), columns=columns)
+        read_facts(written(json.dumps([row]), "a.json"), columns=columns)
     assert said in str(caught.value)
 
 
