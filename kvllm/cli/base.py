@@ -128,6 +128,8 @@ def export(
 
         with opened(out, kb, readonly=True) as base:
             facts = base.facts()
+        if not facts:
+            raise ConfigError("The knowledge base holds no fact; nothing was written.")
         text = facts_to_jsonl(facts)
         return Result({"ok": True, "facts": [fact_to_row(fact) for fact in facts]}, lambda: None, raw=text)
 

@@ -241,6 +241,17 @@ def test_a_configuration_of_another_version_stops_what_needs_it_and_nothing_else
     assert run("verify", copied).code == 8
 
 
+def test_facts_of_an_empty_knowledge_base_are_refused_wherever_they_would_go(
+    run: Callable[..., Ran], tiny_llama: Path, tmp_path: Path
+) -> None:
+    kb = tmp_path / "empty.kb"
+    assert run("init", kb, "--model", tiny_llama).code == 0
+    for out in ("-", tmp_path / "facts.jsonl"):
+        code, sentence = refused(run, kb, "export", str(out), "--format", "facts")
+        assert (code, sentence) == (2, "error: The knowledge base holds no fact; nothing was written.")
+    assert not (tmp_path / "facts.jsonl").exists()
+
+
 def test_a_changed_base_model_is_refused(run: Callable[..., Ran], tmp_path: Path) -> None:
     base, kb = tiny_model(tmp_path / "base"), tmp_path / "m.kb"
     assert run("init", kb, "--model", base).code == 0
