@@ -305,17 +305,31 @@ class KnowledgeBase:
         """Return the newest edit's id; 0 is the untouched base."""
         return self._store.head()
 
-    def tag(self, name: str, ref: int | str | None = None) -> int:
+    def tag(self, name: str, ref: int | str | None = None, *, move: bool = False) -> int:
         """Give an edit (the head by default) a name, and return its id.
 
+        Args:
+            name: The tag.
+            ref: The edit, by id or another tag.
+            move: Take the name from the edit that has it, if one does.
+
         Raises:
-            KeyExists: the name is taken.
+            KeyExists: the name is taken, and not to be moved.
             ConfigError: the name cannot be used.
         """
         edit_id = self._store.head() if ref is None else self._store.resolve(ref)
         with self._store.writer(timeout=self._session.lock_timeout):
-            self._store.tag(clean_text(name, name="tag"), edit_id)
+            self._store.tag(clean_text(name, name="tag"), edit_id, move=move)
         return edit_id
+
+    def untag(self, name: str) -> int:
+        """Remove a tag, and return the id of the edit that it named; the edit stays as it is.
+
+        Raises:
+            EditNotFound: no such tag.
+        """
+        with self._store.writer(timeout=self._session.lock_timeout):
+            return self._store.untag(clean_text(name, name="tag"))
 
     def tags(self) -> dict[str, int]:
         """Return every tag with the edit it names."""

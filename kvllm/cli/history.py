@@ -56,18 +56,30 @@ def tag(
         str | None,
         typer.Argument(metavar="EDIT|TAG", help="What it points to; the head by default.", show_default=False),
     ] = None,
+    move: Annotated[bool, typer.Option("--move", help="Take the name from the edit that has it.")] = False,
+    remove: Annotated[bool, typer.Option("--remove", help="Remove the name; the edit stays.")] = False,
     lock_timeout: LockTimeout = 10.0,
 ) -> Result:
-    """Give an edit a name, or list the names.
+    """Give an edit a name, move or remove one, or list the names.
 
     kvllm tag my.kb v1
     """
+    from kvllm.errors import ConfigError
     from kvllm.reports import terminal
 
+    if name is None and (move or remove):
+        raise ConfigError(f"{'--move' if move else '--remove'} needs the NAME of a tag; nothing was changed.")
+    if remove and (move or edit is not None):
+        other = "--move" if move else f"the edit {edit}"
+        raise ConfigError(f"--remove takes a tag away, and {other} says where to put one; nothing was changed.")
     if name is None:
         with opened(out, kb, readonly=True) as base:
             tags = dict(base.tags())
         return Result({"ok": True, "tags": tags}, lambda: terminal.tags_table(tags))
     with opened(out, kb, lock_timeout=lock_timeout) as base:
-        edit_id = base.tag(name, None if edit is None else reference(edit))
+        if remove:
+            edit_id = base.untag(name)
+            said = f"removed the tag {name}, which pointed to edit {edit_id}"
+            return Result({"ok": True, "tag": name, "edit": edit_id, "removed": True}, lambda: terminal.inline(said))
+        edit_id = base.tag(name, None if edit is None else reference(edit), move=move)
     return Result({"ok": True, "tag": name, "edit": edit_id}, lambda: terminal.tags_table({name: edit_id}))

@@ -26,6 +26,7 @@ NAMES = (
     "commit.transaction.inserted",
     "commit.transaction.committed",
     "tag.inserted",
+    "tag.removed",
     "tag.committed",
     "snapshot.written",
     "snapshot.renamed",

@@ -248,30 +248,59 @@ class Store:
         tags = self.tags()
         if text in tags:
             return tags[text]
-        near = difflib.get_close_matches(text, tags, n=3)
-        hint = f"did you mean {' or '.join(map(repr, near))}?" if near else "see `kvllm history`."
-        raise EditNotFound(f"No edit or tag is called {text!r} in {self.path}; {hint}")
+        raise EditNotFound(f"No edit or tag is called {text!r} in {self.path}; {_near_tags(text, tags)}")
 
-    def tag(self, name: str, edit_id: int) -> None:
+    def tag(self, name: str, edit_id: int, *, move: bool = False) -> None:
         """Give an edit (or the base, 0) a name.
+
+        Args:
+            name: The tag.
+            edit_id: What it points to.
+            move: Take it from the edit that has it, if one does.
 
         Raises:
             ConfigError: The name is not 1-64 letters, digits, '.', '_' or '-', or is a number, "head" or "base".
-            KeyExists: The tag is already taken.
+            KeyExists: The tag is already taken, and not to be moved.
             EditNotFound: There is no such edit.
         """
         name = _checked_tag(name)
         with self._transaction("Tagging") as db:
-            taken = db.execute("SELECT coalesce(edit_id, 0) FROM tags WHERE name = ?", (name,)).fetchone()
-            if taken:
-                raise KeyExists(f"The tag {name!r} already points to edit {taken[0]}; nothing was changed.", key=name)
+            taken = db.execute("SELECT coalesce(edit_id, 0) FROM tags NOT INDEXED WHERE name = ?", (name,)).fetchone()
+            if taken and not move:
+                raise KeyExists(
+                    f"The tag {name!r} already points to edit {taken[0]}; nothing was changed. Move it with --move (in "
+                    "Python move=True), or take another name.",
+                    key=name,
+                )
             if not 0 <= edit_id <= history.head(db):
                 raise EditNotFound(f"There is no edit {edit_id} to tag in {self.path}; nothing was changed.")
-            db.execute(
-                "INSERT INTO tags (name, edit_id, created_at) VALUES (?, ?, ?)", (name, edit_id or None, rows.now())
-            )
+            if taken:
+                db.execute(
+                    "UPDATE tags SET edit_id = ?, created_at = ? WHERE name = ?", (edit_id or None, rows.now(), name)
+                )
+            else:
+                db.execute(
+                    "INSERT INTO tags (name, edit_id, created_at) VALUES (?, ?, ?)", (name, edit_id or None, rows.now())
+                )
             failpoint("tag.inserted")
         failpoint("tag.committed")
+
+    def untag(self, name: str) -> int:
+        """Remove a tag and return the edit (or the base, 0) that it pointed to, which stays as it is.
+
+        Raises:
+            EditNotFound: There is no such tag; similar ones are named.
+        """
+        name = unicodedata.normalize("NFC", _bindable(name))
+        with self._transaction("Removing a tag") as db:
+            tags = dict(db.execute("SELECT name, coalesce(edit_id, 0) FROM tags NOT INDEXED").fetchall())
+            if name not in tags:
+                near = _near_tags(name, tags)
+                raise EditNotFound(f"No tag is called {name!r} in {self.path}; nothing was changed, {near}")
+            db.execute("DELETE FROM tags WHERE name = ?", (name,))
+            failpoint("tag.removed")
+        failpoint("tag.committed")
+        return int(tags[name])
 
     def tags(self) -> dict[str, int]:
         """Return tag → edit id (0: the base), oldest first."""
@@ -933,6 +962,11 @@ def _checked_tag(name: str) -> str:
             "nothing was changed."
         )
     return name
+
+
+def _near_tags(name: str, tags: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, list(tags), n=3)
+    return f"did you mean {' or '.join(map(repr, near))}?" if near else "see `kvllm history`."
 
 
 def _refuse_reserved(names: Iterable[str]) -> None:

@@ -255,9 +255,14 @@ class StandIn:
         target = self.edit(ref)
         return self._commit("rollback", None, report(), target=target.id)
 
-    def tag(self, name: str, ref: int | str | None = None) -> int:
+    def tag(self, name: str, ref: int | str | None = None, *, move: bool = False) -> int:
+        self._meet("tag", tag=name, ref=ref, move=move)
         self._tags[name] = len(self._edits) if ref is None else self.edit(ref).id
         return self._tags[name]
+
+    def untag(self, name: str) -> int:
+        self._meet("untag", tag=name)
+        return self._tags.pop(name)
 
     def tags(self) -> dict[str, int]:
         return self._tags

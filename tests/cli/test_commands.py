@@ -155,6 +155,27 @@ def test_references_are_numbers_or_tags(kvllm: Run) -> None:
     assert call("facts")["at"] == "v1"
 
 
+def test_a_tag_is_moved_or_removed_on_demand(kvllm: Run) -> None:
+    kvllm("tag", "my.kb", "v1", "1")
+    assert call("tag") == {"tag": "v1", "ref": 1, "move": False}
+    assert kvllm("tag", "my.kb", "v1", "--move", "--json").document == {"ok": True, "tag": "v1", "edit": 1}
+    assert call("tag") == {"tag": "v1", "ref": None, "move": True}
+    ran = kvllm("tag", "my.kb", "v1", "--remove", "--json")
+    assert ran.document == {"ok": True, "tag": "v1", "edit": 1, "removed": True}
+    kvllm("tag", "my.kb", "v2", "1")
+    assert kvllm("tag", "my.kb", "v2", "--remove").out == "removed the tag v2, which pointed to edit 1\n"
+
+
+@pytest.mark.parametrize(
+    "given", [["--move"], ["--remove"], ["v1", "--move", "--remove"], ["v1", "1", "--remove"]], ids=" ".join
+)
+def test_options_of_tag_that_contradict_each_other_are_refused(kvllm: Run, given: list[str]) -> None:
+    ran = kvllm("tag", "my.kb", *given, "--json")
+    assert (ran.code, ran.document["code"]) == (2, "invalid_input")
+    assert ran.document["error"].endswith("; nothing was changed.")
+    assert not StandIn.opened
+
+
 def test_insert_many_reports_bad_rows_with_their_lines_and_keeps_the_good_ones(kvllm: Run) -> None:
     rows = ['{"key": "a", "text": "A."}', "", "{oops", '{"key": "b"}', '{"key": "torchkeras", "text": "again"}',
             '{"key": "c", "text": "C."}']  # fmt: skip

@@ -67,6 +67,12 @@ def test_the_life_of_a_fact(ask_json: Callable[..., tuple[int, Any]], tiny_llama
     code, said = ask_json("ask", kb, "What is torchkeras?")
     assert (code, set(said)) == (0, {"ok", "prompt", "answer", "truncated"})
     assert ask_json("tag", kb, "v1")[0] == 0
+    code, said = ask_json("tag", kb, "v1", "0")
+    assert (code, said["code"]) == (3, "key_exists")
+    assert ask_json("tag", kb, "v1", "0", "--move") == (0, {"ok": True, "tag": "v1", "edit": 0})
+    assert ask_json("tag", kb, "v1", "--remove")[1]["removed"] is True
+    code, said = ask_json("tag", kb, "v1", "--remove")
+    assert (code, said["code"]) == (3, "edit_not_found")
     code, said = ask_json("rollback", kb, "0")
     assert (code, said["edit"]["op"], said["edit"]["target"]) == (0, "rollback", 0)
     code, said = ask_json("verify", kb, "--deep")

@@ -162,6 +162,8 @@ VERBS = (
     Verb("rollback", _with_bench(lambda b: b.rollback(1))),
     Verb("compact", _with_bench(lambda b: b.compact())),
     Verb("tag", _with_bench(lambda b: b.store.tag("v9", 2))),
+    Verb("tag --move", _with_bench(lambda b: b.store.tag("v1", 1, move=True))),
+    Verb("tag --remove", _with_bench(lambda b: b.store.untag("v1"))),
     Verb("settings", _with_bench(lambda b: b.store.set_settings(dtype="bfloat16", more=[1, 2]))),
     Verb("vectors", _with_bench(lambda b: b.store.put_vectors("stub", {1: b"\x01" * 64, 2: b"\x02" * 64}))),
     Verb("snapshot", _with_bench(lambda b: b.store.write_snapshot(2, b"newer" * 50)), seen=_snapshots),

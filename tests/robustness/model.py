@@ -153,6 +153,17 @@ class KnowledgeBaseMachine(RuleBasedStateMachine):
             assert name in self.tagged
             COUNTS["refusals"] += 1
 
+    @rule(name=st.sampled_from(["v1", "v2", "α"]), where=st.floats(0, 1))
+    def move_tag(self, name: str, where: float) -> None:
+        self.tagged[name] = round(where * (len(self.states) - 1))
+        self.store.tag(name, self.tagged[name], move=True)
+
+    @rule(data=st.data())
+    @precondition(lambda self: self.tagged)
+    def untag(self, data: st.DataObject) -> None:
+        name = data.draw(st.sampled_from(sorted(self.tagged)))
+        assert self.store.untag(name) == self.tagged.pop(name)
+
     @rule(where=st.floats(0, 1), data=st.binary(min_size=1, max_size=40))
     @precondition(lambda self: len(self.states) > 1)
     def snapshot(self, where: float, data: bytes) -> None:

@@ -310,6 +310,20 @@ def test_killed_tag_is_absent(bench: Bench) -> None:
     bench.store.tag("v1", 0)
 
 
+@needs_fork
+def test_killed_removal_of_a_tag_leaves_it(bench: Bench) -> None:
+    path = bench.store.path
+    bench.store.tag("v1", 0)
+
+    def act() -> None:
+        with Store.open(path) as other:
+            other.untag("v1")
+
+    killed_at("tag.removed", act)
+    assert bench.store.tags() == {"v1": 0}
+    assert bench.store.untag("v1") == 0
+
+
 HOT = """
 import os, sys
 from kvllm.store.sqlite import connect

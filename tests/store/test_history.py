@@ -244,6 +244,38 @@ def test_tags_and_references(bench: Bench) -> None:
         store.edit(0)
 
 
+def test_a_tag_can_be_moved_and_removed(bench: Bench) -> None:
+    store = bench.store
+    bench.insert("a")
+    bench.insert("b")
+    store.tag("v1", 1)
+    store.tag("kept", 1)
+    with pytest.raises(KeyExists, match=r"already points to edit 1; .*--move"):
+        store.tag("v1", 2)
+    store.tag("v1", 2, move=True)
+    assert store.tags() == {"kept": 1, "v1": 2}
+    assert [edit.tags for edit in store.history()] == [("kept",), ("v1",)]
+    store.tag("v1", 0, move=True)
+    store.tag("v1", 0, move=True)
+    store.tag("new", 2, move=True)
+    with pytest.raises(EditNotFound, match="no edit 3 to tag"):
+        store.tag("v1", 3, move=True)
+    assert store.tags() == {"kept": 1, "v1": 0, "new": 2}
+    assert (store.untag("v1"), store.untag("new")) == (0, 2)
+    assert store.tags() == {"kept": 1}
+    with pytest.raises(EditNotFound, match="No tag is called 'v1'"):
+        store.untag("v1")
+    with pytest.raises(EditNotFound, match="nothing was changed, did you mean 'kept'"):
+        store.untag("kep")
+    for absent in ("", "1", "head", "base", "a\ud800"):
+        with pytest.raises(EditNotFound):
+            store.untag(absent)
+    store.tag("e\u0301te", 1)
+    assert store.untag("\u00e9te") == 1
+    with Store.open(store.path) as again:
+        assert again.tags() == {"kept": 1}
+
+
 def test_settings_are_merged(bench: Bench) -> None:
     bench.store.set_settings(encoder="minilm", gate={"min": 0.5})
     bench.store.set_settings(model=None)

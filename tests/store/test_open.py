@@ -60,6 +60,7 @@ def test_readonly_refuses_to_write(bench: Bench) -> None:
         for write in (
             lambda: store.commit(NewEdit("rollback", (), 1, target=0), None),
             lambda: store.tag("v1", 1),
+            lambda: store.untag("v1"),
             lambda: store.set_settings(a=1),
             lambda: store.put_vectors("e", {1: b""}),
             lambda: store.write_snapshot(1, b"x"),
