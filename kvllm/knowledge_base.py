@@ -891,16 +891,14 @@ class KnowledgeBase:
         from kvllm.store.verify import told
 
         problems, replayed = list(report.problems), False
-        unknown = [
-            Problem(config.sentence, f"setting {name!r}", code=StoreError.code)
-            for name, config in (("edit", self._session.edit_config), ("gate", self._session.gate_config))
-            if isinstance(config, _Unknown)
-        ]
-        if not deep:
-            return replace(report, problems=(*problems, *unknown), ok=report.ok and not unknown)
-        if not report.ok:
-            problems.append(Problem("the weights were not replayed, as the rest is damaged", "replay", "warning"))
-            return replace(report, problems=(*problems, *unknown))
+        for name, config in (("edit", self._session.edit_config), ("gate", self._session.gate_config)):
+            if isinstance(config, _Unknown):
+                problems.append(Problem(config.sentence, f"setting {name!r}", code=StoreError.code))
+        if not deep or not report.ok:
+            if deep:
+                problems.append(Problem("the weights were not replayed, as the rest is damaged", "replay", "warning"))
+            sound = all(problem.severity != "error" for problem in problems)
+            return replace(report, problems=tuple(problems), ok=sound)
         try:
             engine = self._session.engine
             engine.check_base_files()
@@ -917,8 +915,7 @@ class KnowledgeBase:
         except KvllmError as error:  # of the base model or the machine: it says nothing about the knowledge base
             if all(problem.severity != "error" for problem in problems):
                 raise
-            problems.append(Problem(f"the other states were not replayed: {error}", "replay", "warning"))
-        problems += unknown
+            problems.append(Problem(f"not every state was replayed: {error}", "replay", "warning"))
         sound = all(problem.severity != "error" for problem in problems)
         return replace(report, problems=tuple(problems), ok=sound, replayed=replayed)
 

@@ -219,7 +219,12 @@ def test_a_newer_store_is_refused(run: Callable[..., Ran], copied: Path) -> None
     ],
 )
 def test_a_configuration_of_another_version_stops_what_needs_it_and_nothing_else(
-    run: Callable[..., Ran], copied: Path, tmp_path: Path, settings: dict[str, Any], said: str
+    run: Callable[..., Ran],
+    copied: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    settings: dict[str, Any],
+    said: str,
 ) -> None:
     with Store.open(copied) as store:
         store.set_settings(**settings)
@@ -242,6 +247,10 @@ def test_a_configuration_of_another_version_stops_what_needs_it_and_nothing_else
         assert (ran.code, ran.document["code"], ran.document["ok"]) == (5, "store_error", False)
         (problem,) = ran.document["verify"]["problems"]
         assert problem["where"] == f"setting {next(iter(settings))!r}"
+    with monkeypatch.context() as patch:  # what was found is not lost where the replay fails
+        patch.setattr("kvllm.lm.model.LanguageModel.load", raises(OutOfResources("There is not enough memory.")))
+        ran = run("verify", copied, "--deep", "--json")
+        assert (ran.code, len(ran.document["verify"]["problems"])) == (5, 2)
     (file,) = copied.rglob("adapter_model.safetensors")
     file.unlink()
     assert run("verify", copied).code == 8
