@@ -196,7 +196,7 @@ class Edits:
         others = [f for f in live if f.key not in touched]
         earlier = {f.key: session.versions(f.key) for f in live if f.key in touched}
         both = [with_earlier(fact, earlier.get(fact.key, ()), others) for fact in facts]
-        asked, left = [fact for fact, _ in both], [other for _, theirs in both for other in theirs]
+        asked, left = [fact for fact, _ in both], [other for _, some in both for other in some]
         engine.check_lengths(asked, settings)
         warnings = (*self._collisions(facts), *claim_warnings(facts, others)) if replay else ()
         # What is left to another fact is practised whatever else is replayed, question by question.
@@ -221,8 +221,8 @@ class Edits:
         )
         metrics, untaught = dict(report.metrics), _untaught(report)
         if trained.left:
-            theirs = self.probe_facts(trained.left, kinds=("trained",), also=trained.old)
-            report = replace(report, probes=(*report.probes, *theirs.probes))
+            others = self.probe_facts(trained.left, kinds=("trained",), also=trained.old)
+            report = replace(report, probes=(*report.probes, *others.probes))
         if trained.old:
             asked = [p for p in report.probes if p.kind in ("trained", "paraphrase", "alias")]
             stated = [any(still_states(p.answer, old, p.expected) for old in trained.old) for p in asked]
