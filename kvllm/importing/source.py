@@ -271,27 +271,27 @@ def open_source(
 
 def numbered_lines(stream: IO[bytes]) -> Iterator[tuple[int, bytes | None]]:
     """Yield (number, bytes) of each line; None for one that is longer than `MOST_LINE_BYTES`, which is not kept."""
-    return _numbered(stream.readline)
+    return _numbered(stream.readline, (b"\n",))
 
 
 def _any_lines(stream: IO[bytes]) -> Iterator[tuple[int, bytes | None]]:
     """Yield lines as `numbered_lines` does; a lone carriage return, as old spreadsheets write it, ends one too."""
     as_text = io.TextIOWrapper(stream, encoding="latin-1", newline="")  # one character a byte
     try:
-        yield from _numbered(lambda size: as_text.readline(size).encode("latin-1"))
+        yield from _numbered(lambda size: as_text.readline(size).encode("latin-1"), (b"\n", b"\r"))
     finally:
         if not stream.closed:
             as_text.detach()
 
 
-def _numbered(readline: Callable[[int], bytes]) -> Iterator[tuple[int, bytes | None]]:
+def _numbered(readline: Callable[[int], bytes], ends: tuple[bytes, ...]) -> Iterator[tuple[int, bytes | None]]:
     number = 0
     while line := readline(MOST_LINE_BYTES + 1):
         number += 1
         if len(line) <= MOST_LINE_BYTES:
             yield number, line
             continue
-        while line and not line.endswith((b"\n", b"\r")):
+        while line and not line.endswith(ends):
             line = readline(_CHUNK)
         yield number, None
 

@@ -421,3 +421,10 @@ def test_written_probes_are_probes_that_can_be_asked(written: Callable[..., Path
         read_facts(written(lines(GOOD))).write_probes(tmp_path / "more.jsonl")
     with pytest.raises(ConfigError, match="Cannot write"):
         found.write_probes(tmp_path / "none" / "probes.jsonl")
+
+
+def test_an_overlong_json_line_ends_where_its_line_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvllm.importing.source.MOST_LINE_BYTES", 3)
+    monkeypatch.setattr("kvllm.importing.source._CHUNK", 2)
+    # The carriage return is the last byte of a chunk, and its line feed the first of the next.
+    assert list(source.numbered_lines(io.BytesIO(b"aaaaa\r\nbb\n"))) == [(1, None), (2, b"bb\n")]
