@@ -8,7 +8,7 @@ They know nothing of SQLite, torch or terminals; every layer may use them.
 from __future__ import annotations
 
 import html
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Literal
 
@@ -271,6 +271,26 @@ class Edit(Record):
         plain["report"] = {name: metric.to_dict() for name, metric in self.report.metrics.items()}
         plain["probes"] = [probe.to_dict() for probe in self.report.probes]
         return plain
+
+
+def lineage(edits: Iterable[Edit], *, past_compactions: bool = False) -> list[Edit]:
+    """Return the edits that the newest one's state is made of, newest first: what was rolled back is not among them.
+
+    Args:
+        edits: A whole history, in any order.
+        past_compactions: Go back to the base. A compaction retrains the live facts: the weights hold nothing from
+            before it, and it is the last edit otherwise.
+    """
+    history = {edit.id: edit for edit in edits}
+    found: list[Edit] = []
+    edit = history.get(max(history, default=0))
+    while edit is not None:
+        if edit.op != "rollback":
+            found.append(edit)
+        if edit.op == "compact" and not past_compactions:
+            break
+        edit = history.get((edit.target if edit.op == "rollback" else edit.parent) or 0)
+    return found
 
 
 @dataclass(frozen=True)

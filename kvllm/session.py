@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from kvllm.config import EditConfig, GateConfig, ModelConfig
 from kvllm.errors import Corrupt, KvllmError, ModelError, OutOfResources, StoreError, Untrusted, is_out_of_memory
 from kvllm.prompts import names_of
-from kvllm.records import Edit, Progress, StoredFact
+from kvllm.records import Edit, Progress, StoredFact, lineage
 from kvllm.store import NewEdit, Store
 
 if TYPE_CHECKING:
@@ -76,16 +76,7 @@ class Session:
 
     def lineage(self) -> list[Edit]:
         """Return the edits whose deltas the head's weights hold, newest first: back to the base or to a compaction."""
-        history = {edit.id: edit for edit in self.store.history(light=True)}
-        found: list[Edit] = []
-        edit = history.get(self.store.head())
-        while edit is not None:
-            if edit.op != "rollback":
-                found.append(edit)
-            if edit.op == "compact":
-                break
-            edit = history.get((edit.target if edit.op == "rollback" else edit.parent) or 0)
-        return found
+        return lineage(self.store.history(light=True))
 
     def versions(self, key: str, edits: Sequence[Edit] | None = None) -> list[StoredFact]:
         """Return what the weights were taught of a key since its insert or a compaction, oldest first.

@@ -198,7 +198,7 @@ class Kvllm(Column):
 
     @property
     def lm(self) -> LanguageModel:
-        return self.world.kb.engine.lm
+        return self.world.kb._session.engine.lm  # after `kb.engine` every edit looks for changes by hand
 
     def edit(self, item: Item, text: str) -> dict[str, Any]:
         kb = self.world.kb

@@ -33,7 +33,7 @@ from kvllm.cli.command import (
 )
 from kvllm.cli.output import Output, Result
 from kvllm.errors import ConfigError, EditRejected, ending_error
-from kvllm.records import DeleteMode, Edit, EditOutcome, Fact, InsertMode, TeachVerb
+from kvllm.records import DeleteMode, Edit, EditOutcome, Fact, InsertMode, TeachVerb, lineage
 
 if TYPE_CHECKING:
     from kvllm.importing import Found, FoundFact, Refused
@@ -288,16 +288,12 @@ def _deleted(base: KnowledgeBase, mode: DeleteMode) -> set[str]:
     A refusal counts as one only where no compact dropped it since. Who wants the base's answers back is served by a
     delete of either mode: a key that is not live cannot be restored again.
     """
-    edits = base.history()
-    history = {edit.id: edit for edit in edits}
     newer: set[str] = set()
     gone: set[str] = set()
-    edit = edits[0] if edits else None
-    while edit is not None and (mode == "restore" or edit.op != "compact"):
+    for edit in lineage(base.history(), past_compactions=mode == "restore"):
         if edit.op == "delete" and (mode == "restore" or edit.mode == mode):
             gone |= set(edit.keys) - newer
         newer.update(edit.keys)
-        edit = history.get((edit.target if edit.op == "rollback" else edit.parent) or 0)
     return gone
 
 

@@ -13,13 +13,18 @@ from typing import Any
 import typer
 
 from kvllm.cli import signals
-from kvllm.errors import EditRejected, KvllmError
+from kvllm.errors import ConfigError, EditRejected, KvllmError, OutOfResources
 from kvllm.records import Record
 
 # typer carries its own copy of click since 0.26 and used the package before: the classes are reached through typer.
 _CLICK_EXCEPTION: type[BaseException] = typer.BadParameter.__mro__[2]
 _FULL = {errno.ENOSPC, errno.ENOMEM, getattr(errno, "EDQUOT", errno.ENOSPC)}
 _FULL_WORDS = ("out of memory", "not enough memory", "can't allocate memory", "no space left on device", "disk is full")
+
+
+def unwritable(error: OSError) -> type[KvllmError]:
+    """Return what kind of error it is that a file of the user's cannot be written."""
+    return OutOfResources if error.errno in _FULL else ConfigError
 
 
 class Interrupted(KvllmError):

@@ -40,8 +40,9 @@ from kvllm.cli.edits import (
     series_arguments,
     training_arguments,
 )
+from kvllm.cli.failures import unwritable
 from kvllm.cli.output import Output, Result
-from kvllm.errors import ConfigError, KvllmError, OutOfResources
+from kvllm.errors import ConfigError, KvllmError
 from kvllm.records import DeleteMode
 
 if TYPE_CHECKING:
@@ -218,7 +219,7 @@ def _written(found: Found, probes_to: Path | None) -> Iterator[list[tuple[str, t
     except OSError as error:
         where = f"; they lie in {waiting}" if waiting.exists() else ""
         sentence = f"The probes cannot be written to {probes_to}: {error.strerror}{where}."
-        failed.append((sentence, OutOfResources if error.errno in (errno.ENOSPC, errno.EDQUOT) else ConfigError))
+        failed.append((sentence, unwritable(error)))
 
 
 def _also_failed(result: Result, sentence: str, kind: type[KvllmError]) -> Result:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import datetime, timezone
-from errno import EDQUOT, ENOSPC
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,8 +15,9 @@ import typer
 
 from kvllm.cli.app import MEASURE, app
 from kvllm.cli.command import Device, Dtype, Model, Store, command, opened, reference
+from kvllm.cli.failures import unwritable
 from kvllm.cli.output import Output, Result
-from kvllm.errors import ConfigError, OutOfResources
+from kvllm.errors import ConfigError
 from kvllm.reports.render import Format
 
 if TYPE_CHECKING:
@@ -315,7 +315,7 @@ def deliver(
             file.write_bytes(text.encode())
         except OSError as error:  # what was measured is not lost with it: the other files and stdout have it
             unwritten.append(f"The report cannot be written to {file}: {error.strerror}.")
-            why = OutOfResources if error.errno in (ENOSPC, EDQUOT) else ConfigError
+            why = unwritable(error)
             code, exit_code = why.code, why.exit_code
     if unwritten:
         failure = " ".join([*unwritten, *([failure] if failure else [])])

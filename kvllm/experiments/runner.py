@@ -100,11 +100,13 @@ def run_experiment(
     home = Path(folder)
     runs = runs_of(declared)
     anew = _chosen(runs, again) if again else []
-    chosen = [run for run in runs if run in _chosen(runs, only) or run in anew]
+    asked = _chosen(runs, only)
+    chosen = [run for run in runs if run in asked or run in anew]
     with Results(home / RESULTS_FILE) as results:
         results.take()
         results.refuse_other(declared.digest)
-        waiting = [run for run in runs if run in chosen and (run in anew or run in _unfinished(runs, results))]
+        unfinished = _unfinished(chosen, results)
+        waiting = [run for run in chosen if run in anew or run in unfinished]
         # Before the folder is this experiment's: a model that is not there takes none.
         model = model_record(declared) if waiting else None
         results.open_experiment(declared.configuration(), digest=declared.digest)

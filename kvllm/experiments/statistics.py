@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -173,10 +174,9 @@ def rank_test(losses: Sequence[Loss], *, seed: int = 0) -> RankTest | None:
             order = rng.random((DRAWS, m)).argsort(axis=1)[:, :size] + 1
             totals += ((order - 0.5) / m).sum(axis=1)
     means = totals / len(used)
-    extreme = min(int((means <= mean + 1e-12).sum()), int((means >= mean - 1e-12).sum()))
     return RankTest(
         round(mean, 4),
-        min(1.0, 2 * (1 + extreme) / (1 + DRAWS)),
+        _two_sided(means, mean),
         len(used),
         sum(loss.rank <= 1 for loss in used),
         round(sum(1 / loss.candidates for loss in used), 3),
@@ -216,10 +216,14 @@ def kind_test(edits: Sequence[tuple[int, int, int, int]], *, seed: int = 0) -> K
     rng = np.random.default_rng(seed)
     drawn = np.sum([rng.hypergeometric(of_kind, m - of_kind, n, DRAWS) for _, n, of_kind, m in used], axis=0)
     same = sum(edit[0] for edit in used)
-    extreme = min(int((drawn <= same).sum()), int((drawn >= same).sum()))
     expected = sum(n * of_kind / m for _, n, of_kind, m in used)
-    p = min(1.0, 2 * (1 + extreme) / (1 + DRAWS))
-    return KindTest(same, round(expected, 2), p, sum(edit[1] for edit in used))
+    return KindTest(same, round(expected, 2), _two_sided(drawn, same), sum(edit[1] for edit in used))
+
+
+def _two_sided(drawn: NDArray[Any], found: float) -> float:
+    """Return 2 · (1 + draws as extreme) / (1 + draws) on the side where a value lies, at most 1 and never 0."""
+    extreme = min(int((drawn <= found + 1e-12).sum()), int((drawn >= found - 1e-12).sum()))
+    return min(1.0, 2 * (1 + extreme) / (1 + len(drawn)))
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -62,6 +62,18 @@ class Results:
 
     def _translated(self, doing: str) -> AbstractContextManager[None]:
         return translated(self.path.parent, doing, file=self.path.name)
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Keep all that is written in the block, or nothing of it."""
+        with self._translated("Writing the results"):
+            self._connection.execute("BEGIN IMMEDIATE")
+            try:
+                yield
+            except BaseException:
+                self._connection.execute("ROLLBACK")
+                raise
+            self._connection.execute("COMMIT")
 
     def _create_tables(self) -> None:
         import sqlite_utils
@@ -112,15 +124,9 @@ class Results:
         """
         self.refuse_other(digest)
         if self._meta("digest") is None:
-            with self._translated("Writing the results"):
-                self._connection.execute("BEGIN IMMEDIATE")
-                try:
-                    self._set_meta("declared", dict(declared))
-                    self._set_meta("digest", digest)
-                except BaseException:
-                    self._connection.execute("ROLLBACK")
-                    raise
-                self._connection.execute("COMMIT")
+            with self._writing():
+                self._set_meta("declared", dict(declared))
+                self._set_meta("digest", digest)
 
     def refuse_other(self, digest: str) -> None:
         """Refuse results of another declaration.
@@ -152,36 +158,24 @@ class Results:
 
     def finish(self, run: str, step: str, rows: Sequence[Mapping[str, Any]], *, seconds: float) -> None:
         """Keep a finished step with its rows; a step that is there already stays as it is."""
-        with self._translated("Writing the results"):
-            self._connection.execute("BEGIN IMMEDIATE")
-            try:
-                fresh = self._connection.execute(
-                    "INSERT OR IGNORE INTO steps (run, step, seconds) VALUES (?, ?, ?)", (run, step, seconds)
-                ).rowcount
-                if fresh:
-                    self._connection.executemany(
-                        "INSERT INTO rows (run, step, place, kind, data) VALUES (?, ?, ?, ?, ?)",
-                        [
-                            (run, step, place, str(row["kind"]), json.dumps(dict(row), ensure_ascii=False))
-                            for place, row in enumerate(rows)
-                        ],
-                    )
-            except BaseException:
-                self._connection.execute("ROLLBACK")
-                raise
-            self._connection.execute("COMMIT")
+        with self._writing():
+            fresh = self._connection.execute(
+                "INSERT OR IGNORE INTO steps (run, step, seconds) VALUES (?, ?, ?)", (run, step, seconds)
+            ).rowcount
+            if fresh:
+                self._connection.executemany(
+                    "INSERT INTO rows (run, step, place, kind, data) VALUES (?, ?, ?, ?, ?)",
+                    [
+                        (run, step, place, str(row["kind"]), json.dumps(dict(row), ensure_ascii=False))
+                        for place, row in enumerate(rows)
+                    ],
+                )
 
     def forget(self, run: str) -> None:
         """Take a run's steps and rows away, so that it begins anew."""
-        with self._translated("Writing the results"):
-            self._connection.execute("BEGIN IMMEDIATE")
-            try:
-                for table in ("rows", "steps"):
-                    self._connection.execute(f"DELETE FROM {table} WHERE run = ?", (run,))
-            except BaseException:
-                self._connection.execute("ROLLBACK")
-                raise
-            self._connection.execute("COMMIT")
+        with self._writing():
+            for table in ("rows", "steps"):
+                self._connection.execute(f"DELETE FROM {table} WHERE run = ?", (run,))
 
     def finished(self, run: str | None = None) -> dict[str, set[str]]:
         """Return the finished steps by run."""
