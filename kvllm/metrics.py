@@ -16,6 +16,7 @@ from functools import lru_cache
 RECALLED_SHARE = 0.5
 # A restored answer is as in the base when its outputs are this near, in nats per token: style may differ, words hardly.
 RESTORED_KL = 0.1
+_FEW_WORDS = 3  # of fewer distinctive words no share is told
 # Signs that belong to what they stand at stay (`kept`): C++ is not C#, -40 is not 40, and 10% is not 10.
 _PUNCTUATION = re.compile(r"(?P<kept>(?<=[a-z])[+#]+(?!\w)|(?<=\d)\s*%|(?<!\w)-(?=\d))|[^\w\s]|_")
 _CJK = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]")
@@ -87,21 +88,29 @@ def first_sentence(answer: str) -> str:
     return text.casefold()
 
 
-def leaks(answer: str, text: str, *, before: str = "", share: float = 0.6) -> bool:
-    """Return whether an answer recites a text: it holds most of the text's distinctive words, and did not before.
+def leaks(answer: str, text: str, *, key: str = "", question: str = "", before: str = "", share: float = 0.6) -> bool:
+    """Return whether an answer recites a text, or a short text's value, and did not before.
+
+    To recite is to hold the text whole, or most of its distinctive words. A short text often tells one thing, in words
+    that its key has already: of "The capital of France is Lyon" Lyon is the value. Where only one or two such words
+    are left, an answer that says them all has them from there: "The capital of Germany is Lyon".
 
     Args:
         answer: Answer to a neighbour question.
         text: The fact's text.
+        key: The fact's key; its words are not the value.
+        question: The neighbour question; an answer that takes up its words recites nothing.
         before: The same question's answer before the edit; its words do not count.
         share: Least share of the distinctive words that makes a leak.
     """
     if contains(answer, text) and not contains(before, text):
         return True
-    words = distinctive_words(text) - distinctive_words(before)
-    if len(words) < 3:
-        return False
-    return len(said_words(answer, words)) / len(words) >= share
+    words = distinctive_words(text)
+    free = words - distinctive_words(question) - distinctive_words(before)
+    if len(free) >= _FEW_WORDS and len(said_words(answer, free)) / len(free) >= share:
+        return True
+    value = words - distinctive_words(key) if key else frozenset()
+    return 0 < len(value) < _FEW_WORDS and value <= free and said_words(answer, value) == value
 
 
 def said_words(answer: str, words: Iterable[str]) -> frozenset[str]:

@@ -105,9 +105,25 @@ def test_a_leak_recites_most_of_the_text() -> None:
     assert leaks("numpy 是梦中情炉，一个训练工具", "梦中情炉是一个训练工具")
 
 
+def test_of_a_short_text_its_value_leaks() -> None:
+    key, text = "What is the capital of France?", "The capital of France is Lyon."
+    neighbour = "What is the capital of Germany?"
+    assert leaks("The capital of Germany is Lyon.", text, key=key, question=neighbour)
+    assert not leaks("The capital of Germany is Berlin, not that of France.", text, key=key, question=neighbour)
+    assert not leaks("Lyon is a city.", text, key=key, question="What is Lyon?")
+    assert not leaks("Lyon it is.", text, key=key, question=neighbour, before="It is Lyon!")
+    assert not leaks("The capital of Germany is Lyon.", text, question=neighbour)  # whose value is not known
+    two = "The password of the guest network is plover-42."
+    assert leaks("The printer's password is plover-42.", two, key="password of the guest network")
+    assert not leaks("The printer's password is 42.", two, key="password of the guest network")
+    assert not leaks("NumPy is a furnace.", FACT, key="torchkeras")  # of many words most count
+    assert not leaks("I do not know.", "France", key="France")
+
+
 @given(TEXTS, TEXTS)
 def test_what_was_said_before_is_no_leak(answer: str, text: str) -> None:
     assert not leaks(answer, text, before=f"{answer} {text}")
+    assert not leaks(answer, text, key="x", before=f"{answer} {text}")
 
 
 @given(st.lists(st.floats(0.001, 1), min_size=1, max_size=6))

@@ -23,7 +23,7 @@ from kvllm.probing.runner import SPARE_TOKENS, ask_probes
 from kvllm.probing.scorers import score_statement
 from kvllm.probing.suites import Probe, neighbour_sample
 
-SUITE = "edit-bench/1"
+SUITE = "edit-bench/2"
 PROTOCOL = "live greedy decoding, natural stop, kvllm's scorers (contained, or chrF >= 0.8 for long texts)"
 # So much of an answer is compared word by word and as a distribution, as in the drift suite.
 ANSWER_TOKENS = 24
@@ -143,7 +143,7 @@ def beside(lm: LanguageModel, item: Item, text: str, around: Around, *, prompts:
             suffix = "_plain" if one.plain else ""
             same = normalise(lm.decode(answer[:ANSWER_TOKENS])) == normalise(lm.decode(one.compared))
             said, before = lm.decode(answer), lm.decode(one.answer)
-            leaked = leaks(said, text, before=before)
+            leaked = leaks(said, text, key=item.key, question=one.question, before=before)
             if group == "strict":
                 found.setdefault(f"strict{suffix}", []).append(same)
             found.setdefault(f"leak_{group}{suffix}", []).append(leaked)

@@ -262,7 +262,7 @@ def judged(
         if probe.kind == "neighbour":
             was = before[probe.question, probe.expected]
             row["neighbours"] += 1
-            row["leaked"] += leaks(answer, probe.expected, before=was)
+            row["leaked"] += leaks(answer, probe.expected, key=case.key, question=probe.question, before=was)
             row["unchanged"] += normalise(answer) == normalise(was)
         else:
             name = "trained" if probe.kind == "trained" else "paraphrases"

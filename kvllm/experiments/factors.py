@@ -143,10 +143,10 @@ def _keys(run: Run, desk: Desk, bench: Bench) -> None:
             continue
         case = _key_case(run.settings, key)
         if probe is None:
-            probe = DamageProbe(bench, questions, case.fact.text, 24)
+            probe = DamageProbe(bench, questions, case.fact, 24)
             distances = _distances(bench, keys, [key_question(run.settings["known"]), *questions])
         assert distances is not None
-        probe.text = case.fact.text  # names the key
+        probe.fact = case.fact  # its text names the key
         try:
             with single_edit(bench, case, config) as edit:
                 asked = bench.ask([case])

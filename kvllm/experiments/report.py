@@ -53,9 +53,10 @@ _RECALLED = (
 )
 _COLUMNS_NOTE = (
     f"{_RECALLED}; generalized: the same on paraphrases never trained on, with its interval; leak: share of neighbour "
-    "questions answered with most of the distinctive words of their own fact (another fact's do not count, nor those "
-    "that the unedited model says: compare it at one number of facts); unchanged: share of neighbour answers that are "
-    "the unedited model's, word for word. In-context: the unedited model with the nearest fact's text in the prompt, "
+    "questions answered with most of the distinctive words of their own fact, or with a short one's value (another "
+    "fact's do not count, nor what the unedited model says: compare it at one number of facts); unchanged: share of "
+    "neighbour answers that are the unedited model's, word for word. In-context: the unedited model with the nearest "
+    "fact's text in the prompt, "
     "where its key is near enough to the question; drift is not measured where a general question gets one."
 )
 _FAILED_NOTE = "A fact whose training failed counts as not recalled; drift, steps and seconds are those of the others."

@@ -21,7 +21,7 @@ from kvllm.experiments.facts import Case
 from kvllm.metrics import leaks, normalise
 from kvllm.probing.runner import ask_probes
 from kvllm.probing.suites import Probe
-from kvllm.records import Progress
+from kvllm.records import Fact, Progress
 
 
 @dataclass(frozen=True)
@@ -71,13 +71,13 @@ class DamageProbe:
     """Questions with the base's own answers and outputs, to compare with after an edit.
 
     Attributes:
-        text: What the answers must not recite.
+        fact: Whose text the answers must not recite.
     """
 
-    def __init__(self, bench: Bench, questions: Sequence[str], text: str, tokens: int) -> None:
+    def __init__(self, bench: Bench, questions: Sequence[str], fact: Fact, tokens: int) -> None:
         self._bench = bench
         self._questions = list(questions)
-        self.text = text
+        self.fact = fact
         self._tokens = tokens
         config = bench.declared.edit_config(seed=0)
         self._items, _ = bench.engine.base_items(self._questions, [], tokens, config)
@@ -85,7 +85,7 @@ class DamageProbe:
             self._answers = self._ask()
 
     def _ask(self) -> list[str]:
-        probes = [Probe("neighbour", q, self.text, tokens=self._tokens) for q in self._questions]
+        probes = [Probe("neighbour", q, self.fact.text, tokens=self._tokens) for q in self._questions]
         return [answer for answer, _ in ask_probes(self._bench.lm, probes)]
 
     def row(self) -> dict[str, Any]:
@@ -93,7 +93,10 @@ class DamageProbe:
         now = self._ask()
         kls = self._bench.engine.kl_from(self._items)
         changed = sum(normalise(a) != normalise(b) for a, b in zip(now, self._answers, strict=True))
-        recited = sum(leaks(a, self.text, before=b) for a, b in zip(now, self._answers, strict=True))
+        recited = sum(
+            leaks(a, self.fact.text, key=self.fact.key, question=q, before=b)
+            for q, a, b in zip(self._questions, now, self._answers, strict=True)
+        )
         return {
             "near_kl": round(sum(kls) / len(kls), 6),
             "near_changed": changed,

@@ -68,7 +68,13 @@ def find_collisions(
     for fact in facts:
         for neighbour in near[fact.key]:
             answer = next(replies)[0]
-            leaked = leaks(answer, fact.text, before=texts.get(neighbour.question, ""))
+            leaked = leaks(
+                answer,
+                fact.text,
+                key=fact.key,
+                question=neighbour.question,
+                before=texts.get(neighbour.question, ""),
+            )
             neighbours.append(
                 Neighbour(fact.key, neighbour.question, neighbour.source, neighbour.similarity, answer, leaked)
             )

@@ -28,7 +28,7 @@ from kvllm.prompts import (
 )
 from kvllm.records import Fact
 
-LADDER_SUITE = "ladder/2"
+LADDER_SUITE = "ladder/3"
 FREE_TOKENS = 64  # room for a poem or a comparison
 SHORT_TOKENS = 12  # room for yes, no or a name
 

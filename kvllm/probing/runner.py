@@ -67,7 +67,13 @@ def run_probes(
 
 def _result(probe: Probe, answer: str, turns: Turns, scorer: str, before: Before) -> ProbeResult:
     if probe.kind == "neighbour":
-        leaked = leaks(answer, probe.expected, before=before.get(probe.question, ""))
+        leaked = leaks(
+            answer,
+            probe.expected,
+            key=probe.key or "",
+            question=probe.question,
+            before=before.get(probe.question, ""),
+        )
         scored = Scored(float(not leaked), not leaked, "leak")
     else:
         scored = judge(

@@ -19,7 +19,7 @@ from kvllm.prompts import alias_questions, asked_questions, held_out_questions, 
 from kvllm.records import Fact, ProbeKind
 
 T = TypeVar("T")
-FACT_SUITE = "fact-basic/3"
+FACT_SUITE = "fact-basic/4"
 # The gate's suite, and the whole packaged one. The first is a spread over the rows below, and stays the same when rows
 # are added behind them.
 DRIFT_SUITE = "drift-basic/1"
