@@ -314,10 +314,7 @@ class Edits:
         settings, rules = config or session.edit_config, gate or session.gate_config
         with session.all_or_nothing() as parent:
             started = time.perf_counter()
-            versions = [*session.versions(fact.key)[:-1], fact] if live else [fact]
-            away = self._train_away(versions, mode, settings, held_out=rules.measure)
-            session.engine.weights.apply(away.training.delta)
-            report, refused = self._measure_unlearned(versions, away, rules, live=live)
+            away, report, refused = self._unlearned(fact, mode, settings, rules, live=live)
             if refused:
                 raise _rejected(f"The delete of {fact.key!r}", report, refused)
             return self._commit_training(
@@ -331,6 +328,28 @@ class Edits:
                 retired=(fact.key,) if live else (),
                 mode=mode,
             )
+
+    def try_unlearn(
+        self, fact: Fact, mode: DeleteMode, *, live: bool, config: EditConfig | None, gate: GateConfig | None
+    ) -> tuple[Report, list[str]]:
+        """Train a fact away in memory, as `unlearn` does, and measure; the caller puts the weights back.
+
+        Returns:
+            The report, whose warnings are the edit's, too, and what the gate refuses.
+        """
+        session = self._session
+        settings, rules = config or session.edit_config, gate or session.gate_config
+        away, report, refused = self._unlearned(fact, mode, settings, rules, live=live)
+        return replace(report, warnings=(*report.warnings, *away.warnings)), refused
+
+    def _unlearned(
+        self, fact: Fact, mode: DeleteMode, settings: EditConfig, rules: GateConfig, *, live: bool
+    ) -> tuple[_TrainedAway, Report, list[str]]:
+        session = self._session
+        versions = [*session.versions(fact.key)[:-1], fact] if live else [fact]
+        away = self._train_away(versions, mode, settings, held_out=rules.measure)
+        session.engine.weights.apply(away.training.delta)
+        return away, *self._measure_unlearned(versions, away, rules, live=live)
 
     def _train_away(
         self, versions: Sequence[Fact], mode: DeleteMode, settings: EditConfig, *, held_out: bool

@@ -51,6 +51,7 @@ from kvllm.records import (
     DryRun,
     Edit,
     EditOutcome,
+    EditVerb,
     ExportResult,
     Fact,
     GcReport,
@@ -60,7 +61,6 @@ from kvllm.records import (
     RegressionReport,
     Report,
     StoredFact,
-    TeachVerb,
     VerifyReport,
 )
 from kvllm.session import Session
@@ -679,19 +679,25 @@ class KnowledgeBase:
             KeyNotFound: the key is not live (restore).
             EditRejected: too many questions still state the text.
         """
-        if mode not in ("restore", "abstain"):
-            raise ConfigError(f"delete knows the modes restore and abstain, not {mode!r}; nothing was changed.")
+        _check_mode(mode)
         config, gate = self._rules(config, gate)
         with self._session.writing():
-            try:
-                fact: Fact = self[key]
-            except KeyNotFound as error:
-                if mode == "restore":
-                    raise
-                fact = Fact(clean_key(key), REFUSALS[language_of(key)])
-                warning = _no_live_fact(fact.key, error.suggestions)
-                return self._edits.unlearn(fact, mode, live=False, config=config, gate=gate, warnings=(warning,))
-            return self._edits.unlearn(fact, mode, live=True, config=config, gate=gate)
+            fact, warnings = self._to_delete(key, mode)
+            return self._edits.unlearn(fact, mode, live=not warnings, config=config, gate=gate, warnings=warnings)
+
+    def _to_delete(self, key: str, mode: DeleteMode) -> tuple[Fact, tuple[str, ...]]:
+        """Return the fact that a delete means, and for something that is not live ("abstain") a warning that says so.
+
+        Raises:
+            KeyNotFound: the key is not live (restore).
+        """
+        try:
+            return self[key], ()
+        except KeyNotFound as error:
+            if mode == "restore":
+                raise
+            fact = Fact(clean_key(key), REFUSALS[language_of(key)])
+            return fact, (_no_live_fact(fact.key, error.suggestions),)
 
     def insert_many(
         self,
@@ -785,9 +791,10 @@ class KnowledgeBase:
     def dry_run(
         self,
         key: str,
-        text: str,
+        text: str | None = None,
         *,
-        verb: TeachVerb = "upsert",
+        verb: EditVerb = "upsert",
+        mode: DeleteMode = "restore",
         aliases: Sequence[str] | None = None,
         questions: Sequence[str] | None = None,
         probes: Sequence[str] | None = None,
@@ -796,11 +803,13 @@ class KnowledgeBase:
         config: EditConfig | None = None,
         gate: GateConfig | None = None,
     ) -> DryRun:
-        """Train and measure an insert (or an update, where the key is live), then put the weights back.
+        """Train and measure an insert (or an update, where the key is live) or a delete, then put the weights back.
 
         Args:
-            key, text: As for `insert`.
-            verb: "insert" refuses a live key and "update" one that is not, as they do; "upsert" takes either.
+            key, text: As for `insert`; a delete has no text.
+            verb: "insert" refuses a live key and "update" one that is not, as they do; "upsert" takes either. "delete"
+                refuses a key that is not live, as `delete` does.
+            mode: Of a delete.
             aliases, questions, probes, language, tags: As for `insert`; where the key is live, what is not given stays
                 as it was.
             config, gate: For this run only.
@@ -811,9 +820,17 @@ class KnowledgeBase:
         Raises:
             KeyExists, KeyNotFound: the verb would refuse the key; nothing was trained.
         """
-        if verb not in ("insert", "update", "upsert"):
-            raise ConfigError(f"dry_run knows insert, update and upsert, not {verb!r}; nothing was changed.")
+        if verb not in ("insert", "update", "upsert", "delete"):
+            raise ConfigError(f"dry_run knows insert, update, upsert and delete, not {verb!r}; nothing was changed.")
         config, gate = self._rules(config, gate)
+        if verb == "delete":
+            given = {"text": text, "aliases": aliases, "questions": questions, "probes": probes, "tags": tags}
+            wrong = [name for name, value in {**given, "language": language}.items() if value is not None]
+            if wrong:
+                raise ConfigError(f"A delete has no {wrong[0]}; nothing was changed.")
+            return self._try_delete(key, mode, config, gate)
+        if text is None:
+            raise ConfigError(f"To try the {verb} of {key!r}, give its text; nothing was changed.")
         live = verb != "insert" and (verb == "update" or clean_key(key) in self)
         if live:
             fact = _updated(self[key], text, aliases, questions, probes, language, tags)
@@ -824,9 +841,16 @@ class KnowledgeBase:
         engine.check_weights()
         with engine.elsewhere():
             trained = self._edits.train([fact], config)
-            report, refused = self._edits.measure(trained, gate)
-            warnings = (*report.warnings, *(f"The gate would refuse: {r}" for r in refused))
-            return DryRun(report.metrics, report.probes, warnings, tuple(refused))
+            return _tried(*self._edits.measure(trained, gate))
+
+    def _try_delete(self, key: str, mode: DeleteMode, config: EditConfig | None, gate: GateConfig | None) -> DryRun:
+        _check_mode(mode)
+        fact, warnings = self._to_delete(key, mode)
+        engine = self._session.engine
+        engine.check_weights()
+        with engine.elsewhere():
+            report, refused = self._edits.try_unlearn(fact, mode, live=not warnings, config=config, gate=gate)
+            return _tried(replace(report, warnings=(*report.warnings, *warnings)), refused)
 
     def rollback(self, ref: int | str) -> Edit:
         """Return to an earlier edit or tag (0 or "base": the untouched base), as a new edit, by replay.
@@ -1118,9 +1142,19 @@ def _fact(
     return clean_fact(Fact(key, text, aliases, questions, probes, language, tags))  # type: ignore[arg-type]
 
 
+def _check_mode(mode: str) -> None:
+    if mode not in ("restore", "abstain"):
+        raise ConfigError(f"delete knows the modes restore and abstain, not {mode!r}; nothing was changed.")
+
+
+def _tried(report: Report, refused: Sequence[str]) -> DryRun:
+    warnings = (*report.warnings, *(f"The gate would refuse: {reason}" for reason in refused))
+    return DryRun(report.metrics, report.probes, warnings, tuple(refused))
+
+
 def _no_live_fact(key: str, near: Sequence[str]) -> str:
-    meant = f" Did you mean {' or '.join(map(repr, near))}? Rollback undoes this edit." if near else ""
-    return f"No live fact has the key {key!r}: what the base model knew of it was trained to a refusal.{meant}"
+    meant = f" Did you mean {' or '.join(map(repr, near))}? A rollback undoes such a delete." if near else ""
+    return f"No live fact has the key {key!r}: a refusal takes the place of what the base model knew of it.{meant}"
 
 
 def _updated(

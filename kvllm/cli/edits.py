@@ -33,7 +33,7 @@ from kvllm.cli.command import (
 )
 from kvllm.cli.output import Output, Result
 from kvllm.errors import ConfigError, EditRejected, ending_error
-from kvllm.records import DeleteMode, Edit, EditOutcome, Fact, InsertMode, TeachVerb, lineage
+from kvllm.records import DeleteMode, DryRun, Edit, EditOutcome, Fact, InsertMode, TeachVerb, lineage
 
 if TYPE_CHECKING:
     from kvllm.importing import Found, FoundFact, Refused
@@ -68,7 +68,7 @@ Chunk = Annotated[
     int | None,
     typer.Option("--chunk", min=1, help="Facts per edit of mode chunked (default: 16).", show_default=False),
 ]
-DryRun = Annotated[
+TryIt = Annotated[
     bool,
     typer.Option("--dry-run", help="Train and measure, but commit nothing; exit with 4 where it would be refused."),
 ]
@@ -103,7 +103,7 @@ def teaching(verb: TeachVerb) -> Callable[..., Result]:
         probe: Probes = None,
         language: Language = None,
         tag: Tags = None,
-        dry_run: DryRun = False,
+        dry_run: TryIt = False,
         min_reliability: MinReliability = None,
         max_drift: MaxDrift = None,
         max_ppl: MaxPpl = None,
@@ -115,8 +115,6 @@ def teaching(verb: TeachVerb) -> Callable[..., Result]:
         device: Device = None,
         dtype: Dtype = None,
     ) -> Result:
-        from kvllm.reports import terminal
-
         if verb == "insert" and min_erasure is not None:
             raise ConfigError(
                 "--min-erasure is for update and delete, as an insert replaces no text; nothing was changed."
@@ -136,28 +134,34 @@ def teaching(verb: TeachVerb) -> Callable[..., Result]:
             )
             if not dry_run:
                 return edited(getattr(base, verb)(key, text, **arguments))
-            report = base.dry_run(key, text, verb=verb, **arguments)
-        failure = None
-        if report.refused:
-            failure = f"The gate would refuse the {verb} of {key!r}: {'; '.join(report.refused)}; nothing was changed."
-        document = {
-            "ok": failure is None,
-            "dry_run": True,
-            "report": {name: metric.to_dict() for name, metric in report.metrics.items()},
-            "probes": [probe.to_dict() for probe in report.probes],
-            "warnings": list(report.warnings),
-        }
-        if failure is not None:
-            document |= {"error": failure, "code": EditRejected.code}
-        return Result(
-            document,
-            lambda: terminal.report_view(report, probes=True),
-            exit_code=0 if failure is None else EditRejected.exit_code,
-            failure=failure,
-        )
+            return tried(base.dry_run(key, text, verb=verb, **arguments), f"{verb} of {key!r}")
 
     teach.__name__, teach.__doc__ = verb, TEACHING[verb]
     return teach
+
+
+def tried(report: DryRun, what: str) -> Result:
+    """Return the result of a dry run; what the gate would refuse has the exit code of a refusal."""
+    from kvllm.reports import terminal
+
+    failure = None
+    if report.refused:
+        failure = f"The gate would refuse the {what}: {'; '.join(report.refused)}; nothing was changed."
+    document = {
+        "ok": failure is None,
+        "dry_run": True,
+        "report": {name: metric.to_dict() for name, metric in report.metrics.items()},
+        "probes": [probe.to_dict() for probe in report.probes],
+        "warnings": list(report.warnings),
+    }
+    if failure is not None:
+        document |= {"error": failure, "code": EditRejected.code}
+    return Result(
+        document,
+        lambda: terminal.report_view(report, probes=True),
+        exit_code=0 if failure is None else EditRejected.exit_code,
+        failure=failure,
+    )
 
 
 def edited(edit: Edit) -> Result:
@@ -184,6 +188,7 @@ def delete(
             "inserted (a key that is not live is warned about).",
         ),
     ] = "restore",
+    dry_run: TryIt = False,
     max_drift: MaxDrift = None,
     max_ppl: MaxPpl = None,
     min_erasure: MinErasure = None,
@@ -202,8 +207,9 @@ def delete(
         training = training_arguments(
             base, steps=steps, seed=seed, max_drift=max_drift, max_ppl=max_ppl, min_erasure=min_erasure
         )
-        edit = base.delete(key, mode=mode, **training)
-    return edited(edit)
+        if dry_run:
+            return tried(base.dry_run(key, verb="delete", mode=mode, **training), f"delete of {key!r}")
+        return edited(base.delete(key, mode=mode, **training))
 
 
 @command(app, "insert-many", panel=FACTS)

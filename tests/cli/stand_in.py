@@ -187,15 +187,16 @@ class StandIn:
     def dry_run(
         self,
         key: str,
-        text: str,
+        text: str | None = None,
         *,
         verb: str = "upsert",
+        mode: str = "restore",
         aliases: tuple[str, ...] | None = None,
         config: EditConfig | None = None,
         gate: GateConfig | None = None,
     ) -> DryRun:
-        self._meet("dry_run", key=key, verb=verb, aliases=aliases)
-        measured = report(ProbeResult("trained", f"What is {key}?", text, True, 1.0))
+        self._meet("dry_run", key=key, verb=verb, **({"mode": mode} if verb == "delete" else {"aliases": aliases}))
+        measured = report(ProbeResult("trained", f"What is {key}?", text or "It is a library.", True, 1.0))
         return DryRun(measured.metrics, measured.probes)
 
     def get(self, key: str, default: Any = None) -> StoredFact | None:

@@ -61,19 +61,26 @@ def test_insert_without_options_leaves_configuration_to_the_engine(kvllm: Run) -
     assert (call("insert")["config"], call("insert")["gate"]) == (None, None)
 
 
-@pytest.mark.parametrize("verb", ["insert", "update", "upsert"])
+@pytest.mark.parametrize(
+    ("verb", "given", "passed"),
+    [
+        *((verb, ["t"], {"aliases": None}) for verb in ("insert", "update", "upsert")),
+        ("delete", [], {"mode": "restore"}),
+        ("delete", ["--mode", "abstain"], {"mode": "abstain"}),
+    ],
+)
 def test_a_dry_run_is_one_of_its_verb_and_refused_with_exit_code_4(
-    kvllm: Run, monkeypatch: pytest.MonkeyPatch, verb: str
+    kvllm: Run, monkeypatch: pytest.MonkeyPatch, verb: str, given: list[str], passed: dict[str, Any]
 ) -> None:
-    assert kvllm(verb, "my.kb", "k", "t", "--dry-run", "--json").document["ok"] is True
-    assert call("dry_run") == {"key": "k", "verb": verb, "aliases": None}
+    assert kvllm(verb, "my.kb", "k", *given, "--dry-run", "--json").document["ok"] is True
+    assert call("dry_run") == {"key": "k", "verb": verb, **passed}
     refused = DryRun(report().metrics, refused=("reliability 0.20 is under 0.75",))
-    monkeypatch.setattr(StandIn, "dry_run", lambda self, key, text, **_: refused)
-    ran = kvllm(verb, "my.kb", "k", "t", "--dry-run", "--json")
+    monkeypatch.setattr(StandIn, "dry_run", lambda self, key, text=None, **_: refused)
+    ran = kvllm(verb, "my.kb", "k", *given, "--dry-run", "--json")
     sentence = f"The gate would refuse the {verb} of 'k': reliability 0.20 is under 0.75; nothing was changed."
     assert (ran.code, ran.document["ok"], ran.document["code"]) == (4, False, "edit_rejected")
     assert ran.document["error"] == sentence
-    told = kvllm(verb, "my.kb", "k", "t", "--dry-run")
+    told = kvllm(verb, "my.kb", "k", *given, "--dry-run")
     assert (told.code, told.err) == (4, f"error: {sentence}\n")
     assert "reliability" in told.out
 

@@ -26,6 +26,7 @@ COMMANDS: dict[str, list[str]] = {
     "update": ["update", "my.kb", "Halcyon", "Halcyon is a ship."],
     "upsert": ["upsert", "my.kb", "Halcyon", "Halcyon is a ship."],
     "delete": ["delete", "my.kb", "torchkeras"],
+    "delete --dry-run": ["delete", "my.kb", "torchkeras", "--dry-run"],
     "insert-many": ["insert-many", "my.kb", "-"],
     "import": ["import", "my.kb", "-"],
     "import --dry-run": ["import", "my.kb", "-", "--dry-run"],

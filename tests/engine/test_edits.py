@@ -477,9 +477,38 @@ def test_dry_run_of_a_verb_that_refuses_the_key_trains_nothing(taught: Knowledge
             taught.dry_run(KEY, "Ada", verb="insert")
         with pytest.raises(KeyNotFound, match="numpy"):
             taught.dry_run("numpy", "Ada", verb="update")
-        with pytest.raises(ConfigError, match="insert, update and upsert"):
-            taught.dry_run("numpy", "Ada", verb="delete")  # type: ignore[arg-type]
+        with pytest.raises(KeyNotFound, match="numpy"):
+            taught.dry_run("numpy", verb="delete")
+        with pytest.raises(ConfigError, match="delete has no text"):
+            taught.dry_run(KEY, "Ada", verb="delete")
+        with pytest.raises(ConfigError, match="restore and abstain"):
+            taught.dry_run(KEY, verb="delete", mode="forget")  # type: ignore[arg-type]
+        with pytest.raises(ConfigError, match="give its text"):
+            taught.dry_run(KEY)
+        with pytest.raises(ConfigError, match="insert, update, upsert and delete"):
+            taught.dry_run("numpy", "Ada", verb="compact")  # type: ignore[arg-type]
     assert tasks == []
+
+
+@pytest.mark.parametrize(("key", "mode"), [(KEY, "restore"), (KEY, "abstain"), ("numpy", "abstain")])
+def test_dry_run_of_a_delete_says_what_the_delete_would(taught: KnowledgeBase, key: str, mode: Any) -> None:
+    with unchanged(taught):
+        tried = taught.dry_run(key, verb="delete", mode=mode)
+    done = taught.delete(key, mode=mode)
+    assert done.report is not None
+    assert tried.metrics == done.report.metrics
+    assert tried.probes == done.report.probes
+    assert set(done.warnings) <= set(tried.warnings)
+    assert tried.refused == ()
+
+
+def test_dry_run_of_a_delete_tells_what_the_gate_would_refuse(taught: KnowledgeBase) -> None:
+    from kvllm import GateConfig
+
+    one_step = replace(QUICK, max_steps=1)
+    with unchanged(taught):
+        report = taught.dry_run(KEY, verb="delete", config=one_step, gate=GateConfig(min_erasure=0.99))
+        assert report.refused[0].startswith("erasure ")
 
 
 @pytest.mark.parametrize("verb", ["update", "upsert"])
