@@ -151,16 +151,16 @@ class Edits:
 
     def _lost_refusals(self) -> tuple[str, ...]:
         """Warn of the keys that the head refuses to answer: training the live facts does not teach that."""
-        refused = self._refusals()
+        refused = self.refusals()
         if not refused:
             return ()
         keys = ", ".join(repr(fact.key) for fact in refused)
         return (f"Compacting does not keep the refusal of {keys}; where it is wanted, delete again with mode abstain.",)
 
-    def _refusals(self) -> list[StoredFact]:
+    def refusals(self) -> list[StoredFact]:
         """Return what the head was trained to refuse (delete of mode "abstain"), oldest first, as facts of that text.
 
-        Each has the questions that were trained to it, but for those that a live fact is trained on.
+        Each has the id of its delete and the questions trained to it, but for those that a live fact is trained on.
         """
         session = self._session
         edits, live = session.lineage(), session.live()
@@ -175,7 +175,7 @@ class Edits:
                     taken = {q for other in theirs(fact.trained_questions, live) for q in other.trained_questions}
                     kept = tuple(q for q in fact.trained_questions if q not in taken)
                     refusal = REFUSALS[newest.language or language_of(key)]
-                    found.append(replace(fact, text=refusal, trained_questions=kept))
+                    found.append(replace(fact, text=refusal, edit_id=edit.id, trained_questions=kept))
             newer.update(edit.keys)
         return found[::-1]
 
@@ -201,7 +201,7 @@ class Edits:
         warnings = (*self._collisions(facts), *claim_warnings(facts, others)) if replay else ()
         # What is left to another fact is practised whatever else is replayed, question by question.
         alone = [replace(other, trained_questions=(q,)) for other in left for q in other.trained_questions]
-        refused = [f for f in self._refusals() if f.key not in touched] if replay else []
+        refused = [f for f in self.refusals() if f.key not in touched] if replay else []
         nearest = [*alone, *self._nearest_first(facts, [*others, *_replayable(refused)])]
         names = session.live_names() | _refused_names(refused)
         training = engine.train(asked, settings, replay=nearest, live=names, tick=session.ticker)
@@ -375,7 +375,7 @@ class Edits:
         warnings = (f"Questions of {newest.key!r} were left to {named}, trained on them, too.",) if left else ()
         questions = [q for q in dict.fromkeys(questions) if q not in kept]
         untrained = [q for q in untrained if q not in kept]
-        refused = [f for f in self._refusals() if f.key != newest.key]
+        refused = [f for f in self.refusals() if f.key != newest.key]
         nearest, asked = self._nearest_first([newest], [*others, *_replayable(refused)]), [*questions, *untrained]
         if mode == "restore":
             items, base_answers = (

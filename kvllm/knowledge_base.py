@@ -424,10 +424,10 @@ class KnowledgeBase:
         probes: str | os.PathLike[str] | None = None,
         neighbours: int | Sequence[str] = GATE_NEIGHBOURS,
     ) -> Report:
-        """Probe one fact, or every live fact; each question carries its distance from what was trained.
+        """Probe one fact, or every live fact and refusal; questions carry their distance from what was trained.
 
         Args:
-            key: One fact; by default all.
+            key: One fact, or one key that was deleted with mode "abstain"; by default all.
             ladder: Ask every rung: also plain completions, typos, case, register, word order, the other language, the
                 inverse question, far uses cold and after a first turn, and the nearest other keys.
             probes: A JSONL file of your own probes, asked too; rows that cannot be used are named in `warnings`.
@@ -441,11 +441,16 @@ class KnowledgeBase:
 
         if isinstance(neighbours, str):
             raise ConfigError("Give neighbours as a number or as a list of keys or questions, not as one string.")
-        live = self.facts()
+        live, refused = self.facts(), self._edits.refusals()
+        asked = live
+        if key is not None:
+            refused = [fact for fact in refused if fact.key == clean_key(key)]
+            asked = [] if refused else [self[key]]
         return survey(
             self._session.engine.lm,
-            [self[key]] if key is not None else live,
+            asked,
             live=live,
+            refused=refused,
             encoder_for=self._session.encoder_for,
             whole_ladder=ladder,
             probes=probes,
@@ -526,7 +531,9 @@ class KnowledgeBase:
         return replace(report, warnings=(*report.warnings, *mistakes))
 
     def regression(self, since: int | str | None = None, *, neighbours: int = 1, seed: int = 0) -> RegressionReport:
-        """Measure every live fact and the drift suite at an earlier edit and now, and compare answer by answer.
+        """Measure live facts, refusals (delete of mode "abstain") and drift at an earlier edit and now, and compare.
+
+        It compares answer by answer. Refusals are asked on the earlier side where they were trained by then.
 
         The weights are brought to the earlier state by replay and put back whatever happens.
 
@@ -546,14 +553,19 @@ class KnowledgeBase:
         else:
             earlier = self._store.resolve(since)
         return measure_regression(
-            self._session.engine, since=earlier, neighbours=neighbours, seed=seed, tick=self._session.ticker
+            self._session.engine,
+            since=earlier,
+            refused=self._edits.refusals(),
+            neighbours=neighbours,
+            seed=seed,
+            tick=self._session.ticker,
         )
 
     def bisect(self, probe: str, *, expected: str | None = None) -> BisectReport:
         """Find the edit that broke a probe, in log₂(n) replays; weights and ledger stay as they are.
 
         Args:
-            probe: A live key, a question of a report, or any question together with `expected`.
+            probe: A live or refused key, a question of a report, or any question together with `expected`.
             expected: What the answer must state.
 
         Raises:
@@ -566,6 +578,7 @@ class KnowledgeBase:
             self._session.engine,
             clean_text(probe, name="probe"),
             expected=None if expected is None else clean_text(expected, name="expected text"),
+            refused=self._edits.refusals(),
             neighbours=GATE_NEIGHBOURS,
             seed=self._session.edit_config.seed,
             tick=self._session.ticker,

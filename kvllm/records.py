@@ -34,6 +34,7 @@ ProbeKind = Literal[
     "user",
     "erasure",
     "restoration",
+    "refusal",
 ]
 PairKind = Literal["swapped", "overwritten", "recites", "near", "same text"]
 Source = Literal["ledger", "pool", "given"]

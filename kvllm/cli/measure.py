@@ -82,6 +82,7 @@ def probe(
     """
     from kvllm.probing.gates import at_least
     from kvllm.probing.regression import edit_points, retention
+    from kvllm.prompts import clean_key
     from kvllm.reports.document import probe_document
 
     limits = _limits(fail_under)
@@ -92,8 +93,8 @@ def probe(
     if probes is not None:
         given["probes"] = probes
     with opened(out, kb, readonly=True, model=model, device=device, dtype=dtype) as base:
-        facts = base.facts() if key is None else [base[key]]
-        report = base.probe(None if key is None else facts[0].key, **given)
+        report = base.probe(key, **given)
+        facts = [fact for fact in base.facts() if key is None or fact.key == clean_key(key)]
         found = base.collisions() if collisions else None
         origin, edits = _origin(base), edit_points(base.history())
     document = probe_document(
@@ -103,7 +104,7 @@ def probe(
         retention=retention(report.probes, facts, origin.head),
         edits=edits,
         checks=at_least(report.metrics, limits),
-        key=None if key is None else facts[0].key,
+        key=None if key is None else clean_key(key),
         collisions=found,
     )
     return deliver(document, format, output, answers=answers)

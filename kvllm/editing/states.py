@@ -19,21 +19,28 @@ from kvllm.probing import regression as pairing
 from kvllm.probing.drift import ANSWER_TOKENS
 from kvllm.probing.ladder import ladder
 from kvllm.probing.runner import run_probes
-from kvllm.probing.suites import Probe, fact_suite, whole_drift_suite
+from kvllm.probing.suites import Probe, fact_suite, refusal_probes, whole_drift_suite
 from kvllm.prompts import names_of
-from kvllm.records import BisectReport, BisectStep, ProbeResult, RegressionReport, Report, StoredFact
+from kvllm.records import BisectReport, BisectStep, ProbeResult, RegressionReport, Report, StoredFact, lineage
 
 MakeTick = Callable[[str], Callable[..., None]]
 
 
 def measure_regression(
-    engine: Engine, *, since: int, neighbours: int = 0, seed: int = 0, tick: MakeTick | None = None
+    engine: Engine,
+    *,
+    since: int,
+    refused: Sequence[StoredFact] = (),
+    neighbours: int = 0,
+    seed: int = 0,
+    tick: MakeTick | None = None,
 ) -> RegressionReport:
-    """Measure every live fact and the drift suite at the head and at an earlier edit, and pair the answers.
+    """Measure every live fact, every refusal and the drift suite at the head and at an earlier edit; pair the answers.
 
     Args:
         engine: At the head's weights; it is there again afterwards.
         since: The earlier edit; 0 is the base.
+        refused: What the head was trained to refuse, as facts whose text is the refusal and whose edit is the delete.
         neighbours: Packaged neighbour questions per fact, the same on both sides.
         seed: Chooses the neighbours and seeds the bootstrap.
         tick: Makes a progress function for a stage.
@@ -43,8 +50,9 @@ def measure_regression(
     live = {fact.key for fact in facts}
     taken = names_of([*facts, *earlier.values()])
 
-    def ask(asked: Sequence[StoredFact], stage: str) -> Report:
+    def ask(asked: Sequence[StoredFact], refused: Sequence[StoredFact], stage: str) -> Report:
         probes = [p for fact in asked for p in fact_suite(fact, neighbours=neighbours, seed=seed, taken=taken)]
+        probes += refusal_probes(refused)
         show = tick(stage) if tick is not None else None
         return run_probes(engine.lm, probes, base=engine.base_answers, seed=seed, on_batch=show)
 
@@ -53,13 +61,15 @@ def measure_regression(
         both = [*facts, *earlier.values()]
         return engine.drift(full=True, taught=both, tick=tick(stage) if tick is not None else None)
 
-    after, drift_after = ask(facts, "probing the head"), drift("drift of the head")
+    after, drift_after = ask(facts, refused, "probing the head"), drift("drift of the head")
     if since == head:
         before, drift_before = after, drift_after
     else:
         with engine.at(since):
             stays = [fact for key, fact in earlier.items() if key in live]
-            before, drift_before = ask(stays, f"probing edit {since}"), drift(f"drift of edit {since}")
+            made = {edit.id for edit in lineage(edit for edit in store.history(light=True) if edit.id <= since)}
+            then = [fact for fact in refused if fact.edit_id in made]
+            before, drift_before = ask(stays, then, f"probing edit {since}"), drift(f"drift of edit {since}")
     sides = (*before.probes, *drift_before.probes), (*after.probes, *drift_after.probes)
     suites = pairing.compare(*sides, seed=seed)
     changes = pairing.fact_changes(before.probes, after.probes, earlier, facts, head)
@@ -86,6 +96,7 @@ def find_culprit(
     probe: str,
     *,
     expected: str | None = None,
+    refused: Sequence[StoredFact] = (),
     neighbours: int = 0,
     seed: int = 0,
     tick: MakeTick | None = None,
@@ -94,10 +105,11 @@ def find_culprit(
 
     Args:
         engine: At the head's weights; it is there again afterwards.
-        probe: A live key (its trained questions together), a question of a live fact's suite, a general question of
-            the drift suite, or any question together with `expected`.
+        probe: A live or refused key (its trained questions together), a question of a live fact's suite or of a refused
+            key, a general question of the drift suite, or any question together with `expected`.
         expected: What the answer must state; by default what the suite expects. The search begins at the edit that
             taught a live fact of this text, else at the base.
+        refused: What the head was trained to refuse, as for `measure_regression`.
         neighbours: How many neighbour questions belong to a fact's suite.
         seed: Chooses them.
         tick: Makes a progress function for a stage.
@@ -106,7 +118,7 @@ def find_culprit(
         ConfigError: nobody knows what the probe should be answered with.
         AmbiguousKey: it is a question of several facts.
     """
-    searched = _searched(engine, probe, expected, neighbours, seed)
+    searched = _searched(engine, probe, expected, refused, neighbours, seed)
     head, start = engine.head, min(searched.start, engine.head)
     steps: dict[int, BisectStep] = {}
     show = tick("bisecting") if tick is not None else None
@@ -158,7 +170,9 @@ class _Searched:
     accepted: tuple[str, ...] = ()
 
 
-def _searched(engine: Engine, probe: str, expected: str | None, neighbours: int, seed: int) -> _Searched:
+def _searched(
+    engine: Engine, probe: str, expected: str | None, refused: Sequence[StoredFact], neighbours: int, seed: int
+) -> _Searched:
     facts = engine.store.facts(engine.head)
     if expected is not None:
         taught = next((fact for fact in facts if fact.text == expected), None)
@@ -169,6 +183,12 @@ def _searched(engine: Engine, probe: str, expected: str | None, neighbours: int,
             trained = tuple(p for p in fact_suite(fact) if p.kind == "trained")
             share = RECALLED_SHARE
             return _Searched(trained, fact.edit_id, fact.text, fact.key, pairing.FACTS_SCORER, share)
+    for fact in refused:
+        trained = tuple(refusal_probes([fact]))
+        if trained and fact.key == probe:
+            return _Searched(trained, fact.edit_id, fact.text, fact.key, "auto", RECALLED_SHARE)
+        if probe in fact.trained_questions:
+            return _Searched((Probe("refusal", probe, fact.text, fact.key),), fact.edit_id, fact.text, fact.key, "auto")
     taken = names_of(facts)
     found = [p for f in facts for p in ladder(f, neighbours=neighbours, seed=seed, taken=taken) if p.question == probe]
     stating = [p for p in found if p.kind != "neighbour"]

@@ -20,6 +20,7 @@ METRICS = frozenset(
         "generalization",
         "portability",
         "locality",
+        "refusal",
         "score",
         "user",
         "completion",

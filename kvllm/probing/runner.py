@@ -204,6 +204,7 @@ def summarise(results: Sequence[ProbeResult], *, scorer: str, suite: str, seed: 
     add("reliability", ("trained",), scorer)
     add("generalization", ("paraphrase",), scorer)
     add("portability", ("alias", "inverse", "recalled", "consequence"), scorer)
+    add("refusal", ("refusal",), scorer)
     add("user", ("user",), scorer)
     add("locality", ("neighbour",), "leak")
     for rung in ("completion", "variant", "language", "inverse", "consequence"):

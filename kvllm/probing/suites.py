@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from kvllm.probing.scorers import Judge
 from kvllm.prompts import alias_questions, asked_questions, held_out_questions, language_of
-from kvllm.records import Fact, ProbeKind
+from kvllm.records import Fact, ProbeKind, StoredFact
 
 T = TypeVar("T")
 FACT_SUITE = "fact-basic/4"
@@ -132,6 +132,11 @@ def pool_questions(taken: frozenset[str] = frozenset()) -> list[str]:
 def _not_naming(taken: frozenset[str]) -> tuple[dict[str, Any], ...]:
     rows = _read("neighbours.jsonl")
     return tuple(row for row in rows if not any(key in row["question"].casefold() for key in taken))
+
+
+def refusal_probes(refused: Sequence[StoredFact]) -> list[Probe]:
+    """Return what refused keys are asked: the questions that were trained to the refusal, which is each fact's text."""
+    return [Probe("refusal", q, fact.text, fact.key) for fact in refused for q in fact.trained_questions]
 
 
 @cache

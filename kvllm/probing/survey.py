@@ -16,7 +16,7 @@ from kvllm.probing.collisions import nearest_questions
 from kvllm.probing.distance import with_similarity
 from kvllm.probing.ladder import LADDER_SUITE, ladder
 from kvllm.probing.runner import run_probes
-from kvllm.probing.suites import FACT_SUITE, Probe, fact_suite
+from kvllm.probing.suites import FACT_SUITE, Probe, fact_suite, refusal_probes
 from kvllm.probing.userfile import read_probes
 from kvllm.prompts import asked_questions, key_question, names_of
 from kvllm.records import Report, StoredFact
@@ -31,6 +31,7 @@ def survey(
     facts: Sequence[StoredFact],
     *,
     live: Sequence[StoredFact],
+    refused: Sequence[StoredFact] = (),
     encoder_for: Callable[[Sequence[str]], Encoder],
     whole_ladder: bool = False,
     probes: str | os.PathLike[str] | None = None,
@@ -45,6 +46,7 @@ def survey(
         lm: The model as it is now.
         facts: What is asked about.
         live: All live facts: their keys are neighbours of each other.
+        refused: Keys that were trained to a refusal, which is their text; asked their trained questions.
         encoder_for: Gives the encoder that speaks all of the texts.
         whole_ladder: Every rung, with the nearest live and packaged keys as neighbours; else the basic suite.
         probes: A user's own probes, as JSONL; rows that cannot be used become warnings.
@@ -59,7 +61,7 @@ def survey(
     mine, mistakes = read_probes(probes, {fact.key: fact.text for fact in live}) if probes is not None else ([], [])
     everything = len(facts) == len(live)
     mine = [probe for probe in mine if everything or probe.key is None or probe.key in trained]
-    if not facts and not mine:
+    if not facts and not mine and not refused:
         return Report(warnings=("There are no facts to probe.", *mistakes))
     asked: list[Probe] = []
     encoder: Encoder | None = None
@@ -77,7 +79,7 @@ def survey(
                 asked += [Probe("neighbour", q, fact.text, fact.key) for q in questions]
     report = run_probes(
         lm,
-        [*asked, *mine],
+        [*asked, *refusal_probes(refused), *mine],
         # What another fact's own answer says is no leak of this one.
         before={key_question(fact.key): fact.text for fact in live},
         base=base,

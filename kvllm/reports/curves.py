@@ -17,7 +17,9 @@ from kvllm.records import ProbeResult, Record
 # The first bin holds the trained questions themselves, whose distance is 0 but for rounding.
 DISTANCES = (0.0, 0.02, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 2.0)
 # Kinds that ask for something else than the fact, and questions of a second turn, which the first has answered.
-_NOT_ASKING = frozenset({"neighbour", "general", "instruction", "erasure", "restoration", "recalled", "consequence"})
+_NOT_ASKING = frozenset(
+    {"neighbour", "general", "instruction", "erasure", "restoration", "refusal", "recalled", "consequence"}
+)
 # These are not answered with the text, and may well be answered with another fact.
 _FREE = frozenset({"inverse", "far"})
 _CUT_CHARS = 40  # of an answer that may be the beginning of a longer text

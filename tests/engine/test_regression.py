@@ -13,6 +13,7 @@ from kvllm import KnowledgeBase
 from kvllm.editing import engine
 from kvllm.errors import AmbiguousKey, ConfigError, EditNotFound
 from kvllm.probing.suites import drift_suite
+from kvllm.prompts import REFUSALS
 from tests.kit import KEY, TEXT, RandomEditor, Recorder, unchanged
 
 BROKEN_BY, EDITS = 4, 9
@@ -107,6 +108,34 @@ def test_deleted_facts_are_named_and_not_compared(taught: KnowledgeBase) -> None
     taught.delete(KEY)
     report = taught.regression()
     assert (report.deleted, report.facts) == ((KEY,), ())
+
+
+def test_a_lost_refusal_is_reported(kb: KnowledgeBase, monkeypatch: pytest.MonkeyPatch) -> None:
+    refusal = REFUSALS["en"]
+    kb.delete("keras", mode="abstain")
+    kept = kb.probe("keras", neighbours=0)
+    assert {(p.kind, p.key, p.expected) for p in kept.probes} == {("refusal", "keras", refusal)}
+    assert (kept.value("refusal"), kb.probe(neighbours=0).value("refusal")) == (1.0, 1.0)
+    monkeypatch.setitem(engine.EDITORS, "adalora", Harmful)
+    kb.insert("numpy", "Ada")
+    kb.delete("Berlin", mode="abstain")
+    with unchanged(kb):
+        report = kb.regression(1, neighbours=0)
+    suite = next(s for s in report.suites if s.suite == "refusal")
+    asked = {p.question for p in kept.probes}
+    assert (suite.n, suite.before, suite.lost) == (len(asked), 1.0, len(asked))  # Berlin was not refused by then
+    lost = [change for change in report.changes if change.kind == "refusal"]
+    assert {(c.key, c.question, c.answer_before) for c in lost} == {("keras", q, refusal) for q in asked}
+    assert kb.probe(neighbours=0).metrics["refusal"].value == 0.0
+    assert {p.key for p in kb.probe("Berlin").probes} == {"Berlin"}
+    for probe in ("keras", sorted(asked)[0]):
+        found = kb.bisect(probe)
+        assert (found.verdict, found.key, found.expected, found.start) == ("broken", "keras", refusal, 1)
+        assert found.edit is not None
+        assert found.edit.id == 2
+    kb.insert("keras", "Ada")
+    assert {p.key for p in kb.probe(neighbours=0).probes if p.kind == "refusal"} == {"Berlin"}
+    assert {p.kind for p in kb.probe("keras", neighbours=0).probes} == {"trained", "paraphrase"}
 
 
 def test_an_interrupted_regression_puts_the_weights_back(
