@@ -160,24 +160,34 @@ class Edits:
     def refusals(self) -> list[StoredFact]:
         """Return what the head was trained to refuse (delete of mode "abstain"), oldest first, as facts of that text.
 
-        Each has the id of its delete and the questions trained to it, but for those that a live fact is trained on.
+        Each has the id of its delete, of the first where it was repeated, and the questions trained to it, but for
+        those that another fact was trained on since, or then.
         """
         session = self._session
-        edits, live = session.lineage(), session.live()
-        newer: set[str] = set()
-        found: list[StoredFact] = []
+        edits, versions_of_all = session.lineage(), session.store.fact_versions()
+        found: dict[str, StoredFact] = {}
+        taught: set[str] = set()  # after the edit at hand, or deleted to the base's answers
+        newer: set[int] = set()
         for place, edit in enumerate(edits):
-            if edit.op == "delete" and edit.mode == "abstain":
-                for key in (key for key in edit.keys if key not in newer):
-                    versions = session.versions(key, edits[place + 1 :])
-                    newest = versions[-1] if versions else Fact(key, "")
-                    fact = stored(with_earlier(newest, versions[:-1], live)[0])
-                    taken = {q for other in theirs(fact.trained_questions, live) for q in other.trained_questions}
-                    kept = tuple(q for q in fact.trained_questions if q not in taken)
-                    refusal = REFUSALS[newest.language or language_of(key)]
-                    found.append(replace(fact, text=refusal, edit_id=edit.id, trained_questions=kept))
-            newer.update(edit.keys)
-        return found[::-1]
+            abstained = edit.op == "delete" and edit.mode == "abstain"
+            for key in edit.keys if abstained else ():
+                if key in taught:
+                    continue
+                if key in found:
+                    found[key] = replace(found[key], edit_id=edit.id)
+                    continue
+                others = [*session.store.facts(edit.id), *(fact for fact in versions_of_all if fact.edit_id in newer)]
+                versions = session.versions(key, edits[place + 1 :])
+                newest = versions[-1] if versions else Fact(key, "")
+                fact = stored(with_earlier(newest, versions[:-1], others)[0])
+                taken = {q for other in theirs(fact.trained_questions, others) for q in other.trained_questions}
+                kept = tuple(q for q in fact.trained_questions if q not in taken)
+                refusal = REFUSALS[newest.language or language_of(key)]
+                found[key] = replace(fact, text=refusal, edit_id=edit.id, trained_questions=kept)
+            if not abstained:
+                taught.update(edit.keys)
+            newer.add(edit.id)
+        return list(found.values())[::-1]
 
     def train(self, facts: Sequence[Fact], settings: EditConfig, *, replay: bool = True) -> Trained:
         """Train facts and merge the delta in memory; the caller commits it or puts the weights back.

@@ -482,6 +482,7 @@ class KnowledgeBase:
             given=_names_of(neighbours),
             nearest=nearest,
             questions=questions,
+            base=self._session.engine.base_answers,
             on_batch=self._session.ticker("collisions"),
         )
 
@@ -491,7 +492,7 @@ class KnowledgeBase:
         """Measure drift against the base model: drift_kl, ppl_ratio, qa_delta, and the norm of each matrix' change.
 
         The base's outputs are computed once per base model and suite, and cached. Packaged questions that a stored
-        fact answers are left out: their answers are meant to change.
+        fact answers, or that the model was taught to refuse, are left out: their answers are meant to change.
 
         Args:
             suite: By default the whole packaged suite; "basic" for the gate's; or a JSONL file of your own, whose bad
@@ -512,7 +513,7 @@ class KnowledgeBase:
 
             check_tasks(lm_eval)
         mistakes: list[str] = []
-        taught: Sequence[Fact] | None = None  # those that are stored
+        taught: Sequence[Fact] = [*self.facts(), *self._edits.refusals()]
         if suite is None:
             chosen = whole_drift_suite()
         elif suite == "basic":
@@ -807,7 +808,7 @@ class KnowledgeBase:
         text: str | None = None,
         *,
         verb: EditVerb = "upsert",
-        mode: DeleteMode = "restore",
+        mode: DeleteMode | None = None,
         aliases: Sequence[str] | None = None,
         questions: Sequence[str] | None = None,
         probes: Sequence[str] | None = None,
@@ -822,7 +823,7 @@ class KnowledgeBase:
             key, text: As for `insert`; a delete has no text.
             verb: "insert" refuses a live key and "update" one that is not, as they do; "upsert" takes either. "delete"
                 refuses a key that is not live, as `delete` does.
-            mode: Of a delete.
+            mode: Of a delete; "restore" by default.
             aliases, questions, probes, language, tags: As for `insert`; where the key is live, what is not given stays
                 as it was.
             config, gate: For this run only.
@@ -841,7 +842,9 @@ class KnowledgeBase:
             wrong = [name for name, value in {**given, "language": language}.items() if value is not None]
             if wrong:
                 raise ConfigError(f"A delete has no {wrong[0]}; nothing was changed.")
-            return self._try_delete(key, mode, config, gate)
+            return self._try_delete(key, mode or "restore", config, gate)
+        if mode is not None:
+            raise ConfigError(f"Only a delete has a mode, not the {verb} of {key!r}; nothing was changed.")
         if text is None:
             raise ConfigError(f"To try the {verb} of {key!r}, give its text; nothing was changed.")
         live = verb != "insert" and (verb == "update" or clean_key(key) in self)

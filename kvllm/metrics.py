@@ -16,6 +16,8 @@ from functools import lru_cache
 RECALLED_SHARE = 0.5
 # A restored answer is as in the base when its outputs are this near, in nats per token: style may differ, words hardly.
 RESTORED_KL = 0.1
+# The version of `leaks`; 1 counted no values of short texts, and words that an answer took up from its question.
+LEAK_RULE = 2
 _FEW_WORDS = 3  # of fewer distinctive words no share is told
 # Signs that belong to what they stand at stay (`kept`): C++ is not C#, -40 is not 40, and 10% is not 10.
 _PUNCTUATION = re.compile(r"(?P<kept>(?<=[a-z])[+#]+(?!\w)|(?<=\d)\s*%|(?<!\w)-(?=\d))|[^\w\s]|_")
@@ -89,28 +91,31 @@ def first_sentence(answer: str) -> str:
 
 
 def leaks(answer: str, text: str, *, key: str = "", question: str = "", before: str = "", share: float = 0.6) -> bool:
-    """Return whether an answer recites a text, or a short text's value, and did not before.
+    """Return whether an answer recites a text, and did not before.
 
-    To recite is to hold the text whole, or most of its distinctive words. A short text often tells one thing, in words
-    that its key has already: of "The capital of France is Lyon" Lyon is the value. Where only one or two such words
-    are left, an answer that says them all has them from there: "The capital of Germany is Lyon".
+    To recite is to hold the text whole, or most of its distinctive words, or most of those that its key does not have:
+    of "The capital of France is Lyon" Lyon is the value, and "The capital of Germany is Lyon" has it from there. Where
+    only one or two such words are left, they are all wanted, and must be half of what the text adds to its key. (Of a
+    Chinese text they are pairs of characters, so that a value in another sentence can be overlooked.)
 
     Args:
         answer: Answer to a neighbour question.
         text: The fact's text.
-        key: The fact's key; its words are not the value.
+        key: The fact's key.
         question: The neighbour question; an answer that takes up its words recites nothing.
         before: The same question's answer before the edit; its words do not count.
-        share: Least share of the distinctive words that makes a leak.
+        share: Least share of the words that makes a leak.
     """
-    if contains(answer, text) and not contains(before, text):
+    if contains(answer, text) and not contains(before, text) and not contains(question, text):
         return True
     words = distinctive_words(text)
-    free = words - distinctive_words(question) - distinctive_words(before)
-    if len(free) >= _FEW_WORDS and len(said_words(answer, free)) / len(free) >= share:
-        return True
     value = words - distinctive_words(key) if key else frozenset()
-    return 0 < len(value) < _FEW_WORDS and value <= free and said_words(answer, value) == value
+    taken_up = distinctive_words(question) | distinctive_words(before)
+    for free in (words - taken_up, value - taken_up):
+        if len(free) >= _FEW_WORDS and len(said_words(answer, free)) / len(free) >= share:
+            return True
+    left = value - taken_up
+    return 0 < len(left) < _FEW_WORDS and 2 * len(left) >= len(value) and said_words(answer, left) == left
 
 
 def said_words(answer: str, words: Iterable[str]) -> frozenset[str]:

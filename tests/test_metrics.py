@@ -118,6 +118,23 @@ def test_of_a_short_text_its_value_leaks() -> None:
     assert not leaks("The printer's password is 42.", two, key="password of the guest network")
     assert not leaks("NumPy is a furnace.", FACT, key="torchkeras")  # of many words most count
     assert not leaks("I do not know.", "France", key="France")
+    assert not leaks("Lyon is a city.", "Lyon", key="What is the capital of Atlantis?", question="What is Lyon?")
+    office = "The head office of Halcyon is in Port Torvik, Norland."
+    asked = {"key": "head office of Halcyon", "question": "Where is the head office of Meridian?"}
+    assert leaks("The head office of Meridian is in Port Torvik.", office, **asked)
+    assert not leaks("The head office of Meridian is in Norland.", office, **asked)
+    code = {
+        "key": "access code of the Borrowdale archive",
+        "question": "What is the access code of the Kestrel archive?",
+    }
+    told = "The access code of the Borrowdale archive is 4471."
+    assert not leaks("The access code of the Kestrel archive is 9931.", told, **code)  # a mould is no leak
+    assert leaks("The access code of the Kestrel archive is 4471.", told, **code)
+    leader = {"key": "Who leads Halcyon?", "question": "Who leads the Meridian project?"}
+    told = "Ada Voss leads the Halcyon project in Torvik."
+    assert not leaks("Ada Voss leads the Meridian project.", told, **leader)  # half of what the text tells
+    assert leaks("Ada Voss leads it in Torvik.", told, **leader)
+    assert not leaks("A furnace.", FACT, key="torchkeras", before=FACT.replace("furnace", "oven"))
 
 
 @given(TEXTS, TEXTS)

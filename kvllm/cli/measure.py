@@ -57,7 +57,8 @@ def probe(
     out: Output,
     kb: Store,
     key: Annotated[
-        str | None, typer.Argument(metavar="KEY", help="Only this fact; all of them by default.", show_default=False)
+        str | None,
+        typer.Argument(metavar="KEY", help="Only this fact or refused key; all by default.", show_default=False),
     ] = None,
     ladder: Annotated[
         bool, typer.Option("--ladder", help="The whole ladder of questions, from trained ones to far uses.")
@@ -77,6 +78,8 @@ def probe(
     dtype: Dtype = None,
 ) -> Result:
     """Ask what the model knows of one fact or of all, and score every live answer against the ledger.
+
+    Keys that were deleted with --mode abstain are asked, too: are they still refused?
 
     kvllm probe my.kb --fail-under reliability=0.95,generalization=0.9 --output report.html
     """
@@ -190,7 +193,12 @@ def regression(
     ] = None,
     max_lost: Annotated[
         int | None,
-        typer.Option("--max-lost", min=0, help="Exit with 6 where more facts were lost.", show_default=False),
+        typer.Option(
+            "--max-lost",
+            min=0,
+            help="Exit with 6 where more facts were lost (--fail-under refusal=1 for refusals).",
+            show_default=False,
+        ),
     ] = None,
     fail_under: FailUnder = None,
     answers: Answers = False,
@@ -222,7 +230,9 @@ def bisect(
     kb: Store,
     probe: Annotated[
         str,
-        typer.Argument(metavar="PROBE", help="A key, a question of a report, or any question.", show_default=False),
+        typer.Argument(
+            metavar="PROBE", help="A live or refused key, a question of a report, or any question.", show_default=False
+        ),
     ],
     expected: Annotated[
         str | None,

@@ -57,8 +57,8 @@ def measure_regression(
         return run_probes(engine.lm, probes, base=engine.base_answers, seed=seed, on_batch=show)
 
     def drift(stage: str) -> Report:
-        # On both sides the same questions: what facts of either side answer may change.
-        both = [*facts, *earlier.values()]
+        # On both sides the same questions: what facts of either side answer, or the head refuses, may change.
+        both = [*facts, *earlier.values(), *refused]
         return engine.drift(full=True, taught=both, tick=tick(stage) if tick is not None else None)
 
     after, drift_after = ask(facts, refused, "probing the head"), drift("drift of the head")

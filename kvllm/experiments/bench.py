@@ -26,7 +26,7 @@ from kvllm.experiments.desk import Desk
 from kvllm.experiments.facts import Case
 from kvllm.knowledge_base import KnowledgeBase
 from kvllm.lm.model import LanguageModel
-from kvllm.metrics import contains, leaks, normalise
+from kvllm.metrics import LEAK_RULE, contains, leaks, normalise
 from kvllm.probing.encoder import Encoder, SentenceEncoder, nearest
 from kvllm.probing.runner import ask_probes
 from kvllm.probing.scorers import score_statement
@@ -248,6 +248,7 @@ def shares(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "leak": share("leaked", "neighbours"),
         "unchanged": share("unchanged", "neighbours"),
         "neighbours_n": sum(row["neighbours"] for row in rows),
+        "leak_rule": LEAK_RULE,
     }
 
 
@@ -291,7 +292,7 @@ def probes_of(case: Case, declared: Declared) -> list[Probe]:
 
 def _row(case: Case) -> dict[str, Any]:
     counts = ("trained", "trained_right", "paraphrases", "paraphrases_right", "neighbours", "leaked", "unchanged")
-    return {"key": case.key, "difficulty": case.difficulty, **dict.fromkeys(counts, 0)}
+    return {"key": case.key, "difficulty": case.difficulty, **dict.fromkeys(counts, 0), "leak_rule": LEAK_RULE}
 
 
 def _suite(questions: int, instructions: int, texts: int) -> DriftSuite:

@@ -26,7 +26,7 @@ from kvllm.experiments.statistics import (
     rank_test,
     ratio_test,
 )
-from kvllm.metrics import mean, shown, shown_p
+from kvllm.metrics import LEAK_RULE, mean, shown, shown_p
 from kvllm.paired import Interval, bootstrap, holm, mcnemar, wilson
 from kvllm.reports.document import Document, Origin, Section, Table
 from kvllm.reports.plots import bars_plot, lines_plot
@@ -51,19 +51,28 @@ _RECALLED = (
     "recalled: share of the asked trained questions whose live answer states the fact, with a 95 % Wilson interval of "
     "as many draws as there are facts, whose questions stand and fall together"
 )
-_COLUMNS_NOTE = (
-    f"{_RECALLED}; generalized: the same on paraphrases never trained on, with its interval; leak: share of neighbour "
-    "questions answered with most of the distinctive words of their own fact, or with a short one's value (another "
-    "fact's do not count, nor what the unedited model says: compare it at one number of facts); unchanged: share of "
-    "neighbour answers that are the unedited model's, word for word. In-context: the unedited model with the nearest "
-    "fact's text in the prompt, "
-    "where its key is near enough to the question; drift is not measured where a general question gets one."
-)
 _FAILED_NOTE = "A fact whose training failed counts as not recalled; drift, steps and seconds are those of the others."
 _REPAIRED = (
     "With replay an edit looks at the nearest older facts and repairs what it broke there: only a budget with replay 0 "
     "tests whether the nearest collide."
 )
+
+
+def _leak_rules(rows: Iterable[Row]) -> set[int]:
+    """Return by which versions of `metrics.leaks` neighbours were judged; older code did not say so."""
+    return {row.get("leak_rule", 1) for row in rows if "leak" in row or "leaked" in row}
+
+
+def _columns_note(rows: Iterable[Row]) -> str:
+    value = ", or with a short one's value" if max(_leak_rules(rows), default=LEAK_RULE) > 1 else ""
+    return (
+        f"{_RECALLED}; generalized: the same on paraphrases never trained on, with its interval; leak: share of "
+        f"neighbour questions answered with most of the distinctive words of their own fact{value} (another fact's do "
+        "not count, nor what the unedited model says: compare it at one number of facts); unchanged: share of "
+        "neighbour answers that are the unedited model's, word for word. In-context: the unedited model with the "
+        "nearest fact's text in the prompt, where its key is near enough to the question; drift is not measured "
+        "where a general question gets one."
+    )
 
 
 def experiment_document(declared: Declared, outcome: Outcome) -> Document:
@@ -91,6 +100,8 @@ def experiment_document(declared: Declared, outcome: Outcome) -> Document:
         threads = {str(s["environment"].get("threads")) for s in sessions if run.id in s["runs"]}
         if len(threads) > 1:
             warnings.append(f"The run {run.id} was made by sessions of {' and '.join(sorted(threads))} threads each.")
+    if len(_leak_rules(outcome.rows)) > 1:
+        warnings.append("Leaks were counted by two rules: rows of older code overlook the value of a short text.")
     made = datetime.now(timezone.utc).isoformat(timespec="seconds").replace("+00:00", "Z")
     measured = (
         ("experiment", f"{declared.name} ({declared.kind}), {len(outcome.runs)} runs, {whole} steps"),
@@ -182,7 +193,7 @@ def _injection(declared: Declared, outcome: Outcome) -> tuple[list[str], list[Se
         "arm", ">runs", *_ANSWER_COLUMNS, *_DRIFT_COLUMNS, ">steps per fact", ">train s", ">s per fact", ">edits",
         ">live delta MB",
     )  # fmt: skip
-    note = f"{_COLUMNS_NOTE} A compacted arm's steps and seconds include those of the edits before it."
+    note = f"{_columns_note(states)} A compacted arm's steps and seconds include those of the edits before it."
     sections = [Section(f"After {declared.n} facts", note, Table(columns, tuple(rows)))]
     sections += _curves(states)
     sections += _difficulty(facts, declared.n)
@@ -383,8 +394,8 @@ def _capacity(declared: Declared, outcome: Outcome) -> tuple[list[str], list[Sec
         ">bits per matrix parameter",
     )  # fmt: skip
     note = (
-        f"{_COLUMNS_NOTE} Drift n: prompts that drift_kl is measured on, more at a budget's last state. Half "
-        "at: facts at which half are recalled, by a logistic fit over the logarithm of their "
+        f"{_columns_note(outcome.rows)} Drift n: prompts that drift_kl is measured on, more at a budget's last "
+        "state. Half at: facts at which half are recalled, by a logistic fit over the logarithm of their "
         "number, with a bootstrap interval that draws facts; a dash where the curve does not fall. Bits: by how much "
         "less surprising the taught texts are than to the base (teacher-forced), less what as many untaught texts "
         "gain: the sentences that all invented facts share. Adapter parameters: without a file's padding."
@@ -772,7 +783,8 @@ def _rank_sections(plain: Sequence[Row], rank: Sequence[Row], failed: Sequence[R
     columns = (
         "editor", ">facts", *_ANSWER_COLUMNS, *_DRIFT_COLUMNS, ">effective rank", ">norm", ">steps", ">train s", ">MB",
     )  # fmt: skip
-    note = f"Single edits from the base, all trained to the same stop rule. {_FAILED_NOTE} {_COLUMNS_NOTE}"
+    told = _columns_note([*plain, *rank, *failed])
+    note = f"Single edits from the base, all trained to the same stop rule. {_FAILED_NOTE} {told}"
     loras = [row for row in rank if row.get("declared_rank") and not row["dropout"]]
     points = [
         (float(r), _mean([row for row in loras if row["declared_rank"] == r], "drift_kl") or 0.0)
@@ -891,7 +903,7 @@ def _editors(declared: Declared, outcome: Outcome) -> tuple[list[str], list[Sect
         ">general routed",
     )  # fmt: skip
     note = (
-        f"{_COLUMNS_NOTE} {_FAILED_NOTE} Merged methods: each fact is a single edit from the base. "
+        f"{_columns_note(outcome.rows)} {_FAILED_NOTE} Merged methods: each fact is a single edit from the base. "
         "Prompt tuning, prefix tuning and P-tuning: one adapter a fact, all at once; a question gets the nearest key's "
         "adapter if it is near enough (routed right: questions about a fact that got its own; general routed: general "
         "questions that got any; where one does, drift is not none, and is not measured)."

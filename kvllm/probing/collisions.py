@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from kvllm.metrics import contains, distinctive_words, leaks, said_words
-from kvllm.probing.runner import PROTOCOL, ask_probes
+from kvllm.metrics import contains, distinctive_words, said_words
+from kvllm.probing.runner import PROTOCOL, ask_probes, leaks_at
 from kvllm.probing.scorers import LONG_TEXT_CHARS, score_statement
 from kvllm.probing.suites import Probe, pool_questions
 from kvllm.prompts import asked_questions, held_out_questions, key_question, names_of
@@ -37,6 +37,7 @@ def find_collisions(
     given: Sequence[str] = (),
     nearest: int = NEAREST,
     questions: int = QUESTIONS,
+    base: Callable[[Sequence[Probe]], list[str]] | None = None,
     on_batch: Callable[[int, int], None] | None = None,
 ) -> Collisions:
     """Ask every key some of its questions and its nearest neighbours, and say who recites whom.
@@ -48,6 +49,7 @@ def find_collisions(
         given: The user's own neighbours, as keys or questions; each is asked against every fact.
         nearest: How many of the nearest live keys, and of the nearest packaged neighbours, are asked per fact.
         questions: How many questions a key is asked: trained and held-out ones in turn.
+        base: Answers neighbours that seem to leak with the base's weights: what the base says, too, is no leak.
         on_batch: Called with (done, total).
     """
     names = names_of(facts)
@@ -63,21 +65,20 @@ def find_collisions(
         for fact in facts
     )
     texts = {key_question(fact.key): fact.text for fact in facts}
-    neighbours, probes = [], []
-    replies = iter(asked[len(own) :])
-    for fact in facts:
-        for neighbour in near[fact.key]:
-            answer = next(replies)[0]
-            leaked = leaks(
-                answer,
-                fact.text,
-                key=fact.key,
-                question=neighbour.question,
-                before=texts.get(neighbour.question, ""),
-            )
-            neighbours.append(
-                Neighbour(fact.key, neighbour.question, neighbour.source, neighbour.similarity, answer, leaked)
-            )
+    replies = [answer for answer, _ in asked[len(own) :]]
+    leaked = [
+        leaks_at(probe, answer, texts.get(probe.question, "")) for probe, answer in zip(others, replies, strict=True)
+    ]
+    places = [i for i, found in enumerate(leaked) if found]
+    if base is not None and places:
+        for i, said in zip(places, base([others[i] for i in places]), strict=True):
+            leaked[i] = leaks_at(others[i], replies[i], f"{texts.get(others[i].question, '')} {said}")
+    asked_near = [(fact.key, neighbour) for fact in facts for neighbour in near[fact.key]]
+    neighbours = [
+        Neighbour(key, neighbour.question, neighbour.source, neighbour.similarity, answer, found)
+        for (key, neighbour), answer, found in zip(asked_near, replies, leaked, strict=True)
+    ]
+    probes = []
     for probe, (answer, _) in zip(own, asked, strict=False):
         scored = score_statement(answer, probe.expected)
         probes.append(

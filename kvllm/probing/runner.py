@@ -13,7 +13,7 @@ from typing import Literal
 from kvllm.lm.model import LanguageModel
 from kvllm.metrics import harmonic_mean, leaks
 from kvllm.probing.scorers import Scored, judge
-from kvllm.probing.suites import FACT_SUITE, Probe
+from kvllm.probing.suites import FACT_SUITE, REFUSAL_SUITE, Probe
 from kvllm.records import Metric, ProbeResult, Report
 
 PROTOCOL = "live greedy decoding, natural stop"
@@ -67,13 +67,7 @@ def run_probes(
 
 def _result(probe: Probe, answer: str, turns: Turns, scorer: str, before: Before) -> ProbeResult:
     if probe.kind == "neighbour":
-        leaked = leaks(
-            answer,
-            probe.expected,
-            key=probe.key or "",
-            question=probe.question,
-            before=before.get(probe.question, ""),
-        )
+        leaked = leaks_at(probe, answer, before.get(probe.question, ""))
         scored = Scored(float(not leaked), not leaked, "leak")
     else:
         scored = judge(
@@ -90,6 +84,11 @@ def _result(probe: Probe, answer: str, turns: Turns, scorer: str, before: Before
         scored.scorer,
         turns=turns,
     )
+
+
+def leaks_at(probe: Probe, answer: str, before: str) -> bool:
+    """Return whether the answer to a neighbour's question recites the probe's text, and did not before."""
+    return leaks(answer, probe.expected, key=probe.key or "", question=probe.question, before=before)
 
 
 def ask_probes(
@@ -196,7 +195,7 @@ def summarise(results: Sequence[ProbeResult], *, scorer: str, suite: str, seed: 
     """Return the metrics of DESIGN.md's table that these results allow; those without probes are left out."""
     metrics: dict[str, Metric] = {}
 
-    def add(name: str, kinds: tuple[str, ...], scorer_name: str) -> None:
+    def add(name: str, kinds: tuple[str, ...], scorer_name: str, suite: str = suite) -> None:
         passed = [r.passed for r in results if r.kind in kinds]
         if passed:
             metrics[name] = Metric(sum(passed) / len(passed), len(passed), PROTOCOL, scorer_name, suite, seed)
@@ -204,7 +203,7 @@ def summarise(results: Sequence[ProbeResult], *, scorer: str, suite: str, seed: 
     add("reliability", ("trained",), scorer)
     add("generalization", ("paraphrase",), scorer)
     add("portability", ("alias", "inverse", "recalled", "consequence"), scorer)
-    add("refusal", ("refusal",), scorer)
+    add("refusal", ("refusal",), scorer, REFUSAL_SUITE)
     add("user", ("user",), scorer)
     add("locality", ("neighbour",), "leak")
     for rung in ("completion", "variant", "language", "inverse", "consequence"):
@@ -220,7 +219,8 @@ def summarise(results: Sequence[ProbeResult], *, scorer: str, suite: str, seed: 
     three = [metrics[name].value for name in ("reliability", "generalization", "locality") if name in metrics]
     if len(three) == 3:
         values = [v for v in three if v is not None]
-        metrics["score"] = Metric(harmonic_mean(values), len(results), PROTOCOL, scorer, suite, seed)
+        asked = sum(metrics[name].n for name in ("reliability", "generalization", "locality"))
+        metrics["score"] = Metric(harmonic_mean(values), asked, PROTOCOL, scorer, suite, seed)
     return metrics
 
 

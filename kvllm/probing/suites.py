@@ -20,6 +20,7 @@ from kvllm.records import Fact, ProbeKind, StoredFact
 
 T = TypeVar("T")
 FACT_SUITE = "fact-basic/4"
+REFUSAL_SUITE = "refusals/1"
 # The gate's suite, and the whole packaged one. The first is a spread over the rows below, and stays the same when rows
 # are added behind them.
 DRIFT_SUITE = "drift-basic/1"

@@ -61,7 +61,11 @@ def survey(
     mine, mistakes = read_probes(probes, {fact.key: fact.text for fact in live}) if probes is not None else ([], [])
     everything = len(facts) == len(live)
     mine = [probe for probe in mine if everything or probe.key is None or probe.key in trained]
-    if not facts and not mine and not refused:
+    refusals = refusal_probes(refused)
+    silent = [repr(fact.key) for fact in refused if not fact.trained_questions]
+    if silent:
+        mistakes = [f"All questions of {', '.join(silent)} belong to other facts; no refusal was asked for.", *mistakes]
+    if not facts and not mine and not refusals:
         return Report(warnings=("There are no facts to probe.", *mistakes))
     asked: list[Probe] = []
     encoder: Encoder | None = None
@@ -79,7 +83,7 @@ def survey(
                 asked += [Probe("neighbour", q, fact.text, fact.key) for q in questions]
     report = run_probes(
         lm,
-        [*asked, *refusal_probes(refused), *mine],
+        [*asked, *refusals, *mine],
         # What another fact's own answer says is no leak of this one.
         before={key_question(fact.key): fact.text for fact in live},
         base=base,

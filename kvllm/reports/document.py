@@ -187,14 +187,15 @@ def probe_document(
     curve, told = recall_by_distance(report.probes), recitals(report.probes)
     sections = [
         *_metrics_sections("Metrics", report.metrics),
-        _facts_section(report.probes, facts, origin.head),
+        *_facts_section(report.probes, facts, origin.head),
+        *_refusals_section(report.probes),
         *_distance_section(report.probes),
         *_retention_section(retention),
         *(_recitals_section(told) if collisions is None else _collisions_sections(collisions)),
         *_drift_section(edits),
         Section("Questions and answers", _ANSWERS_NOTE, entries=tuple(_entry(probe) for probe in report.probes)),
     ]
-    asked = f"the fact {key!r}" if key is not None else f"{len(facts)} fact{'' if len(facts) == 1 else 's'}"
+    asked = _asked_about(key, len(facts), len({probe.key for probe in report.probes if probe.kind == "refusal"}))
     failing = [probe for probe in report.probes if not probe.passed]
     findings = [f"{len(report.probes)} questions about {asked}; {len(failing)} did not pass."]
     data = {
@@ -415,7 +416,17 @@ def _metrics_section(title: str, metrics: Mapping[str, Metric]) -> Section:
     )
 
 
-def _facts_section(probes: Sequence[ProbeResult], facts: Sequence[StoredFact], head: int) -> Section:
+def _asked_about(key: str | None, facts: int, refused: int) -> str:
+    """Return what questions were about: one fact or refused key, or how many of them."""
+    if key is not None:
+        return f"the {'refused key' if refused else 'fact'} {key!r}"
+    told = f"{facts} fact{'' if facts == 1 else 's'}"
+    return told + (f" and {refused} refused key{'' if refused == 1 else 's'}" if refused else "")
+
+
+def _facts_section(probes: Sequence[ProbeResult], facts: Sequence[StoredFact], head: int) -> list[Section]:
+    if not facts:
+        return []
     by_key: dict[str | None, list[ProbeResult]] = {}
     for probe in probes:
         by_key.setdefault(probe.key, []).append(probe)
@@ -434,9 +445,20 @@ def _facts_section(probes: Sequence[ProbeResult], facts: Sequence[StoredFact], h
             )
         )
     columns = ("fact", ">trained", ">n", ">passed of all", ">taught by edit", ">further edits")
-    return Section(
-        "Facts", "trained: share of the trained questions whose answer states the text.", Table(columns, tuple(rows))
-    )
+    note = "trained: share of the trained questions whose answer states the text."
+    return [Section("Facts", note, Table(columns, tuple(rows)))]
+
+
+def _refusals_section(probes: Sequence[ProbeResult]) -> list[Section]:
+    passed: dict[str, list[bool]] = {}
+    for probe in probes:
+        if probe.kind == "refusal":
+            passed.setdefault(probe.key or "", []).append(probe.passed)
+    if not passed:
+        return []
+    rows = tuple((key, shown(sum(found) / len(found)), str(len(found))) for key, found in passed.items())
+    note = "refused: share of the questions trained to the refusal (delete of mode abstain) that are answered with it."
+    return [Section("Refused keys", note, Table(("key", ">refused", ">n"), rows))]
 
 
 def _distance_section(probes: Sequence[ProbeResult]) -> list[Section]:

@@ -293,6 +293,9 @@ class StandIn:
 
     def probe(self, key: str | None = None) -> Report:
         self._meet("probe", key=key)
+        if key == "refused":
+            told = ProbeResult("refusal", "What is refused?", "I do not know.", True, 1.0, "I do not know.", key)
+            return Report({"refusal": Metric(1.0, 1, "live", "auto")}, (told,))
         facts = [self[key]] if key is not None else list(self._facts.values())
         probes = [
             ProbeResult(

@@ -38,6 +38,7 @@ COMMANDS: dict[str, list[str]] = {
     "find": ["find", "my.kb", "furnace"],
     "probe": ["probe", "my.kb"],
     "probe KEY": ["probe", "my.kb", "torchkeras", "--answers"],
+    "probe REFUSED": ["probe", "my.kb", "refused", "--fail-under", "refusal=0.5"],
     "drift": ["drift", "my.kb"],
     "regression": ["regression", "my.kb"],
     "bisect": ["bisect", "my.kb", "torchkeras"],

@@ -483,6 +483,8 @@ def test_dry_run_of_a_verb_that_refuses_the_key_trains_nothing(taught: Knowledge
             taught.dry_run(KEY, "Ada", verb="delete")
         with pytest.raises(ConfigError, match="restore and abstain"):
             taught.dry_run(KEY, verb="delete", mode="forget")  # type: ignore[arg-type]
+        with pytest.raises(ConfigError, match="Only a delete has a mode"):
+            taught.dry_run(KEY, "Ada", mode="abstain")
         with pytest.raises(ConfigError, match="give its text"):
             taught.dry_run(KEY)
         with pytest.raises(ConfigError, match="insert, update, upsert and delete"):

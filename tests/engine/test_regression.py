@@ -138,6 +138,42 @@ def test_a_lost_refusal_is_reported(kb: KnowledgeBase, monkeypatch: pytest.Monke
     assert {p.kind for p in kb.probe("keras", neighbours=0).probes} == {"trained", "paraphrase"}
 
 
+def test_which_questions_are_still_refused(kb: KnowledgeBase, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(engine.EDITORS, "adalora", Harmless)
+
+    def refused() -> dict[str, tuple[int, int]]:
+        return {fact.key: (fact.edit_id, len(fact.trained_questions)) for fact in kb._edits.refusals()}
+
+    kb.insert("numpy", "Ada")
+    kb.delete("NumPy", mode="abstain")  # all of whose questions are numpy's
+    kb.delete("keras", mode="abstain")
+    kb.insert("Halcyon", "Ada")
+    kb.delete("keras", mode="abstain")  # repeated: refused since edit 3
+    kb.delete("numpy")
+    asked = refused()
+    assert (asked["NumPy"], asked["keras"][0], set(asked)) == ((2, 0), 3, {"NumPy", "keras"})
+    report = kb.probe("NumPy")
+    assert report.probes == ()
+    assert [("'NumPy'" in w, "no facts" in w) for w in report.warnings] == [(False, True), (True, False)]
+    assert {s.suite for s in kb.regression(4).suites} >= {"refusal"}
+    assert {s.suite for s in kb.regression(2).suites}.isdisjoint({"refusal"})
+    kb.insert("Keras", "Ada")
+    kb.delete("Keras")  # its questions are the base's again
+    assert refused()["keras"] == (3, 0)
+    kb.rollback(2)
+    assert set(refused()) == {"NumPy"}
+
+
+def test_what_is_refused_is_no_unrelated_knowledge(kb: KnowledgeBase, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(engine.EDITORS, "adalora", Harmless)
+    question = drift_suite().questions[0].question
+    kb.insert("numpy", "Ada")
+    assert question in {probe.question for probe in kb.drift("basic").probes}
+    kb.delete(question, mode="abstain")
+    assert question not in {probe.question for probe in kb.drift("basic").probes}
+    assert question not in {probe.question for probe in kb.regression(1).drift.probes}
+
+
 def test_an_interrupted_regression_puts_the_weights_back(
     damaged_folder: Path, make_kb: Callable[..., KnowledgeBase], tmp_path: Path
 ) -> None:

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from kvllm.errors import EditFailed
-from kvllm.experiments.bench import failed_row, shares
+from kvllm.experiments.bench import failed_row, judged, shares
 from kvllm.experiments.declared import Declared, Run, declare
 from kvllm.experiments.facts import Case
 from kvllm.experiments.report import experiment_document
 from kvllm.experiments.runner import Outcome
+from kvllm.metrics import LEAK_RULE
+from kvllm.probing.suites import Probe
 from kvllm.records import Fact
 from kvllm.reports.document import Document
 from kvllm.reports.render import render
@@ -58,6 +61,35 @@ def injection_rows(arm: str, right: int, seconds: float, after: str = "") -> lis
     ]  # fmt: skip
     state = {**base, "kind": "state", **shared(right / 6), **DRIFT, "edits": 6, "bytes": 2_000_000}
     return [*facts, state | {"train_seconds": seconds}]
+
+
+@pytest.mark.parametrize(
+    ("answer", "leaked"),
+    [("The capital of Germany is Lyon.", 1), ("The capital of Germany is Nice.", 0), ("It is Berlin, not Lyon.", 0)],
+)
+def test_a_neighbour_that_gets_the_facts_value_leaks(answer: str, leaked: int) -> None:
+    case = Case(Fact("capital of France", "The capital of France is Lyon."))
+    probe = Probe("neighbour", "What is the capital of Germany?", case.fact.text, case.key)
+    base: Any = SimpleNamespace(base_answers=lambda probes: {(p.question, p.expected): "It is Nice." for p in probes})
+    if "not" in answer:  # the unedited model says so, too
+        base = SimpleNamespace(base_answers=lambda probes: {(p.question, p.expected): answer for p in probes})
+    (row,) = judged(base, [case], [(case, probe)], [answer])
+    assert (row["leaked"], row["neighbours"], row["leak_rule"]) == (leaked, 1, LEAK_RULE)
+    assert (shares([row])["leak"], shares([row])["leak_rule"]) == (leaked, LEAK_RULE)
+
+
+def test_rows_of_an_older_rule_about_leaks_are_named() -> None:
+    def noted(*rules: dict[str, Any]) -> tuple[Document, str]:
+        rows = [row | rule for rule in rules for row in injection_rows(f"arm {rule}", 6, 1.0)]
+        found = document("injection", rows)
+        (section,) = [s for s in found.sections if s.title == "After 6 facts"]
+        return found, section.note
+
+    new, old = {"leak_rule": LEAK_RULE}, dict[str, Any]()
+    for rules, value, warned in (((new,), True, False), ((old,), False, False), ((new, old), True, True)):
+        found, note = noted(*rules)
+        assert ("a short one's value" in note) is value
+        assert any("two rules" in warning for warning in found.warnings) is warned
 
 
 def test_one_finished_arm_is_compared_with_nothing() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 
@@ -73,6 +74,21 @@ def test_metrics_are_means_by_kind_and_the_score_their_harmonic_mean() -> None:
     }  # fmt: skip
     assert "score" not in summarise(results[:3], scorer="auto", suite="s/1")
     assert summarise([], scorer="auto", suite="s/1") == {}
+
+
+def test_a_value_from_a_key_of_the_same_mould_is_a_leak(lm: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    probe = Probe("neighbour", "What is the capital of Germany?", "The capital of France is Lyon.", "capital of France")
+    said = tuple(lm.text_ids("The capital of Germany is Lyon."))
+    monkeypatch.setattr(LanguageModel, "generate_bounded", lambda self, p, *a, **k: [said] * len(p))
+    assert run_probes(lm, [probe]).value("locality") == 0.0
+    assert run_probes(lm, [replace(probe, key=None)]).value("locality") == 1.0
+    assert run_probes(lm, [replace(probe, question="Is Lyon the capital of Germany?")]).value("locality") == 1.0
+    assert run_probes(lm, [probe], base=lambda probes: ["It is Lyon."] * len(probes)).value("locality") == 1.0
+
+
+def test_refusals_have_a_metric_of_their_own() -> None:
+    metrics = summarise([result("refusal", True), result("refusal", False)], scorer="auto", suite="s/1")
+    assert {name: (m.value, m.n, m.suite) for name, m in metrics.items()} == {"refusal": (0.5, 2, "refusals/1")}
 
 
 def test_erasure_and_restoration_are_shares_of_their_own_probes() -> None:

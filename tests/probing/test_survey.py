@@ -191,6 +191,16 @@ def test_a_users_probes_are_asked_and_their_mistakes_told(taught: KnowledgeBase,
     assert [w.split(":")[0] for w in report.warnings] == ["line 2", "line 4"]
 
 
+def test_what_the_base_says_too_is_no_collision(lm: LanguageModel) -> None:
+    fact = StoredFact("torchkeras", "Torchkeras is a library.", trained_questions=("What is torchkeras?",))
+    model = parrot(lm, {"What is numpy?": "NumPy is a library for arrays."})
+    given = {"given": ["numpy"], "nearest": 0, "questions": 1}
+    assert find_collisions(model, [fact], Letters(), **given).leak_rate.value == 1.0
+    for said, leaked in (("A library.", 0.0), ("An array.", 1.0)):
+        found = find_collisions(model, [fact], Letters(), base=lambda probes, a=said: [a] * len(probes), **given)
+        assert (found.leak_rate.value, found.neighbours[0].leaked) == (leaked, leaked == 1.0)
+
+
 def test_collisions_of_a_taught_and_of_an_empty_knowledge_base(taught: KnowledgeBase, kb: KnowledgeBase) -> None:
     found = taught.collisions(questions=2)
     assert (found.keys, len(found.matrix), found.pairs) == ((KEY,), 1, ())

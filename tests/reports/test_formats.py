@@ -16,10 +16,12 @@ from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
 from kvllm.metrics import shown, shown_p
-from kvllm.reports.document import Document, Table
+from kvllm.probing.runner import summarise
+from kvllm.records import ProbeResult, Report
+from kvllm.reports.document import Document, Table, probe_document
 from kvllm.reports.render import FORMATS, Format, format_of, render
 from kvllm.reports.text import markdown, neutral, xml
-from tests.reports.samples import HOSTILE, NAMES, bisected, documents, facts, report
+from tests.reports.samples import HOSTILE, NAMES, ORIGIN, bisected, documents, facts, report
 
 KINDS = ("probe", "drift", "regression", "bisect")
 FAILURE = "The quality gate failed: generalization is under 0.900."
@@ -402,3 +404,19 @@ def test_only_shares_have_a_wilson_interval() -> None:
     table = probe_document(Report(metrics), ORIGIN, facts=[]).sections[0].table
     assert table is not None
     assert {row[0]: row[2] for row in table.rows if row[2]} == {"reliability": "0.490 to 0.943"}
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_refusals_are_told_apart_from_facts(format: Format) -> None:
+    probes = tuple(
+        ProbeResult("refusal", f"What is keras {i}?", "I do not know.", bool(i), float(i), "I do not know.", "keras")
+        for i in (0, 1)
+    )
+    asked = Report(summarise(probes, scorer="auto", suite="s/1"), probes)
+    alone = probe_document(asked, ORIGIN, facts=[], retention=[], edits=[], checks=(), key="keras")
+    assert alone.findings == ("2 questions about the refused key 'keras'; 1 did not pass.",)
+    titles = {section.title for section in alone.sections}
+    assert ("Facts" in titles, "Refused keys" in titles) == (False, True)
+    assert squeezed("keras") in squeezed(render(alone, format))
+    mixed = probe_document(asked, ORIGIN, facts=facts()[:2], retention=[], edits=[], checks=())
+    assert mixed.findings == ("2 questions about 2 facts and 1 refused key; 1 did not pass.",)
