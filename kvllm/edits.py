@@ -2,7 +2,7 @@
 
 edits = Edits(session)
 with session.writing():
-    edits.train_and_commit("insert", [fact], config=None, gate=None)
+    edits.train_and_commit("insert", [fact], config=EditConfig(), gate=GateConfig())
 """
 
 from __future__ import annotations
@@ -85,32 +85,31 @@ class Edits:
         op: Op,
         facts: Sequence[Fact],
         *,
-        config: EditConfig | None,
-        gate: GateConfig | None,
+        config: EditConfig,
+        gate: GateConfig,
     ) -> Edit:
         """Teach facts in one edit.
 
         Args:
             op: "insert" or "update".
             facts: What is taught.
-            config, gate: Of this edit; the session's by default.
+            config, gate: Of this edit.
 
         Raises:
             EditRejected: the gate refused; the report is attached.
             EditFailed: a number was not finite.
         """
         session = self._session
-        settings, rules = config or session.edit_config, gate or session.gate_config
         with session.all_or_nothing() as parent:
             started = time.perf_counter()
-            trained = self.train(facts, settings)
-            report, refused = self.measure(trained, rules)
+            trained = self.train(facts, config)
+            report, refused = self.measure(trained, gate)
             if refused:
                 raise _rejected(f"The {op} of {names_shown(facts)}", report, refused)
             retired = tuple(fact.key for fact in facts) if op == "update" else ()
-            return self._commit_training(op, trained, report, parent, started, rules, retired=retired)
+            return self._commit_training(op, trained, report, parent, started, gate, retired=retired)
 
-    def compact(self, *, config: EditConfig | None, gate: GateConfig | None) -> Edit:
+    def compact(self, *, config: EditConfig, gate: GateConfig) -> Edit:
         """Retrain all live facts from the base and commit the result, if it is as good as what there is.
 
         Raises:
@@ -118,11 +117,10 @@ class Edits:
         """
         session = self._session
         facts = session.live()
-        settings, rules = config or session.edit_config, gate or session.gate_config
         with session.all_or_nothing() as parent:
             engine = session.engine
             started = time.perf_counter()
-            asked = facts if rules.measure else []
+            asked = facts if gate.measure else []
             earlier = self.probe_facts(asked, kinds=("trained",)).value("reliability") if asked else None
             lost = self._lost_refusals()
             engine.weights.replay([])
@@ -138,15 +136,15 @@ class Edits:
                     ),
                     None,
                 )
-            trained = replace(self.train(facts, settings, replay=False), warnings=lost)
-            report, refused = self.measure(trained, rules, since_base=True)
+            trained = replace(self.train(facts, config, replay=False), warnings=lost)
+            report, refused = self.measure(trained, gate, since_base=True)
             now = report.value("reliability")
             if earlier is not None and now is not None and now < earlier:
                 refused.append(f"reliability over the live facts would fall from {earlier:.3f} to {now:.3f}")
             if refused:
                 raise _rejected("Compacting", report, refused)
             return self._commit_training(
-                "compact", trained, report, parent, started, rules, retired=tuple(f.key for f in facts)
+                "compact", trained, report, parent, started, gate, retired=tuple(f.key for f in facts)
             )
 
     def _lost_refusals(self) -> tuple[str, ...]:
@@ -303,8 +301,8 @@ class Edits:
         mode: DeleteMode,
         *,
         live: bool,
-        config: EditConfig | None,
-        gate: GateConfig | None,
+        config: EditConfig,
+        gate: GateConfig,
         warnings: tuple[str, ...] = (),
     ) -> Edit:
         """Train a fact's questions back to what the base answered, or to a stated refusal, and commit.
@@ -314,52 +312,49 @@ class Edits:
                 is trained on are trained to that one's text instead.
             mode: "restore" or "abstain".
             live: Whether the ledger has it; else the model knew it by itself.
-            config, gate: Of this edit; the session's by default.
+            config, gate: Of this edit.
             warnings: Of this edit.
 
         Raises:
             EditRejected: too many questions still state the text.
         """
         session = self._session
-        settings, rules = config or session.edit_config, gate or session.gate_config
         with session.all_or_nothing() as parent:
             started = time.perf_counter()
-            away, report, refused = self._unlearned(fact, mode, settings, rules, live=live)
+            away, report, refused = self._unlearned(fact, mode, config, gate, live=live)
             if refused:
                 raise _rejected(f"The delete of {fact.key!r}", report, refused)
             return self._commit_training(
                 "delete",
-                Trained((), away.training, settings, (*warnings, *away.warnings)),
+                Trained((), away.training, config, (*warnings, *away.warnings)),
                 report,
                 parent,
                 started,
-                rules,
+                gate,
                 keys=(fact.key,),
                 retired=(fact.key,) if live else (),
                 mode=mode,
             )
 
     def try_unlearn(
-        self, fact: Fact, mode: DeleteMode, *, live: bool, config: EditConfig | None, gate: GateConfig | None
+        self, fact: Fact, mode: DeleteMode, *, live: bool, config: EditConfig, gate: GateConfig
     ) -> tuple[Report, list[str]]:
         """Train a fact away in memory, as `unlearn` does, and measure; the caller puts the weights back.
 
         Returns:
             The report, whose warnings are the edit's, too, and what the gate refuses.
         """
-        session = self._session
-        settings, rules = config or session.edit_config, gate or session.gate_config
-        away, report, refused = self._unlearned(fact, mode, settings, rules, live=live)
+        away, report, refused = self._unlearned(fact, mode, config, gate, live=live)
         return replace(report, warnings=(*report.warnings, *away.warnings)), refused
 
     def _unlearned(
-        self, fact: Fact, mode: DeleteMode, settings: EditConfig, rules: GateConfig, *, live: bool
+        self, fact: Fact, mode: DeleteMode, config: EditConfig, gate: GateConfig, *, live: bool
     ) -> tuple[_TrainedAway, Report, list[str]]:
         session = self._session
         versions = [*session.versions(fact.key)[:-1], fact] if live else [fact]
-        away = self._train_away(versions, mode, settings, held_out=rules.measure)
+        away = self._train_away(versions, mode, config, held_out=gate.measure)
         session.engine.weights.apply(away.training.delta)
-        return away, *self._measure_unlearned(versions, away, rules, live=live)
+        return away, *self._measure_unlearned(versions, away, gate, live=live)
 
     def _train_away(
         self, versions: Sequence[Fact], mode: DeleteMode, settings: EditConfig, *, held_out: bool

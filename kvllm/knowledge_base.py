@@ -859,7 +859,7 @@ class KnowledgeBase:
             trained = self._edits.train([fact], config)
             return _tried(*self._edits.measure(trained, gate))
 
-    def _try_delete(self, key: str, mode: DeleteMode, config: EditConfig | None, gate: GateConfig | None) -> DryRun:
+    def _try_delete(self, key: str, mode: DeleteMode, config: EditConfig, gate: GateConfig) -> DryRun:
         _check_mode(mode)
         fact, warnings = self._to_delete(key, mode)
         engine = self._session.engine
@@ -1104,8 +1104,8 @@ class KnowledgeBase:
         self,
         group: list[tuple[int, Fact]],
         outcomes: dict[int, EditOutcome],
-        config: EditConfig | None,
-        gate: GateConfig | None,
+        config: EditConfig,
+        gate: GateConfig,
     ) -> None:
         """Teach facts in one edit, or in halves where it is refused, and note each one's outcome.
 
