@@ -162,7 +162,10 @@ class Edits:
         those that another fact was trained on since, or then.
         """
         session = self._session
-        edits, versions_of_all = session.lineage(), session.store.fact_versions()
+        edits = session.lineage()
+        if not any(edit.mode == "abstain" for edit in edits):
+            return []
+        everything = session.store.fact_versions()
         found: dict[str, StoredFact] = {}
         taught: set[str] = set()  # after the edit at hand, or deleted to the base's answers
         newer: set[int] = set()
@@ -174,7 +177,7 @@ class Edits:
                 if key in found:
                     found[key] = replace(found[key], edit_id=edit.id)
                     continue
-                others = [*session.store.facts(edit.id), *(fact for fact in versions_of_all if fact.edit_id in newer)]
+                others = [*session.store.facts(edit.id), *(fact for fact in everything if fact.edit_id in newer)]
                 versions = session.versions(key, edits[place + 1 :])
                 newest = versions[-1] if versions else Fact(key, "")
                 fact = stored(with_earlier(newest, versions[:-1], others)[0])

@@ -513,15 +513,16 @@ class KnowledgeBase:
 
             check_tasks(lm_eval)
         mistakes: list[str] = []
-        taught: Sequence[Fact] = [*self.facts(), *self._edits.refusals()]
+        own = suite not in (None, "basic")
         if suite is None:
             chosen = whole_drift_suite()
         elif suite == "basic":
             chosen = drift_suite()
         else:
             chosen, mistakes = read_suite(suite)
-            taught = ()  # what stands in a file of the user's own is asked
         engine = self._session.engine
+        # What stands in a file of the user's own is asked.
+        taught = [] if own else [*self.facts(), *self._edits.refusals()]
         report = engine.drift(full=True, suite=chosen, taught=taught, tick=self._session.ticker("drift"))
         if lm_eval:
             from kvllm.probing.harness import compare_tasks

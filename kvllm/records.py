@@ -16,7 +16,7 @@ Op = Literal["insert", "update", "delete", "rollback", "compact"]
 DeleteMode = Literal["restore", "abstain"]
 InsertMode = Literal["sequential", "batched", "chunked"]
 TeachVerb = Literal["insert", "update", "upsert"]
-EditVerb = Literal["insert", "update", "upsert", "delete"]
+EditVerb = Literal[TeachVerb, "delete"]
 ProbeKind = Literal[
     "trained",
     "paraphrase",

@@ -184,11 +184,9 @@ def _searched(
             share = RECALLED_SHARE
             return _Searched(trained, fact.edit_id, fact.text, fact.key, pairing.FACTS_SCORER, share)
     for fact in refused:
-        trained = tuple(refusal_probes([fact]))
-        if trained and fact.key == probe:
-            return _Searched(trained, fact.edit_id, fact.text, fact.key, "auto", RECALLED_SHARE)
-        if probe in fact.trained_questions:
-            return _Searched((Probe("refusal", probe, fact.text, fact.key),), fact.edit_id, fact.text, fact.key, "auto")
+        asked = tuple(p for p in refusal_probes([fact]) if probe in (fact.key, p.question))
+        if asked:
+            return _Searched(asked, fact.edit_id, fact.text, fact.key, "auto", RECALLED_SHARE)
     taken = names_of(facts)
     found = [p for f in facts for p in ladder(f, neighbours=neighbours, seed=seed, taken=taken) if p.question == probe]
     stating = [p for p in found if p.kind != "neighbour"]

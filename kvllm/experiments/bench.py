@@ -26,9 +26,9 @@ from kvllm.experiments.desk import Desk
 from kvllm.experiments.facts import Case
 from kvllm.knowledge_base import KnowledgeBase
 from kvllm.lm.model import LanguageModel
-from kvllm.metrics import LEAK_RULE, contains, leaks, normalise
+from kvllm.metrics import LEAK_RULE, contains, normalise
 from kvllm.probing.encoder import Encoder, SentenceEncoder, nearest
-from kvllm.probing.runner import ask_probes
+from kvllm.probing.runner import ask_probes, leaks_at
 from kvllm.probing.scorers import score_statement
 from kvllm.probing.suites import DriftSuite, Probe, drift_suite
 from kvllm.prompts import key_question
@@ -263,7 +263,7 @@ def judged(
         if probe.kind == "neighbour":
             was = before[probe.question, probe.expected]
             row["neighbours"] += 1
-            row["leaked"] += leaks(answer, probe.expected, key=case.key, question=probe.question, before=was)
+            row["leaked"] += leaks_at(probe, answer, was)
             row["unchanged"] += normalise(answer) == normalise(was)
         else:
             name = "trained" if probe.kind == "trained" else "paraphrases"

@@ -18,8 +18,8 @@ from kvllm.config import EditConfig
 from kvllm.editing.delta import Delta, norm, to_files
 from kvllm.experiments.bench import Bench
 from kvllm.experiments.facts import Case
-from kvllm.metrics import leaks, normalise
-from kvllm.probing.runner import ask_probes
+from kvllm.metrics import normalise
+from kvllm.probing.runner import ask_probes, leaks_at
 from kvllm.probing.suites import Probe
 from kvllm.records import Fact, Progress
 
@@ -85,18 +85,17 @@ class DamageProbe:
             self._answers = self._ask()
 
     def _ask(self) -> list[str]:
-        probes = [Probe("neighbour", q, self.fact.text, tokens=self._tokens) for q in self._questions]
-        return [answer for answer, _ in ask_probes(self._bench.lm, probes)]
+        return [answer for answer, _ in ask_probes(self._bench.lm, self._probes())]
+
+    def _probes(self) -> list[Probe]:
+        return [Probe("neighbour", q, self.fact.text, self.fact.key, tokens=self._tokens) for q in self._questions]
 
     def row(self) -> dict[str, Any]:
         """Return what is different now: mean KL on the base's answers, changed answers, and those that recite."""
         now = self._ask()
         kls = self._bench.engine.kl_from(self._items)
         changed = sum(normalise(a) != normalise(b) for a, b in zip(now, self._answers, strict=True))
-        recited = sum(
-            leaks(a, self.fact.text, key=self.fact.key, question=q, before=b)
-            for q, a, b in zip(self._questions, now, self._answers, strict=True)
-        )
+        recited = sum(leaks_at(p, a, b) for p, a, b in zip(self._probes(), now, self._answers, strict=True))
         return {
             "near_kl": round(sum(kls) / len(kls), 6),
             "near_changed": changed,

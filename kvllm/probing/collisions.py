@@ -12,11 +12,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from kvllm.metrics import contains, distinctive_words, said_words
-from kvllm.probing.runner import PROTOCOL, ask_probes, leaks_at
+from kvllm.probing.runner import PROTOCOL, run_probes
 from kvllm.probing.scorers import LONG_TEXT_CHARS, score_statement
 from kvllm.probing.suites import Probe, pool_questions
 from kvllm.prompts import asked_questions, held_out_questions, key_question, names_of
-from kvllm.records import CollisionPair, Collisions, Metric, Neighbour, PairKind, ProbeResult, Source, StoredFact
+from kvllm.records import CollisionPair, Collisions, Metric, Neighbour, PairKind, Source, StoredFact
 
 if TYPE_CHECKING:
     from kvllm.lm.model import LanguageModel
@@ -56,36 +56,28 @@ def find_collisions(
     near = nearest_questions(facts, facts, encoder, given=given, nearest=nearest, taken=names)
     own = [Probe("trained", q, fact.text, fact.key) for fact in facts for q in some_questions(fact, questions)]
     others = [Probe("neighbour", n.question, fact.text, fact.key) for fact in facts for n in near[fact.key]]
-    asked = ask_probes(lm, [*own, *others], also=[fact.text for fact in facts], on_batch=on_batch)
+    report = run_probes(
+        lm,
+        [*own, *others],
+        # What a live neighbour's own answer says is no leak.
+        before={key_question(fact.key): fact.text for fact in facts},
+        base=base,
+        also=[fact.text for fact in facts],
+        on_batch=on_batch,
+    )
+    probes, replies = report.probes[: len(own)], report.probes[len(own) :]
     answers: dict[str, list[str]] = {fact.key: [] for fact in facts}
-    for probe, (answer, _) in zip(own, asked, strict=False):
-        answers[probe.key or ""].append(answer)
+    for probe in probes:
+        answers[probe.key or ""].append(probe.answer)
     matrix = tuple(
         tuple(sum(states(a, other.text) for a in answers[fact.key]) / len(answers[fact.key]) for other in facts)
         for fact in facts
     )
-    texts = {key_question(fact.key): fact.text for fact in facts}
-    replies = [answer for answer, _ in asked[len(own) :]]
-    leaked = [
-        leaks_at(probe, answer, texts.get(probe.question, "")) for probe, answer in zip(others, replies, strict=True)
-    ]
-    places = [i for i, found in enumerate(leaked) if found]
-    if base is not None and places:
-        for i, said in zip(places, base([others[i] for i in places]), strict=True):
-            leaked[i] = leaks_at(others[i], replies[i], f"{texts.get(others[i].question, '')} {said}")
     asked_near = [(fact.key, neighbour) for fact in facts for neighbour in near[fact.key]]
     neighbours = [
-        Neighbour(key, neighbour.question, neighbour.source, neighbour.similarity, answer, found)
-        for (key, neighbour), answer, found in zip(asked_near, replies, leaked, strict=True)
+        Neighbour(key, n.question, n.source, n.similarity, reply.answer, not reply.passed)
+        for (key, n), reply in zip(asked_near, replies, strict=True)
     ]
-    probes = []
-    for probe, (answer, _) in zip(own, asked, strict=False):
-        scored = score_statement(answer, probe.expected)
-        probes.append(
-            ProbeResult(
-                "trained", probe.question, answer, scored.passed, scored.score, probe.expected, probe.key, scored.scorer
-            )
-        )
     leaked_share = sum(n.leaked for n in neighbours) / len(neighbours) if neighbours else None
     return Collisions(
         keys=tuple(fact.key for fact in facts),
@@ -95,7 +87,7 @@ def find_collisions(
         leak_rate=Metric(leaked_share, len(neighbours), PROTOCOL, "leak"),
         questions=questions,
         encoder=encoder.name,
-        probes=tuple(probes),
+        probes=probes,
     )
 
 

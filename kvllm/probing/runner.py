@@ -216,11 +216,11 @@ def summarise(results: Sequence[ProbeResult], *, scorer: str, suite: str, seed: 
         metrics["recall_gain"] = Metric(
             pair[0].value - pair[1].value, pair[0].n, protocol, "words, first word", suite, seed
         )
-    three = [metrics[name].value for name in ("reliability", "generalization", "locality") if name in metrics]
+    three = [metrics[name] for name in ("reliability", "generalization", "locality") if name in metrics]
     if len(three) == 3:
-        values = [v for v in three if v is not None]
-        asked = sum(metrics[name].n for name in ("reliability", "generalization", "locality"))
-        metrics["score"] = Metric(harmonic_mean(values), asked, PROTOCOL, scorer, suite, seed)
+        values = [metric.value for metric in three if metric.value is not None]
+        n = sum(metric.n for metric in three)
+        metrics["score"] = Metric(harmonic_mean(values), n, PROTOCOL, scorer, suite, seed)
     return metrics
 
 
