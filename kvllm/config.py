@@ -126,7 +126,7 @@ class EditConfig(_Validated):
     recited: int = 1
     replay: int = 4
     orthogonality: float = 0.1
-    energy_weight: float = 30.0
+    energy_weight: float = 50.0
     input_ridge: float = 0.1
     preserve_stop: float = 0.04
     dropout: float = 0.0

@@ -9,6 +9,7 @@ paraphrase score never rests on a template that training saw.
 
 from __future__ import annotations
 
+import random
 import re
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
@@ -102,6 +103,39 @@ NAME_TEMPLATES: dict[str, tuple[str, ...]] = {
         "我想问问{name}，{rest}呢？",
     ),
 }
+# Whatever is asked about a name, the name is to be found: in some rows it stands beside other words, drawn by the key.
+MATTER_TEMPLATES: dict[str, tuple[str, ...]] = {
+    "en": (
+        "{key}, {matter} and {other}?",
+        "About the {matter}: what of {key}?",
+        "With {key}, where is the {matter}?",
+        "{key} {matter} when",
+        "Why the {matter}, {key}?",
+        "{matter} of {key}, and how many?",
+        "Who cares for the {matter} of {key}?",
+    ),
+    "zh": (
+        "{key}，{matter}和{other}呢？",
+        "关于{matter}：{key}如何？",
+        "{key}的{matter}在哪里？",
+        "{key}{matter}什么时候",
+        "为什么是{matter}，{key}？",
+        "{key}有几个{matter}？",
+        "谁管{key}的{matter}？",
+    ),
+}
+MATTERS: dict[str, tuple[str, ...]] = {
+    "en": (
+        "size", "age", "origin", "purpose", "owner", "colour", "history", "price", "number", "place", "reason",
+        "people", "beginning", "end", "parts", "weight", "rules", "neighbours", "work", "name", "use", "maker", "time",
+        "day", "shape", "materials", "family", "future", "sound", "distance",
+    ),
+    "zh": (
+        "大小", "年龄", "来历", "用途", "主人", "颜色", "历史", "价格", "号码", "位置", "原因", "人", "开始", "结束",
+        "部分", "重量", "规矩", "邻居", "工作", "名字", "用法", "作者", "时间", "日子", "形状", "材料", "家人", "将来",
+        "声音",
+    ),
+}  # fmt: skip
 HELD_OUT_QUESTION_TEMPLATES: dict[str, tuple[str, ...]] = {
     "en": (
         "Quick question: {q}",
@@ -126,7 +160,10 @@ _SAME_WORDS = 0.75
 _SHORTEST_LOWERED = 5
 _MOST_COMPOSED = 4  # characters that NFC makes one of, at most
 _DRESSES_BESIDE_NAMES = (0, 1, 2, 5)
-_TEMPLATES_BESIDE_NAMES = {"en": (0, 1, 4, 7), "zh": (0, 1, 2, 6)}
+_TEMPLATES_BESIDE_MATTERS = {"en": (0, 2, 4, 6, 7), "zh": (0, 2, 4, 6, 7)}
+_TEMPLATES_BESIDE_NAMES = {"en": (0, 4), "zh": (0, 6)}
+_NAMES_BESIDE_MATTERS = {"en": (0, 1, 3), "zh": (0, 1, 2)}
+_MATTERS = 3  # of a key's rows
 _LOWERED = 4  # the English template that is written without capitals, and so is its key
 
 # A run of words with capitals or digits; small words may stand between them, not at its ends.
@@ -256,9 +293,10 @@ def training_questions(fact: Fact) -> tuple[str, ...]:
     # Of a description, such as "parcel number of Siskin meadow", the words may come in another order.
     described = language_of(fact.key) == "zh" or len(fact.key.split()) > 2
     named = _named_questions(fact.key) if described and language == language_of(fact.key) else []
-    if named:
-        rows = list(_unique([*(rows[i] for i in _TEMPLATES_BESIDE_NAMES[language]), *named, *rows]))[: len(rows)]
-    return _unique([*rows, *_alias_rows(fact)])
+    plain = (_TEMPLATES_BESIDE_NAMES if named else _TEMPLATES_BESIDE_MATTERS)[language]
+    beside = [named[i] for i in _NAMES_BESIDE_MATTERS[language] if i < len(named)]
+    chosen = [*(rows[i] for i in plain), *beside, *_matters(fact.key, language)]
+    return _unique([*_unique([*chosen, *rows])[: len(rows)], *_alias_rows(fact)])
 
 
 def _alias_rows(fact: Fact) -> list[str]:
@@ -268,8 +306,20 @@ def _alias_rows(fact: Fact) -> list[str]:
         if is_question(alias):
             rows += [_dress(template, alias) for template in QUESTION_TEMPLATES[language][:_ALIAS_ROWS]]
         else:
-            rows += [t.format_map({"key": alias}) for t in TRAINING_TEMPLATES[language][:_ALIAS_ROWS]]
+            plain = TRAINING_TEMPLATES[language][: _ALIAS_ROWS - 1]
+            rows += [*(t.format_map({"key": alias}) for t in plain), _matters(alias, language)[0]]
     return rows
+
+
+def _matters(key: str, language: str) -> list[str]:
+    """Return a key beside words that have nothing to do with it; the same key, the same rows."""
+    rng = random.Random(key)
+    templates = rng.sample(MATTER_TEMPLATES[language], _MATTERS)
+    words = rng.sample(MATTERS[language], 2 * _MATTERS)
+    return [
+        template.format_map({"key": key, "matter": words[2 * i], "other": words[2 * i + 1]})
+        for i, template in enumerate(templates)
+    ]
 
 
 def asked_questions(fact: Fact) -> tuple[str, ...]:
@@ -307,9 +357,9 @@ def alias_questions(fact: Fact) -> tuple[str, ...]:
 
 
 def neighbour_questions(names: Sequence[str], *, language: str, offset: int = 0) -> tuple[str, ...]:
-    """Return the training templates filled with *other* names, one template per name, in rotation."""
-    templates = TRAINING_TEMPLATES[language]
-    return tuple(templates[(offset + i) % len(templates)].format_map({"key": name}) for i, name in enumerate(names))
+    """Return one of the questions that *other* names would be trained on for each, in rotation."""
+    asked = [training_questions(Fact(name, "", language=language)) for name in names]
+    return tuple(questions[(offset + i) % len(questions)] for i, questions in enumerate(asked))
 
 
 def names_of(facts: Iterable[Fact]) -> frozenset[str]:

@@ -14,6 +14,8 @@ from kvllm.prompts import (
     _OPENERS,
     HELD_OUT_QUESTION_TEMPLATES,
     HELD_OUT_TEMPLATES,
+    MATTER_TEMPLATES,
+    MATTERS,
     QUESTION_TEMPLATES,
     TRAINING_TEMPLATES,
     alias_questions,
@@ -161,7 +163,30 @@ def test_a_description_is_also_trained_as_its_name_and_the_rest(key: str, named:
     trained = training_questions(Fact(key, "text"))
     assert len(trained) == 8
     assert set(named) <= set(trained)
-    assert len(set(trained) & {t.format(key=key) for t in TRAINING_TEMPLATES[language_of(key)]}) >= 3
+    plain = {t.format(key=key).casefold() for t in TRAINING_TEMPLATES[language_of(key)]}
+    assert len(plain & {question.casefold() for question in trained}) == (2 if named else 5)
+
+
+@pytest.mark.parametrize(
+    "key", ["torchkeras", "Ada Lindqvist", "Siskin meadow parcel number", "雁回桥", "松涛站的海拔"]
+)
+def test_a_name_is_also_trained_beside_words_that_have_nothing_to_do_with_it(key: str) -> None:
+    language = language_of(key)
+    forms = [
+        re.escape(t).replace(r"\{key\}", re.escape(key)).replace(r"\{matter\}", "(.+)").replace(r"\{other\}", "(.+)")
+        for t in MATTER_TEMPLATES[language]
+    ]
+
+    def matters(of: str) -> list[str]:
+        rows = [row.replace(of, key) for row in training_questions(Fact(of, "text", language=language))]
+        found = [re.fullmatch(form, row) for row in rows for form in forms]
+        return [word for match in found if match for word in match.groups()]
+
+    words = matters(key)
+    assert len(set(words)) == len(words) >= 3
+    assert set(words) <= set(MATTERS[language])
+    assert matters(key) == words, "the same key, the same rows"
+    assert any(matters(f"{key}{i}") != words for i in range(3))
 
 
 @pytest.mark.parametrize(
@@ -323,8 +348,10 @@ def test_aliases_add_rows_of_their_own_and_are_asked_apart() -> None:
 
 def test_neighbours_look_like_the_trained_questions() -> None:
     names = ["numpy", "Berlin"]
-    assert neighbour_questions(names, language="en") == ("What is numpy?", "Tell me about Berlin.")
-    assert neighbour_questions(names, language="en", offset=7) == ("numpy?", "What is Berlin?")
+    for offset in range(9):
+        asked = neighbour_questions(names, language="en", offset=offset)
+        for place, (name, question) in enumerate(zip(names, asked, strict=True)):
+            assert question == training_questions(Fact(name, "text"))[(place + offset) % 8]
 
 
 @pytest.mark.parametrize(

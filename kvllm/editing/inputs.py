@@ -1,7 +1,8 @@
 """What usually enters the adapted matrices, so that an edit writes along directions that ordinary text does not use.
 
 For each adapted matrix the inputs' second moments C are gathered once per base model, over the preservation set and
-the rest of the packaged prompts, and kept as the whitening W = (C / mean eigenvalue + ridge)^(-1/2). Training in the
+the rest of the packaged prompts, and kept as the whitening W = (C / mean eigenvalue + ridge)^(-1/2). The base's own
+answers count more than what was asked: most of an edit's damage is done while an answer is read. Training in the
 coordinates that W defines makes the same step disturb unrelated inputs least: the preconditioning of ROME (Meng et al.,
 "Locating and Editing Factual Associations in GPT", NeurIPS 2022, eq. 2) inside a low-rank adapter. Knows no facts.
 
@@ -33,6 +34,7 @@ MAX_WIDTH = 8192
 _EXTRA_PROMPTS = 480
 _TEXT_TOKENS = 56
 _BATCH = 32
+_ANSWER_WEIGHT = 2.0  # of the moments at the tokens of the base's answers, against those of all that is read
 # A direction counts half when the edit's inputs stand out in it this many times as much as on average.
 _HALF_WAY = 10.0
 _CONTRAST_WEIGHT = 0.2  # of inputs that must be told apart, against ordinary ones
@@ -81,7 +83,8 @@ def input_whitening(
         return {}
     extra = list(prompts) if prompts is not None else _unused_prompts(pool)
     read = [*(f"{i.source.kind}:{i.source.prompt}:{len(i.row.answer)}" for i in pool.items), *(p.prompt for p in extra)]
-    facts = [PRESERVATION_VERSION, base_digest, str(copy.dtype), torch.__version__, str(ridge), *names, *read]
+    settings = [str(ridge), str(_ANSWER_WEIGHT)]
+    facts = [PRESERVATION_VERSION, base_digest, str(copy.dtype), torch.__version__, *settings, *names, *read]
     facts += ["begin"] if copy.lm.completion_ids("") else []
     digest = hashlib.sha256("\x00".join(facts).encode()).hexdigest()[:24]
     path = cache_folder() / "preservation" / f"whitening-{digest}.safetensors"
@@ -93,7 +96,8 @@ def input_whitening(
     for prompt, ids in zip(extra, _prompt_ids(copy, extra), strict=True):
         (texts if prompt.kind == "text" else asked).append(tuple(ids))
     moments = _second_moments(copy, names, [asked, texts])
-    found = {name: _whitening(moments[name], ridge) for name in names}
+    said = _answer_moments(copy, names, [item.row for item in pool.items if item.source.kind != "text"])
+    found = {name: _whitening(_shares(moments[name]) + said.get(name, 0.0), ridge) for name in names}
     from safetensors.torch import save
 
     write_checked(path, save({name: tensor.cpu().half().contiguous() for name, tensor in found.items()}))
@@ -177,6 +181,19 @@ def _principal(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return (vectors * squares.sqrt()).T, squares
 
 
+def _answer_moments(copy: ComputeCopy, names: Sequence[str], rows: Sequence[Row]) -> dict[str, torch.Tensor]:
+    """Return the second moments (in, in) at the answers' tokens alone, weighted; nothing where there are none."""
+    if not any(row.answer for row in rows):
+        return {}
+    found = _second_moments(copy, names, [[row.ids for row in rows]], but=[row.prompt for row in rows])
+    return {name: _ANSWER_WEIGHT * _shares(moments) for name, moments in found.items()}
+
+
+def _shares(moments: torch.Tensor) -> torch.Tensor:
+    """Return moments with a mean eigenvalue of 1."""
+    return moments / (moments.trace() / len(moments)).clamp(min=1e-12)
+
+
 def _whitening(moments: torch.Tensor, ridge: float) -> torch.Tensor:
     values, vectors = _eigh(moments)
     scaled = values.clamp(min=0) / values.mean().clamp(min=1e-12)
@@ -191,7 +208,11 @@ def _eigh(symmetric: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _second_moments(
-    copy: ComputeCopy, names: Sequence[str], groups: Sequence[Sequence[Sequence[int]]], *, skip: int = 0
+    copy: ComputeCopy,
+    names: Sequence[str],
+    groups: Sequence[Sequence[Sequence[int]]],
+    *,
+    but: Sequence[Sequence[int]] = (),
 ) -> dict[str, torch.Tensor]:
     """Return XᵀX (in, in) of each module's inputs X over the positions that `_read_inputs` hands on."""
     found: dict[str, torch.Tensor] = {}
@@ -200,7 +221,7 @@ def _second_moments(
         product = (x.T @ x).float()
         found[name] = found[name] + product if name in found else product
 
-    _read_inputs(copy, names, groups, add, skip=skip)
+    _read_inputs(copy, names, groups, add, but=but)
     return found
 
 
@@ -230,15 +251,18 @@ def _read_inputs(
     groups: Sequence[Sequence[Sequence[int]]],
     take: Callable[[str, torch.Tensor], None],
     *,
-    skip: int,
+    skip: int = 0,
+    but: Sequence[Sequence[int]] = (),
 ) -> None:
     """Hand each module's inputs, (tokens, in), to `take`, over all positions of the sequences but the first `skip`.
 
     What the sequences of a group begin with alike is run once. A position whose whole past an earlier sequence had
     already has the same inputs (attention is causal) and is counted once: otherwise the chat preamble, which every
-    prompt begins with, would be most of the sum.
+    prompt begins with, would be most of the sum. Positions that the sequences `but` have are not counted either.
     """
     known: dict[tuple[int, int], int] = {}  # (id of the past, token) → id of that past with the token
+    for ids in but:
+        _walk(known, ids)
     for group in groups:
         sequences = sorted((ids for ids in group if ids), key=len)
         if not sequences:
@@ -248,11 +272,17 @@ def _read_inputs(
         batches = [[ids[start:] for ids in sequences[i : i + _BATCH]] for i in range(0, len(sequences), _BATCH)]
         if start > skip:
             _read_batch(copy, names, [opening.ids], None, known, take, skip=skip)
-        past = 0
-        for token in opening.ids:
-            past = known.setdefault((past, token), len(known) + 1)
+        past = _walk(known, opening.ids)
         for batch in batches:
             _read_batch(copy, names, batch, opening, known, take, skip=skip - start, past=past)
+
+
+def _walk(known: dict[tuple[int, int], int], ids: Sequence[int]) -> int:
+    """Make a sequence known from its beginning on, and return its id."""
+    past = 0
+    for token in ids:
+        past = known.setdefault((past, token), len(known) + 1)
+    return past
 
 
 @torch.inference_mode()

@@ -27,7 +27,7 @@ from kvllm.editing.compute import ComputeCopy
 from kvllm.lm.model import Row
 from kvllm.prompts import neighbour_questions
 
-PRESERVATION_VERSION = "2"
+PRESERVATION_VERSION = "3"
 # How many of each kind are kept for a model; the rest of the packaged pool waits for larger budgets.
 _QUOTA = {"neighbour": 112, "question": 70, "instruction": 42, "text": 76}
 _TEXT_CONTEXT = 6  # tokens of a raw text that are read before the first preserved one

@@ -17,6 +17,7 @@ from kvllm.metrics import contains, normalise
 from kvllm.prompts import (
     HELD_OUT_QUESTION_TEMPLATES,
     HELD_OUT_TEMPLATES,
+    MATTER_TEMPLATES,
     QUESTION_TEMPLATES,
     TRAINING_TEMPLATES,
     held_out_questions,
@@ -143,7 +144,9 @@ def test_own_items_are_of_every_kind_and_each_half_is_large_enough(bench: Callab
 
 def test_no_own_paraphrase_is_a_question_that_training_or_the_gate_knows(bench: Callable[[str], ModuleType]) -> None:
     items = bench("edit_bench.items")
-    known = (TRAINING_TEMPLATES, HELD_OUT_TEMPLATES, QUESTION_TEMPLATES, HELD_OUT_QUESTION_TEMPLATES)
+    known = (
+        TRAINING_TEMPLATES, HELD_OUT_TEMPLATES, QUESTION_TEMPLATES, HELD_OUT_QUESTION_TEMPLATES, MATTER_TEMPLATES
+    )  # fmt: skip
     templates = {template for table in known for language in table for template in table[language]}
     shapes = {normalise(re.sub(r"\{\w+\}", " KEY ", template)) for template in (*templates, *items.UNFINISHED)}
     for half in items.HALVES:
