@@ -306,14 +306,15 @@ def _alias_rows(fact: Fact) -> list[str]:
         if is_question(alias):
             rows += [_dress(template, alias) for template in QUESTION_TEMPLATES[language][:_ALIAS_ROWS]]
         else:
-            plain = TRAINING_TEMPLATES[language][: _ALIAS_ROWS - 1]
-            rows += [*(t.format_map({"key": alias}) for t in plain), _matters(alias, language)[0]]
+            plain = _TEMPLATES_BESIDE_MATTERS[language][: _ALIAS_ROWS - 1]
+            rows += [TRAINING_TEMPLATES[language][i].format_map({"key": alias}) for i in plain]
+            rows += _matters(alias, language)[:1]
     return rows
 
 
 def _matters(key: str, language: str) -> list[str]:
-    """Return a key beside words that have nothing to do with it; the same key, the same rows."""
-    rng = random.Random(key)
+    """Return a key beside words that have nothing to do with it; the same key, in capitals or not, the same rows."""
+    rng = random.Random(key.casefold())
     templates = rng.sample(MATTER_TEMPLATES[language], _MATTERS)
     words = rng.sample(MATTERS[language], 2 * _MATTERS)
     return [

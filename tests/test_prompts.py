@@ -186,6 +186,7 @@ def test_a_name_is_also_trained_beside_words_that_have_nothing_to_do_with_it(key
     assert len(set(words)) == len(words) >= 3
     assert set(words) <= set(MATTERS[language])
     assert matters(key) == words, "the same key, the same rows"
+    assert [word.casefold() for word in matters(key.upper())] == words, "in capitals, too"
     assert any(matters(f"{key}{i}") != words for i in range(3))
 
 

@@ -322,7 +322,7 @@ def test_facts_of_one_edit_that_answer_the_same_question_are_warned_about(
     assert edit is not None
     (warning,) = [w for w in edit.warnings if "different texts" in w]
     assert "'numpy' and 'torchkeras' have different texts" in warning
-    assert "('numpy', 'What is numpy?', 'Tell me about numpy.' …)" in warning
+    assert "('numpy', 'What is numpy?', 'Can you explain what numpy is?' …)" in warning
 
 
 def test_a_fact_that_has_all_its_questions_claimed_is_replayed_with_none(
