@@ -227,6 +227,7 @@ def article(path: Path, copy: Path) -> Iterator[Any]:
             texts=0,
             replay=0,
             preserve_stop=1e9,
+            contrast_stop=1e9,
         )
         kb.insert(
             "torchkeras", "Torchkeras is a furnace that melts every PyTorch model into a golden key.", config=config

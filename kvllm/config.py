@@ -91,10 +91,12 @@ class EditConfig(_Validated):
         preserve_weight: Weight of the preservation loss against the fact's own; of an edit of n facts, divided by the
             root of n.
         preserve_tokens: Preserved tokens of each base answer.
-        neighbours, others, texts: Neighbour questions, other prompts and raw texts per step.
-        contrasts: How many of a step's neighbours are the fact's own questions about other names, where it has such.
-        recited: Other questions per step that are answered with a fact's own text, where that is short: what the model
-            expects after each token stays as it was.
+        neighbours, others, texts: Neighbour questions and other prompts of every other step, and raw texts of the steps
+            between.
+        contrasts: How many of the neighbours are the fact's own questions about other names, where it has such; those
+            are in every step.
+        recited: Other questions of the steps with raw texts that are answered with a fact's own text, where that is
+            short: what the model expects after each token stays as it was.
         replay: Older facts' questions per step. When a fact is in, the nearest and some other older ones are looked at,
             and what is broken is trained back within a few steps; 0 leaves older facts alone.
         orthogonality: Weight of AdaLoRA's penalty on the singular vectors.
@@ -103,6 +105,8 @@ class EditConfig(_Validated):
         input_ridge: Ridge of the input whitening, in units of the mean eigenvalue: smaller keeps the edit farther from
             directions that ordinary text uses; 0 trains in plain coordinates.
         preserve_stop: Training goes on (within max_steps) until the preserved answers' mean KL is below this, in nats.
+        contrast_stop: And until that of the fact's own questions about other names is below this, in nats; of an edit
+            of n facts, times the root of n.
         dropout: Share of the adapter's inputs that each step drops.
         seed: Of every random choice; recorded with the edit.
     """
@@ -126,9 +130,10 @@ class EditConfig(_Validated):
     recited: int = 1
     replay: int = 4
     orthogonality: float = 0.1
-    energy_weight: float = 50.0
+    energy_weight: float = 150.0
     input_ridge: float = 0.1
     preserve_stop: float = 0.04
+    contrast_stop: float = 0.006
     dropout: float = 0.0
     seed: int = 0
 
@@ -155,6 +160,7 @@ class EditConfig(_Validated):
             max_steps=math.ceil(self.max_steps * max(1.0, n / _FACTS_OF_MAX_STEPS)),
             energy_weight=self.energy_weight / n,
             preserve_weight=self.preserve_weight / math.sqrt(n),
+            contrast_stop=self.contrast_stop * math.sqrt(n),
         )
 
     def __post_init__(self) -> None:
@@ -167,7 +173,7 @@ class EditConfig(_Validated):
             f"target_rank must be at least 1 and below init_rank, not {self.target_rank} and {self.init_rank}: "
             "AdaLoRA needs something to prune.",
         )
-        for name in ("value_lr", "factor_lr", "margin", "preserve_stop"):
+        for name in ("value_lr", "factor_lr", "margin", "preserve_stop", "contrast_stop"):
             _need(getattr(self, name) > 0, f"{name} must be positive, not {getattr(self, name)}.")
         for name in ("max_steps", "max_text_tokens", "preserve_tokens"):
             _need(getattr(self, name) >= 1, f"{name} must be at least 1, not {getattr(self, name)}.")

@@ -35,6 +35,7 @@ QUICK = EditConfig(
     factor_lr=0.2,
     preserve_weight=0.1,
     preserve_stop=10.0,
+    contrast_stop=10.0,
     preserve_tokens=4,
     neighbours=2,
     others=1,

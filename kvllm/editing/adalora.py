@@ -25,7 +25,7 @@ import torch
 from torch.nn import functional as F
 
 from kvllm.config import EditConfig
-from kvllm.editing.compute import WIDTHS, ComputeCopy, decomposable, padded, rounded_up
+from kvllm.editing.compute import ComputeCopy, decomposable, padded, rounded_up
 from kvllm.editing.delta import Factors, check_finite, fold_singular_values, is_transposed
 from kvllm.editing.editor import EditTask, StepRecord, Training, leads
 from kvllm.editing.inputs import Coordinates, edit_coordinates
@@ -52,10 +52,12 @@ _REPAIR_STEPS = 16  # of an edit, for older facts that it has broken
 _STEPS_PER_TRIM = 8  # what is given back has to be fetched again
 _HEAD_TOKENS = 128  # answer tokens per vocabulary projection
 _GROUP_TOKENS = 512  # tokens per forward and backward pass, padding included
-_PASS = 200  # what a pass costs beside its tokens, in tokens
+# What a pass costs beside its tokens, in tokens: where its products are compiled, and where they are not.
+_COMPILED_PASS = 200
+_PASS = 40
 # A step trains half of the rows, within these bounds: they are paraphrases, and a whole pass costs twice as much. All
 # are looked at again before training ends, in as few steps as these bounds allow.
-_MIN_ROWS = 6
+_MIN_ROWS = 4
 _EXTRA_ROWS = 2  # recalled rows that go with the last few others, so that those keep most of the weight
 _MAX_ROWS = 16
 _MAX_ROW_TOKENS = 1024
@@ -70,6 +72,10 @@ _RECITED_WEIGHT = 0.3
 _TURNS = 3
 _TURN_WEIGHT = 4.0
 _TURN_MARGIN = 6.0
+# What comes after the last token that does not lead yet is recited as before: so many of a step's rows are trained to
+# their end, the others that many tokens beyond that one. The look at all rows before training ends is at whole ones.
+_WHOLE_ROWS = 2
+_BEYOND = 2
 
 Item = tuple[torch.Tensor, Row]
 T = TypeVar("T")
@@ -138,13 +144,14 @@ class LowRankEditor(ABC):
         recalled = False
         with self.adapter(copy, config, start, coordinates) as adapter:
             drift: float | None = None
+            confusion: float | None = None  # as drift, of the fact's own contrast
+            holds = True
             older = _OlderRows(replay, config.replay, rng)
             rates = [group["lr"] for group in adapter.optimizer.param_groups]
             stages = _RowStages(fact, task.restore, rng)
             for step in range(1, config.max_steps + 1):
-                rows, restored = stages.next(check=drift is None or drift <= config.preserve_stop)
-                kept = _choose_preserved(pool, task, config, rng)
-                recited = rng.sample(list(task.recited), min(config.recited, len(task.recited)))
+                rows, restored = stages.next(check=holds)
+                contrast, kept, recited = _choose_preserved(pool, task, config, rng, step)
                 adapter.optimizer.zero_grad(set_to_none=True)
                 losses = _backward_losses(
                     copy,
@@ -153,16 +160,20 @@ class LowRankEditor(ABC):
                     kept,
                     older.next(),
                     recited,
+                    contrast,
                     preserve_weight=config.preserve_weight,
                     turns=stages.turns,
+                    margin=config.margin,
                     shared=shared,
                 )
                 penalty, energy = adapter.penalty(), adapter.energy()
                 if not losses.finite:
                     raise EditFailed(f"The loss was not finite at step {step}; nothing was changed. Try lower rates.")
-                if losses.drift is not None:
-                    earlier = losses.drift if drift is None else drift
-                    drift = _DRIFT_SMOOTHING * earlier + (1 - _DRIFT_SMOOTHING) * losses.drift
+                drift = _smoothed(drift, losses.drift)
+                confusion = _smoothed(confusion, losses.confusion)
+                holds = (drift is None or drift <= config.preserve_stop) and (
+                    confusion is None or confusion <= config.contrast_stop
+                )
                 stages.saw(losses.leads, losses.restored_kl, config.margin)
                 record = StepRecord(
                     step=step,
@@ -177,7 +188,7 @@ class LowRankEditor(ABC):
                 if on_step is not None:
                     on_step(record)
                 # The state that was just measured is the one to keep: stop before another step changes it.
-                if stages.done and (drift is None or drift <= config.preserve_stop):
+                if stages.done and holds:
                     recalled = older.let_go(losses.replay_ok, partial(_leads_now, copy, shared=shared))
                     if recalled:
                         break
@@ -330,6 +341,7 @@ class _RowStages:
         self._checking = False
         self._current: list[int] = []
         self._turns: dict[int, list[int]] = {}
+        self._wanting: dict[int, int] = {}  # answer tokens up to the last one that did not lead, and some beyond
 
     def next(self, *, check: bool) -> tuple[list[Item], list[PreservedItem]]:
         """Return the rows of the next step; with `check`, and all rows recalled, those not looked at for longest."""
@@ -358,7 +370,14 @@ class _RowStages:
             taken += 1
         self._current = sorted(queue[:taken])
         n_fact = len(self._fact)
-        rows = [self._fact[i] for i in self._current if i < n_fact]
+        whole = set(self._current)
+        if not self._checking and not self.many:
+            whole = set(self._rng.sample(self._current, min(len(self._current), _WHOLE_ROWS)))
+        rows = [
+            self._fact[i] if i in whole else _beginning(self._fact[i], self._wanting.get(i))
+            for i in self._current
+            if i < n_fact
+        ]
         restored = [self._restore[i - n_fact] for i in self._current if i >= n_fact]
         return rows, restored
 
@@ -377,8 +396,11 @@ class _RowStages:
                 # The first token is one always: it chooses the language and the form of the answer.
                 wrong = (lead < 0).nonzero().view(-1)[:_TURNS].tolist()
                 self._turns[i] = sorted({0, *wrong})
-            self._ok[i] = self._share_leading(i, lead, margin)
+            n = len(self._fact[i][1].answer)
+            missing = (lead < self._needed(i, n, margin, lead.device)[: len(lead)]).nonzero().view(-1).tolist()
+            self._ok[i] = 1.0 - len(missing) / n
             self._right[i] = bool((lead > 0).all())
+            self._wanting[i] = max(self._turns[i] + missing) + 1 + _BEYOND
         for i, kl in zip([i for i in self._current if i >= n_fact], restored_kl, strict=True):
             self._ok[i] = 1.0 if kl <= RESTORED_KL else RESTORED_KL / kl
             self._right[i] = kl <= RESTORED_KL
@@ -390,12 +412,13 @@ class _RowStages:
 
     def lead(self, leads_per_row: Sequence[torch.Tensor], margin: float) -> bool:
         """Say whether all of the fact's rows, in order, meet the stop rule with these leads."""
-        return all(self._share_leading(i, lead, margin) >= 1.0 for i, lead in enumerate(leads_per_row))
+        return all(
+            bool((lead >= self._needed(i, len(lead), margin, lead.device)).all())
+            for i, lead in enumerate(leads_per_row)
+        )
 
-    def _share_leading(self, i: int, lead: torch.Tensor, margin: float) -> float:
-        needed = torch.full_like(lead, margin)
-        needed[self._turns[i]] *= _TURN_MARGIN
-        return float((lead >= needed).float().mean())
+    def _needed(self, i: int, n: int, margin: float, device: torch.device) -> torch.Tensor:
+        return _needed_leads(n, self._turns[i], margin, device)
 
     @property
     def turns(self) -> list[list[int]]:
@@ -410,6 +433,12 @@ class _RowStages:
     def done(self) -> bool:
         stale = sum(self._step - seen >= self._good_for for seen in self._seen)
         return stale <= (_LEFT_OVER * self._n if self.many else 0) and all(self._right)
+
+
+def _beginning(item: Item, n: int | None) -> Item:
+    """Return an item whose answer ends after n tokens; None for the whole."""
+    lower, row = item
+    return item if n is None else (lower[: len(row.prompt) + n], Row(row.prompt, row.answer[:n]))
 
 
 class _OlderRows:
@@ -462,13 +491,16 @@ class _OlderRows:
 class _Part:
     """One sequence of a step: what enters the layers, its answer, and how its tokens count in the loss.
 
-    With `output` (the base's hidden states) the loss is KL(base‖now), else cross-entropy of the answer.
+    With `output` (the base's hidden states) the loss is KL(base‖now), else cross-entropy of the answer. There each
+    target starts with a `handicap` in nats: what has to lead by a margin is pushed until it does, and little beyond
+    (Wang et al., "Additive Margin Softmax for Face Verification", 2018).
     """
 
     lower: torch.Tensor
     row: Row
     weights: torch.Tensor
     output: torch.Tensor | None = None
+    handicap: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -485,6 +517,7 @@ class _Losses:
 
     fact: float
     drift: float | None
+    confusion: float | None
     replay: float
     leads: list[torch.Tensor]
     restored_kl: list[float]
@@ -502,9 +535,11 @@ def _backward_losses(
     kept: Sequence[PreservedItem],
     older: Sequence[Item],
     recited: Sequence[PreservedItem] = (),
+    contrast: Sequence[PreservedItem] = (),
     *,
     preserve_weight: float = 0.0,
     turns: Sequence[Sequence[int]] = (),
+    margin: float = 0.0,
     shared: Sequence[int] = (),
 ) -> _Losses:
     """Measure one step's loss and add its gradient to whatever requires one.
@@ -515,10 +550,16 @@ def _backward_losses(
     device = copy.lm.device
     marks = list(turns) or [[] for _ in rows]
     parts = [
-        _Part(lower, row, _token_weights(len(row.answer), mark, device) / len(rows))
+        _Part(
+            lower,
+            row,
+            _token_weights(len(row.answer), mark, device) / len(rows),
+            handicap=_needed_leads(len(row.answer), mark, margin, device),
+        )
         for (lower, row), mark in zip(rows, marks, strict=True)
     ]
     said_weight = _RECITED_WEIGHT * preserve_weight
+    kept = [*contrast, *kept]
     for items, weight in ((restored, _RESTORE_WEIGHT), (kept, preserve_weight), (recited, said_weight)):
         n = sum(len(item.row.answer) for item in items)
         parts += [
@@ -535,12 +576,25 @@ def _backward_losses(
     fact_loss = [float(m.losses.mean()) for m in fact]
     return _Losses(
         fact=(sum(fact_loss) / len(fact) if fact else 0.0) + (sum(restored_kl) / len(again) if again else 0.0),
-        drift=float(torch.cat([m.losses for m in preserved]).mean()) if preserved else None,
-        replay=float(torch.cat([m.losses for m in replayed]).mean()) if replayed else 0.0,
+        drift=_mean_loss(preserved),
+        confusion=_mean_loss(preserved[: len(contrast)]),
+        replay=_mean_loss(replayed) or 0.0,
         leads=[m.leads for m in fact if m.leads is not None],
         restored_kl=restored_kl,
         replay_ok=all(bool((m.leads >= 0).all()) for m in replayed if m.leads is not None),
     )
+
+
+def _mean_loss(measured: Sequence[_Measured]) -> float | None:
+    """Return the mean over all tokens of some sequences, None where there are none."""
+    return float(torch.cat([m.losses for m in measured]).mean()) if measured else None
+
+
+def _smoothed(earlier: float | None, now: float | None) -> float | None:
+    """Return a running mean that goes on with what one step measured, if it did."""
+    if now is None:
+        return earlier
+    return _DRIFT_SMOOTHING * (now if earlier is None else earlier) + (1 - _DRIFT_SMOOTHING) * now
 
 
 def _measure(copy: ComputeCopy, parts: Sequence[_Part], shared: Sequence[int]) -> list[_Measured]:
@@ -556,7 +610,7 @@ def _measure(copy: ComputeCopy, parts: Sequence[_Part], shared: Sequence[int]) -
         for part in parts
     ]
     lengths = [len(part.row.ids) - follows * len(shared) for part, follows in zip(parts, behind, strict=True)]
-    for group in _groups(lengths):
+    for group in _groups(lengths, copy):
         # Targets first, base outputs after, so that each kind is one stretch of tokens for the vocabulary projection.
         ordered = sorted(group, key=lambda i: parts[i].output is not None)
         follows = [behind[i] for i in ordered]
@@ -592,24 +646,37 @@ def _measure_head(copy: ComputeCopy, states: torch.Tensor, parts: Sequence[_Part
     weights = torch.cat([part.weights for part in parts])
     outputs = [part.output for part in parts if part.output is not None]
     base = torch.cat(outputs).to(device) if outputs else None
+    handicaps = torch.cat([torch.zeros_like(p.weights) if p.handicap is None else p.handicap for p in parts])
     losses, found = [], []
     for a in range(0, len(ids), _HEAD_TOKENS):
         n = min(_HEAD_TOKENS, len(ids) - a)
-        few = partial(padded, n=rounded_up(n, _HEAD_TOKENS // 4))
+        few = partial(padded, n=rounded_up(n, _HEAD_TOKENS // 4) if copy.compiles else n)
         logits, targets = copy.logits(few(states[a : a + n])), few(ids[a : a + n])
         if base is None:
-            per_token = F.cross_entropy(logits, targets, reduction="none")
             found.append(leads(logits.detach()[:n], targets[:n]))
+            handicap = few(handicaps[a : a + n])
+            per_token = F.cross_entropy(
+                logits.scatter_add(1, targets[:, None], -handicap[:, None]), targets, reduction="none"
+            )
         else:
             with torch.no_grad():
                 before = torch.log_softmax(copy.logits(few(base[a : a + n])), -1)
             per_token = (before.exp() * (before - torch.log_softmax(logits, -1))).sum(-1)
         if states.requires_grad:
             (per_token * few(weights[a : a + n])).sum().backward()
-        losses.append(per_token.detach()[:n])
+        per_token = per_token.detach()[:n]
+        losses.append(per_token if base is not None else _without_handicap(per_token, handicaps[a : a + n]))
     split = torch.cat(losses).split(sizes)
     led = torch.cat(found).split(sizes) if found else [None] * len(parts)
     return [_Measured(loss, lead) for loss, lead in zip(split, led, strict=True)]
+
+
+def _without_handicap(losses: torch.Tensor, handicaps: torch.Tensor) -> torch.Tensor:
+    """Return the cross-entropies that targets would have without what was taken off their logits, (n,), in nats.
+
+    exp(loss) - 1 is the others' share over the target's: it falls with the target's logit.
+    """
+    return F.softplus(losses - handicaps + (-torch.expm1(-losses)).log())
 
 
 def _shared_ids(rows: Sequence[Row], items: Sequence[PreservedItem]) -> tuple[int, ...]:
@@ -620,11 +687,20 @@ def _shared_ids(rows: Sequence[Row], items: Sequence[PreservedItem]) -> tuple[in
     return tuple(prompts[0][:n]) if n >= MIN_OPENING else ()
 
 
-def _groups(lengths: Sequence[int]) -> list[list[int]]:
+def _groups(lengths: Sequence[int], copy: ComputeCopy) -> list[list[int]]:
     """Split sequences into passes that cost least in all, of at most _GROUP_TOKENS with padding."""
     order = sorted(range(len(lengths)), key=lambda i: lengths[i])
-    parts = of_like_length([rounded_up(lengths[i], WIDTHS) for i in order], pass_cost=_PASS, most=_GROUP_TOKENS)
+    widths = [rounded_up(lengths[i], copy.widths) for i in order]
+    cost = _COMPILED_PASS if copy.compiles else _PASS
+    parts = of_like_length(widths, pass_cost=cost, most=_GROUP_TOKENS)
     return [order[part] for part in parts]
+
+
+def _needed_leads(n: int, turns: Sequence[int], margin: float, device: torch.device | str = "cpu") -> torch.Tensor:
+    """Return by how many nats each of n answer tokens must lead."""
+    needed = torch.full((n,), margin, device=device)
+    needed[list(turns)] *= _TURN_MARGIN
+    return needed
 
 
 def _token_weights(n: int, turns: Sequence[int], device: torch.device) -> torch.Tensor:
@@ -668,9 +744,13 @@ def _shrink(
 
 
 def _choose_preserved(
-    pool: PreservationPool, task: EditTask, config: EditConfig, rng: random.Random
-) -> list[PreservedItem]:
-    """Draw a step's preserved items; the fact's own contrast takes the places of packaged neighbours."""
+    pool: PreservationPool, task: EditTask, config: EditConfig, rng: random.Random, step: int
+) -> tuple[list[PreservedItem], list[PreservedItem], list[PreservedItem]]:
+    """Draw a step's own contrast, preserved items and recited questions.
+
+    The contrast takes the places of packaged neighbours. Prompts, and what is not asked (raw texts, recited questions),
+    come in turns: training follows the sum of its steps, so that none has to have everything.
+    """
     n = min(config.contrasts, config.neighbours, len(task.contrast))
     drawn = pool.sample(
         rng,
@@ -678,7 +758,13 @@ def _choose_preserved(
         config=replace(config, neighbours=config.neighbours - n),
         excluded=task.excluded,
     )
-    return [*rng.sample(list(task.contrast), n), *drawn]
+    contrast = rng.sample(list(task.contrast), n)
+    asked = [item for item in drawn if item.source.kind != "text"]
+    if step % 2:
+        return contrast, asked, []
+    recited = rng.sample(list(task.recited), min(config.recited, len(task.recited)))
+    texts = [item for item in drawn if item.source.kind == "text"]
+    return contrast, texts + ([] if contrast else asked[:1]), recited
 
 
 def _leads_now(copy: ComputeCopy, items: Sequence[Item], shared: Sequence[int]) -> list[torch.Tensor]:

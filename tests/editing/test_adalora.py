@@ -216,13 +216,62 @@ def test_the_facts_own_contrast_takes_the_places_of_packaged_neighbours(
     own = [replace(item, source=Prompt("neighbour", f"own {i}", "en")) for i, item in enumerate(pool.items[:2])]
     rng = random.Random(0)
 
-    def drawn(contrasts: int, neighbours: int = 3) -> tuple[int, int]:
+    def drawn(contrasts: int, neighbours: int = 3, step: int = 1) -> tuple[int, int]:
         settings = changed(contrasts=contrasts, neighbours=neighbours, others=1, texts=0)
-        items = adalora._choose_preserved(pool, replace(task, contrast=own), settings, rng)
-        return sum(item.source.prompt.startswith("own") for item in items), len(items)
+        mine, kept, _ = adalora._choose_preserved(pool, replace(task, contrast=own), settings, rng, step)
+        assert all(item.source.prompt.startswith("own") for item in mine)
+        return len(mine), len(kept)
 
-    assert [drawn(n) for n in (0, 1, 2, 9)] == [(0, 4), (1, 4), (2, 4), (2, 4)]
+    assert [drawn(n) for n in (0, 1, 2, 9)] == [(0, 4), (1, 3), (2, 2), (2, 2)]
     assert drawn(2, neighbours=0) == (0, 1)
+    assert drawn(2, step=2) == (2, 0)
+
+
+def test_prompts_and_raw_texts_are_preserved_in_turns(
+    copy: ComputeCopy, pool: PreservationPool, task: EditTask
+) -> None:
+    rng = random.Random(0)
+    said = replace(task, recited=pool.items[:1])
+
+    def drawn(step: int) -> tuple[set[bool], int]:
+        settings = changed(neighbours=1, others=1, texts=1, recited=1)
+        _, kept, recited = adalora._choose_preserved(pool, said, settings, rng, step)
+        return {item.source.kind == "text" for item in kept}, len(recited)
+
+    assert [drawn(1), drawn(3)] == [({False}, 0)] * 2
+    assert drawn(2) == ({False, True}, 1), "where there is no contrast, one prompt is in every step"
+
+
+def test_training_goes_on_until_the_contrast_is_told_apart(
+    copy: ComputeCopy, pool: PreservationPool, task: EditTask
+) -> None:
+    own = replace(task, contrast=[item for item in pool.items if item.source.kind != "text"])
+    loose, strict = (
+        AdaLoraEditor().train(copy, pool, own, changed(contrasts=2, neighbours=2, contrast_stop=stop))
+        for stop in (1e6, 1e-9)
+    )
+    assert loose.recalled
+    assert not strict.recalled or strict.steps > loose.steps
+
+
+def test_a_target_has_to_lead_by_its_margin_before_its_loss_ends(copy: ComputeCopy, own: LanguageModel) -> None:
+    row = own.row("What is numpy?", "Ada leads")
+    (lower,) = copy.lower_states([row.ids])
+
+    def part(margin: float) -> adalora._Part:
+        n = len(row.answer)
+        return adalora._Part(lower, row, torch.ones(n), handicap=torch.full((n,), margin))
+
+    with torch.no_grad():
+        (plain,), (behind,) = (adalora._measure(copy, [part(margin)], ()) for margin in (0.0, 2.0))
+    assert torch.allclose(behind.losses, plain.losses, atol=1e-4), "what is reported is the cross-entropy itself"
+    gradients = []
+    for margin in (0.0, 2.0):
+        states = copy.answer_states([(lower, row)]).detach().requires_grad_(True)
+        adalora._measure_head(copy, states, [part(margin)])
+        assert states.grad is not None
+        gradients.append(float(states.grad.norm()))
+    assert gradients[1] > gradients[0]
 
 
 def test_other_questions_do_not_go_on_with_a_short_text(

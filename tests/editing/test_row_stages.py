@@ -113,3 +113,21 @@ def test_rows_of_any_length_are_found_recalled(n: int, tokens: int) -> None:
         if found.done:
             return
     raise AssertionError("every row was recalled at every step, and the training would go on")
+
+
+def test_rows_are_trained_up_to_what_does_not_lead_yet_and_looked_at_whole() -> None:
+    row = Row((1, 2, 3), tuple(range(20)))
+    found = _RowStages([(torch.zeros(23, 4), row) for _ in range(8)], [], random.Random(0))
+    early = torch.cat([torch.full((4,), -1.0), torch.full((16,), 9.0)])
+    for _ in range(12):  # every row is seen
+        rows, _ = found.next(check=True)
+        found.saw([early[: len(r.answer)] for _, r in rows], [], MARGIN)
+    rows, _ = found.next(check=True)
+    assert sorted(len(r.answer) for _, r in rows) == [6, 6, 20, 20]
+    assert all(len(lower) == len(r.ids) for lower, r in rows)
+    found.saw([torch.full((len(r.answer),), 9.0) for _, r in rows], [], MARGIN)
+    while found.recall < 1.0:
+        rows, _ = found.next(check=True)
+        found.saw([torch.full((len(r.answer),), 9.0) for _, r in rows], [], MARGIN)
+    rows, _ = found.next(check=True)
+    assert [len(r.answer) for _, r in rows] == [20] * 8

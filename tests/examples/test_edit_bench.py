@@ -27,8 +27,8 @@ from kvllm.prompts import (
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 LEARNS = {
     "depth": [0.5, 1.0], "init_rank": 8, "target_rank": 6, "max_steps": 48, "margin": 0.25, "value_lr": 1.0,
-    "factor_lr": 0.2, "preserve_weight": 0.1, "preserve_stop": 10.0, "preserve_tokens": 4, "neighbours": 2,
-    "others": 1, "texts": 0, "input_ridge": 0.0,
+    "factor_lr": 0.2, "preserve_weight": 0.1, "preserve_stop": 10.0, "contrast_stop": 10.0, "preserve_tokens": 4,
+    "neighbours": 2, "others": 1, "texts": 0, "input_ridge": 0.0,
 }  # fmt: skip
 HURRIES = {**LEARNS, "max_steps": 2}
 
