@@ -25,7 +25,7 @@ import torch
 from torch.nn import functional as F
 
 from kvllm.config import EditConfig
-from kvllm.editing.compute import ComputeCopy, decomposable, padded, rounded_up
+from kvllm.editing.compute import WIDTHS, ComputeCopy, decomposable, padded, rounded_up
 from kvllm.editing.delta import Factors, check_finite, fold_singular_values, is_transposed
 from kvllm.editing.editor import EditTask, StepRecord, Training, leads
 from kvllm.editing.inputs import Coordinates, edit_coordinates
@@ -650,7 +650,7 @@ def _measure_head(copy: ComputeCopy, states: torch.Tensor, parts: Sequence[_Part
     losses, found = [], []
     for a in range(0, len(ids), _HEAD_TOKENS):
         n = min(_HEAD_TOKENS, len(ids) - a)
-        few = partial(padded, n=rounded_up(n, _HEAD_TOKENS // 4) if copy.compiles else n)
+        few = partial(padded, n=rounded_up(n, _HEAD_TOKENS // 4))
         logits, targets = copy.logits(few(states[a : a + n])), few(ids[a : a + n])
         if base is None:
             found.append(leads(logits.detach()[:n], targets[:n]))
@@ -690,7 +690,7 @@ def _shared_ids(rows: Sequence[Row], items: Sequence[PreservedItem]) -> tuple[in
 def _groups(lengths: Sequence[int], copy: ComputeCopy) -> list[list[int]]:
     """Split sequences into passes that cost least in all, of at most _GROUP_TOKENS with padding."""
     order = sorted(range(len(lengths)), key=lambda i: lengths[i])
-    widths = [rounded_up(lengths[i], copy.widths) for i in order]
+    widths = [rounded_up(lengths[i], WIDTHS) for i in order]
     cost = _COMPILED_PASS if copy.compiles else _PASS
     parts = of_like_length(widths, pass_cost=cost, most=_GROUP_TOKENS)
     return [order[part] for part in parts]

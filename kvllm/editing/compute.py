@@ -23,8 +23,9 @@ from kvllm.lm.decoding import Opening
 from kvllm.lm.model import LanguageModel, Row
 from kvllm.lm.targets import Targets, decoder_layers
 
-# On a CPU each new shape of a bf16 product is compiled, which takes as long as a dozen products: few widths recur.
-_COMPILED_WIDTHS = 8
+# On a CPU each new shape of a bf16 product is compiled, which takes as long as a dozen products: few widths recur. And
+# fp32 products of odd shapes come out otherwise with another number of threads.
+WIDTHS = 8
 
 
 class _StatesReady(Exception):
@@ -104,11 +105,6 @@ class ComputeCopy:
     def compiles(self) -> bool:
         """Say whether each new shape of a product is compiled, which costs more than some padding."""
         return self.lm.device.type == "cpu" and self.dtype == torch.bfloat16
-
-    @property
-    def widths(self) -> int:
-        """Return of what the widths of batches are multiples."""
-        return _COMPILED_WIDTHS if self.compiles else 1
 
     @torch.no_grad()
     def load(self, weights: dict[str, torch.Tensor]) -> None:
@@ -221,7 +217,7 @@ class ComputeCopy:
         device = self.lm.device  # cached states come from a file
         width = max(states.shape[0] - start for (states, _), start in zip(items, starts, strict=True))
         room = self.lm.max_positions - max(starts)  # padding, too, has a position
-        width = max(width, min(rounded_up(width, self.widths), room))
+        width = max(width, min(rounded_up(width, WIDTHS), room))
         # Right-padded: causal attention keeps padding from every real position.
         batch = torch.stack(
             [padded(states[start:].to(device), width) for (states, _), start in zip(items, starts, strict=True)]

@@ -543,6 +543,7 @@ def test_many_facts_in_one_edit(kb: KnowledgeBase) -> None:
     assert edit.config["training"]["in_force"] == {
         "energy_weight": shared.energy_weight,
         "preserve_weight": shared.preserve_weight,
+        "contrast_stop": shared.contrast_stop,
     }
     assert edit.report.value("reliability") is not None
 

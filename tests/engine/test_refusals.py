@@ -35,18 +35,20 @@ def works(kb: KnowledgeBase) -> None:
 
 # ---------------------------------------------------------------- the gate
 
+HOPELESS = {"max_steps": 2, "value_lr": 1e-6, "factor_lr": 1e-6}
+
 
 @pytest.mark.parametrize(
     ("gate", "settings", "sentence"),
     [
-        (GateConfig(max_drift_kl=None, max_ppl_ratio=None), {"max_steps": 1}, r"reliability 0\.\d\d is under 0\.75"),
+        (GateConfig(max_drift_kl=None, max_ppl_ratio=None), HOPELESS, r"reliability 0\.\d\d is under 0\.75"),
         (GateConfig(min_reliability=None, max_ppl_ratio=None, max_drift_kl=1e-9), {}, "drift_kl would rise"),
         (GateConfig(min_reliability=None, max_drift_kl=None, max_ppl_ratio=0.01), {}, "ppl_ratio would rise"),
     ],
 )
 @pytest.mark.parametrize("op", ["insert", "update"])
 def test_a_rejected_edit_changes_nothing(
-    taught: KnowledgeBase, op: str, gate: GateConfig, settings: dict[str, int], sentence: str
+    taught: KnowledgeBase, op: str, gate: GateConfig, settings: dict[str, float], sentence: str
 ) -> None:
     key = KEY if op == "update" else "numpy"
     if op == "insert":
@@ -65,7 +67,7 @@ def test_a_rejected_edit_changes_nothing(
 
 
 def test_a_rejected_delete_changes_nothing(taught: KnowledgeBase) -> None:
-    hopeless = changed(value_lr=1e-6, factor_lr=1e-6, max_steps=2)
+    hopeless = changed(**HOPELESS)
     gate = GateConfig(max_drift_kl=None, max_ppl_ratio=None)
     for mode in ("restore", "abstain"):
         with unchanged(taught):
@@ -79,7 +81,7 @@ def test_a_rejected_delete_changes_nothing(taught: KnowledgeBase) -> None:
 
 
 def test_an_update_that_leaves_the_old_text_is_rejected(taught: KnowledgeBase) -> None:
-    hopeless = changed(value_lr=1e-6, factor_lr=1e-6, max_steps=2)
+    hopeless = changed(**HOPELESS)
     gate = GateConfig(min_reliability=None, max_drift_kl=None, max_ppl_ratio=None)
     with unchanged(taught):
         with pytest.raises(EditRejected, match=r"the old text is still stated in \d\.\d\d of the answers, over 0\.25"):
