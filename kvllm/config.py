@@ -91,8 +91,8 @@ class EditConfig(_Validated):
         preserve_weight: Weight of the preservation loss against the fact's own; of an edit of n facts, divided by the
             root of n.
         preserve_tokens: Preserved tokens of each base answer.
-        neighbours, others, texts: Neighbour questions and other prompts of every other step, and raw texts of the steps
-            between.
+        neighbours, others, texts: Neighbour questions and other prompts of a step, and raw texts of every other step. A
+            fact that has a contrast has the prompts in the steps between only.
         contrasts: How many of the neighbours are the fact's own questions about other names, where it has such; those
             are in every step.
         recited: Other questions of the steps with raw texts that are answered with a fact's own text, where that is

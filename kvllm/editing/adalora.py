@@ -748,8 +748,9 @@ def _choose_preserved(
 ) -> tuple[list[PreservedItem], list[PreservedItem], list[PreservedItem]]:
     """Draw a step's own contrast, preserved items and recited questions.
 
-    The contrast takes the places of packaged neighbours. Prompts, and what is not asked (raw texts, recited questions),
-    come in turns: training follows the sum of its steps, so that none has to have everything.
+    The contrast takes the places of packaged neighbours. Raw texts and recited questions are in every other step, and
+    prompts in the others, too, where there is no contrast: training follows the sum of its steps, so that none has to
+    have everything.
     """
     n = min(config.contrasts, config.neighbours, len(task.contrast))
     drawn = pool.sample(
@@ -764,7 +765,7 @@ def _choose_preserved(
         return contrast, asked, []
     recited = rng.sample(list(task.recited), min(config.recited, len(task.recited)))
     texts = [item for item in drawn if item.source.kind == "text"]
-    return contrast, texts + ([] if contrast else asked[:1]), recited
+    return contrast, texts if contrast else asked + texts, recited
 
 
 def _leads_now(copy: ComputeCopy, items: Sequence[Item], shared: Sequence[int]) -> list[torch.Tensor]:

@@ -239,7 +239,7 @@ def test_prompts_and_raw_texts_are_preserved_in_turns(
         return {item.source.kind == "text" for item in kept}, len(recited)
 
     assert [drawn(1), drawn(3)] == [({False}, 0)] * 2
-    assert drawn(2) == ({False, True}, 1), "where there is no contrast, one prompt is in every step"
+    assert drawn(2) == ({False, True}, 1), "where there is no contrast, prompts are in every step"
 
 
 def test_training_goes_on_until_the_contrast_is_told_apart(
