@@ -696,7 +696,7 @@ def _groups(lengths: Sequence[int], copy: ComputeCopy) -> list[list[int]]:
     return [order[part] for part in parts]
 
 
-def _needed_leads(n: int, turns: Sequence[int], margin: float, device: torch.device | str = "cpu") -> torch.Tensor:
+def _needed_leads(n: int, turns: Sequence[int], margin: float, device: torch.device) -> torch.Tensor:
     """Return by how many nats each of n answer tokens must lead."""
     needed = torch.full((n,), margin, device=device)
     needed[list(turns)] *= _TURN_MARGIN
