@@ -135,8 +135,9 @@ def edit_coordinates(
         return whole
     ordinary = [item.row.prompt for item in pool.items if item.source.kind != "text"]
     shared = shared_length([row.prompt for row in rows] + ordinary) if ordinary else 0
-    own = _inputs(copy, list(whitening), [row.ids for row in rows], skip=shared)
-    others = _inputs(copy, list(whitening), [row.ids for row in contrast], skip=shared)
+    preamble = [rows[0].prompt[:shared]]
+    own = _inputs(copy, list(whitening), [row.ids for row in rows], but=preamble)
+    others = _inputs(copy, list(whitening), [row.ids for row in contrast], but=preamble)
     found = {}
     for name, white in whitening.items():
         x = own[name] @ white  # (tokens, in)
@@ -226,7 +227,7 @@ def _second_moments(
 
 
 def _inputs(
-    copy: ComputeCopy, names: Sequence[str], sequences: Sequence[Sequence[int]], *, skip: int
+    copy: ComputeCopy, names: Sequence[str], sequences: Sequence[Sequence[int]], *, but: Sequence[Sequence[int]] = ()
 ) -> dict[str, torch.Tensor]:
     """Return each module's inputs X, fp32, over the positions that `_read_inputs` hands on.
 
@@ -241,7 +242,7 @@ def _inputs(
             whole = (vectors * values.clamp(min=0).sqrt()).T
         found[name] = whole
 
-    _read_inputs(copy, names, [sequences], add, skip=skip)
+    _read_inputs(copy, names, [sequences], add, but=but)
     return found
 
 
@@ -251,14 +252,13 @@ def _read_inputs(
     groups: Sequence[Sequence[Sequence[int]]],
     take: Callable[[str, torch.Tensor], None],
     *,
-    skip: int = 0,
-    but: Sequence[Sequence[int]] = (),
+    but: Sequence[Sequence[int]],
 ) -> None:
-    """Hand each module's inputs, (tokens, in), to `take`, over all positions of the sequences but the first `skip`.
+    """Hand each module's inputs, (tokens, in), to `take`, over all positions that the sequences `but` do not have.
 
     What the sequences of a group begin with alike is run once. A position whose whole past an earlier sequence had
     already has the same inputs (attention is causal) and is counted once: otherwise the chat preamble, which every
-    prompt begins with, would be most of the sum. Positions that the sequences `but` have are not counted either.
+    prompt begins with, would be most of the sum.
     """
     known: dict[tuple[int, int], int] = {}  # (id of the past, token) → id of that past with the token
     for ids in but:
@@ -270,11 +270,10 @@ def _read_inputs(
         opening = copy.shared_opening(sequences)
         start = len(opening)
         batches = [[ids[start:] for ids in sequences[i : i + _BATCH]] for i in range(0, len(sequences), _BATCH)]
-        if start > skip:
-            _read_batch(copy, names, [opening.ids], None, known, take, skip=skip)
+        _read_batch(copy, names, [opening.ids], None, known, take)
         past = _walk(known, opening.ids)
         for batch in batches:
-            _read_batch(copy, names, batch, opening, known, take, skip=skip - start, past=past)
+            _read_batch(copy, names, batch, opening, known, take, past=past)
 
 
 def _walk(known: dict[tuple[int, int], int], ids: Sequence[int]) -> int:
@@ -294,7 +293,6 @@ def _read_batch(
     known: dict[tuple[int, int], int],
     take: Callable[[str, torch.Tensor], None],
     *,
-    skip: int,
     past: int = 0,
 ) -> None:
     """Hand on what enters at each new position of a batch, which follows the opening; `past` is that one's id."""
@@ -302,8 +300,10 @@ def _read_batch(
     for place, ids in enumerate(batch):
         node = past
         for position, token in enumerate(ids):
-            fresh[place, position] = position >= skip and (node, token) not in known
+            fresh[place, position] = (node, token) not in known
             node = known.setdefault((node, token), len(known) + 1)
+    if not fresh.any():
+        return
 
     def read(name: str, entered: torch.Tensor) -> None:
         # Some families (OPT) hand positions on without the batch axis.

@@ -171,7 +171,7 @@ def test_an_edit_reads_less_where_the_questions_to_be_told_apart_are_alike(
     whitening = input_whitening(copy, pool, "tiny", ridge=0.05, prompts=READ_ONLY)
     rows = [copy.lm.row("Who leads Halcyon?", TEXT)]
     others = [copy.lm.row("Who leads Berlin?", "Ada")]
-    inputs_of = inputs._inputs(copy, list(whitening), [row.ids for row in others], skip=0)
+    inputs_of = inputs._inputs(copy, list(whitening), [row.ids for row in others])
     plain = edit_coordinates(copy, rows, pool, whitening)
     apart = edit_coordinates(copy, rows, pool, whitening, others)
     for name in whitening:
@@ -205,7 +205,7 @@ def test_many_inputs_are_held_as_few_rows_with_the_same_moments(copy: ComputeCop
     texts = [" ".join(words[(i * k) % 8] for k in range(1, 40)) for i in range(1, 8)]
     rows = [tuple(copy.lm.text_ids(text)) for text in texts]
     several = [ids[start:] for ids in rows for start in range(0, len(ids) - 4, 2)]
-    held = inputs._inputs(copy, names, several, skip=0)
+    held = inputs._inputs(copy, names, several)
     moments = inputs._second_moments(copy, names, [several])
     for name in names:
         assert len(held[name]) <= 2 * held[name].shape[1]
