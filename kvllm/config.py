@@ -82,8 +82,9 @@ class EditConfig(_Validated):
         modules: Which matrices of those layers; see `kvllm.lm.targets.MODULE_KINDS`.
         init_rank, target_rank: AdaLoRA's rank per matrix before and (on average) after allocation; LoRA's is
             target_rank. For edits of up to eight facts; more have more in proportion, up to a quarter of the width.
-        value_lr: Step of the singular values, as a share of the matrix's root-mean-square singular value.
-        factor_lr: Step of the singular vectors' entries, as a share of their own root-mean-square size.
+        value_lr: Step of the singular values, as a share of the matrix's root-mean-square singular value; down to a
+            quarter of it when the fact is nearly in.
+        factor_lr: Step of the singular vectors' entries, as a share of their own root-mean-square size; likewise.
         max_steps: Most optimizer steps of an edit of up to four facts; more facts may take more in proportion. Training
             stops earlier on recall.
         margin: By how many nats each target token must lead the runner-up before training stops.
@@ -116,8 +117,8 @@ class EditConfig(_Validated):
     modules: str = "mlp-out"
     init_rank: int = 12
     target_rank: int = 8
-    value_lr: float = 0.05
-    factor_lr: float = 0.1
+    value_lr: float = 0.15
+    factor_lr: float = 0.3
     max_steps: int = 100
     margin: float = 0.5
     max_text_tokens: int = 400
@@ -130,7 +131,7 @@ class EditConfig(_Validated):
     recited: int = 1
     replay: int = 4
     orthogonality: float = 0.1
-    energy_weight: float = 150.0
+    energy_weight: float = 300.0
     input_ridge: float = 0.1
     preserve_stop: float = 0.04
     contrast_stop: float = 0.006

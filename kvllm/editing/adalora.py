@@ -44,9 +44,12 @@ _DRIFT_SMOOTHING = 0.5
 _TINY = 0.02  # peft's own spread of factors that no gradient has pointed
 _SCALES = (0.9, 0.8, 0.7, 0.6)  # of the trained delta, tried in turn
 _ENERGY_STEPS = 20  # at full weight
-# Of more rows than a step takes, some fall back at every step. From this share not yet recalled on, steps get smaller.
+# The first steps are large. From this share not yet recalled on they get smaller: rows that were in fall out again, the
+# more so where there are more of them than a step takes.
 _NEARLY = 0.1
-_SLOWEST = 0.2
+_SLOWEST = 0.25
+_SLOWEST_OF_MANY = 0.2
+_REMEMBERED = 0.9  # of the input factors' earlier gradients, from step to step
 _LEFT_OVER = 0.05  # share of many rows that need no margin, as long as they are recalled
 _REPAIR_STEPS = 16  # of an edit, for older facts that it has broken
 _STEPS_PER_TRIM = 8  # what is given back has to be fetched again
@@ -197,10 +200,10 @@ class LowRankEditor(ABC):
                 if energy is not None:
                     # Held the longer, the less: what has not been learned by then needs more of ordinary directions.
                     (config.energy_weight * min(1.0, _ENERGY_STEPS / step) * energy).backward()
-                if stages.many:
-                    pace = min(1.0, max(_SLOWEST, (1.0 - stages.recall) / _NEARLY))
-                    for group, rate in zip(adapter.optimizer.param_groups, rates, strict=True):
-                        group["lr"] = rate * pace
+                slowest = _SLOWEST_OF_MANY if stages.many else _SLOWEST
+                pace = min(1.0, max(slowest, (1.0 - stages.recall) / _NEARLY))
+                for group, rate in zip(adapter.optimizer.param_groups, rates, strict=True):
+                    group["lr"] = rate * pace
                 adapter.step(step)
                 if stages.many:
                     adapter.forget()
@@ -872,10 +875,11 @@ class InputFactors:
     The optimizer moves Z; `push` writes P into the adapter, `pull` brings P's gradient back to Z. G is scaled so that
     the rows of P start as long as those of Z. Modules without coordinates are trained as they are.
 
-    P's gradient is the sum of all steps so far, unless `forget` clears it: Z follows what the steps have in common, not
-    each one's sample of preserved items (Xiao, "Dual Averaging Methods for Regularized Stochastic Learning and Online
-    Optimization", 2010). Cleared each step, the demo's edit takes fewer steps and does twice the damage. Of many facts
-    each step sees a few: there what earlier steps wanted is out of date, and is cleared.
+    P's gradient is the sum of all steps so far, fading, unless `forget` clears it: Z follows what the steps have in
+    common, not each one's sample of preserved items (Xiao, "Dual Averaging Methods for Regularized Stochastic Learning
+    and Online Optimization", 2010). Cleared each step, the demo's edit takes fewer steps and does twice the damage; not
+    fading, what the first steps wanted outweighs what is still missing. Of many facts each step sees a few: there what
+    earlier steps wanted is out of date, and is cleared.
     """
 
     def __init__(
@@ -925,6 +929,7 @@ class InputFactors:
             assert p.grad is not None  # checked to be there and finite before
             pulled = (p.grad @ g.T) * scale
             z.grad = pulled if z.grad is None else z.grad + pulled  # it may have the energy's
+            p.grad.mul_(_REMEMBERED)
 
     @torch.no_grad()
     def forget(self) -> None:
