@@ -125,7 +125,7 @@ def test_vectors_of_keys_are_the_same_before_and_after_an_edit(kb: KnowledgeBase
 
 
 def test_a_fact_of_lower_layers_is_deleted_by_an_edit_of_higher_ones(kb: KnowledgeBase) -> None:
-    low, high = replace(QUICK, depth=(0.25, 0.5)), replace(QUICK, depth=(0.5, 1.0))
+    low, high = replace(QUICK, depth=(0.25, 0.5), max_steps=96), replace(QUICK, depth=(0.5, 1.0))
     kb.insert(KEY, TEXT, config=low)
     asked = training_questions(Fact(KEY, TEXT))[0]
     assert kb.ask(asked) == TEXT
