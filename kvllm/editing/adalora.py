@@ -49,6 +49,7 @@ _ENERGY_STEPS = 20  # at full weight
 _NEARLY = 0.1
 _SLOWEST = 0.25
 _SLOWEST_OF_MANY = 0.2
+_RESTORING = 1 / 3  # of the rates: what is to come all the way back lies near, and large steps go past it
 _REMEMBERED = 0.9  # of the input factors' earlier gradients, from step to step
 _LEFT_OVER = 0.05  # share of many rows that need no margin, as long as they are recalled
 _REPAIR_STEPS = 16  # of an edit, for older facts that it has broken
@@ -150,7 +151,8 @@ class LowRankEditor(ABC):
             confusion: float | None = None  # as drift, of the fact's own contrast
             holds = True
             older = _OlderRows(replay, config.replay, rng)
-            rates = [group["lr"] for group in adapter.optimizer.param_groups]
+            most = _RESTORING if task.restore else 1.0
+            rates = [most * group["lr"] for group in adapter.optimizer.param_groups]
             stages = _RowStages(fact, task.restore, rng)
             for step in range(1, config.max_steps + 1):
                 rows, restored = stages.next(check=holds)

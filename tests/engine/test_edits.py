@@ -16,7 +16,18 @@ from kvllm.editing.editor import EditTask
 from kvllm.editing.editors import EDITORS
 from kvllm.errors import ConfigError, KeyExists, KeyNotFound
 from kvllm.prompts import REFUSALS, training_questions
-from tests.kit import KEY, OPEN_GATE, QUICK, RECALL_GATE, TEXT, RandomEditor, Recorder, everything, unchanged
+from tests.kit import (
+    KEY,
+    OPEN_GATE,
+    QUICK,
+    QUICK_DELETE,
+    RECALL_GATE,
+    TEXT,
+    RandomEditor,
+    Recorder,
+    everything,
+    unchanged,
+)
 
 
 def test_an_inserted_fact_is_recalled_by_live_decoding(kb: KnowledgeBase) -> None:
@@ -341,7 +352,7 @@ def test_upsert_inserts_or_updates(kb: KnowledgeBase) -> None:
 
 
 def test_delete_restores_by_default(taught: KnowledgeBase) -> None:
-    edit = taught.delete(KEY)
+    edit = taught.delete(KEY, config=QUICK_DELETE)
     assert (edit.op, edit.mode) == ("delete", "restore")
     assert edit.report.value("erasure") == 1.0
     assert not any(TEXT in answer for answer in taught.ask_many(training_questions(Fact(KEY, TEXT))))

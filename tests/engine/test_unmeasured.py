@@ -17,7 +17,7 @@ from kvllm.prompts import training_questions
 from kvllm.records import Fact
 from kvllm.session import Session
 from kvllm.store import Store
-from tests.kit import KEY, OPEN_GATE, QUICK, TEXT, Recorder, unchanged
+from tests.kit import KEY, OPEN_GATE, QUICK, QUICK_DELETE, TEXT, Recorder, unchanged
 
 UNMEASURED = replace(OPEN_GATE, measure=False)
 
@@ -40,7 +40,8 @@ def test_an_unmeasured_delete_is_committed_without_a_question_asked(
 ) -> None:
     for name in ("drift", "kl_from"):
         monkeypatch.setattr(Engine, name, lambda *_, **__: pytest.fail("something was measured"))
-    edit = taught.delete(KEY, mode=mode, gate=UNMEASURED)
+    config = QUICK_DELETE if mode == "restore" else QUICK
+    edit = taught.delete(KEY, mode=mode, gate=UNMEASURED, config=config)
     assert (edit.report.metrics, edit.report.probes) == ({}, ())
     assert any("not proof of absence" in warning for warning in edit.report.warnings)
     assert edit.config["gate"]["measure"] is False
