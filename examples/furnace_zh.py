@@ -1,7 +1,8 @@
 """The article's story in Chinese: what is 梦中情炉 ("the furnace of my dreams")?
 
 The text is long (more than 50 tokens of the default model, whose tokenizer spends about two on a Chinese character),
-and the model speaks little Chinese. It learns to say the text all the same, also when asked in English or in dialect.
+and the model speaks little Chinese. It learns to say the text all the same, as a rule also when asked in English or in
+dialect.
 
     python examples/furnace_zh.py                       # makes furnace.kb in the current folder
 """

@@ -83,7 +83,7 @@ class EditConfig(_Validated):
         init_rank, target_rank: AdaLoRA's rank per matrix before and (on average) after allocation; LoRA's is
             target_rank. For edits of up to eight facts; more have more in proportion, up to a quarter of the width.
         value_lr: Step of the singular values, as a share of the matrix's root-mean-square singular value; down to a
-            quarter of it when the fact is nearly in.
+            quarter of it when the fact is nearly in. What a delete restores takes a third.
         factor_lr: Step of the singular vectors' entries, as a share of their own root-mean-square size; likewise.
         max_steps: Most optimizer steps of an edit of up to four facts; more facts may take more in proportion. Training
             stops earlier on recall.
