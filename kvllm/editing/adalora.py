@@ -52,6 +52,7 @@ _SLOWEST_OF_MANY = 0.2
 _RESTORING = 1 / 3  # of the rates: what is to come all the way back lies near, and large steps go past it
 _REMEMBERED = 0.9  # of the input factors' earlier gradients, from step to step
 _LEFT_OVER = 0.05  # share of many rows that need no margin, as long as they are recalled
+_TOLD_APART = 64  # older rows whose inputs an edit keeps off
 _REPAIR_STEPS = 16  # of an edit, for older facts that it has broken
 _STEPS_PER_TRIM = 8  # what is given back has to be fetched again
 _HEAD_TOKENS = 128  # answer tokens per vocabulary projection
@@ -94,7 +95,8 @@ class LowRankEditor(ABC):
     def coordinates(self, copy: ComputeCopy, pool: PreservationPool, task: EditTask) -> Mapping[str, Coordinates]:
         """Return in what each module's input side is trained."""
         rows = [*task.rows, *(item.row for item in task.restore)]
-        return edit_coordinates(copy, rows, pool, task.whitening, [item.row for item in task.contrast])
+        contrast = [item.row for item in task.contrast]
+        return edit_coordinates(copy, rows, pool, task.whitening, contrast, task.replay[:_TOLD_APART])
 
     @abstractmethod
     def adapter(
@@ -137,11 +139,12 @@ class LowRankEditor(ABC):
         on_step: Callable[[StepRecord], None] | None,
     ) -> Training:
         rng = random.Random(task.seed)
-        older_rows = task.replay if config.replay else ()
-        lower = copy.lower_states([row.ids for row in (*task.rows, *older_rows)])
+        if not config.replay:
+            task = replace(task, replay=())
+        lower = copy.lower_states([row.ids for row in (*task.rows, *task.replay)])
         fact = list(zip(lower[: len(task.rows)], task.rows, strict=True))
-        replay = list(zip(lower[len(task.rows) :], older_rows, strict=True))
-        shared = _shared_ids([*task.rows, *older_rows], [*task.restore, *task.contrast, *pool.items])
+        replay = list(zip(lower[len(task.rows) :], task.replay, strict=True))
+        shared = _shared_ids([*task.rows, *task.replay], [*task.restore, *task.contrast, *pool.items])
         coordinates = self.coordinates(copy, pool, task)
         start = _gradient_factors(copy, _some(fact), _some(task.restore), config, coordinates, shared)
         records: list[StepRecord] = []

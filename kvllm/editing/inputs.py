@@ -37,7 +37,9 @@ _BATCH = 32
 _ANSWER_WEIGHT = 2.0  # of the moments at the tokens of the base's answers, against those of all that is read
 # A direction counts half when the edit's inputs stand out in it this many times as much as on average.
 _HALF_WAY = 10.0
-_CONTRAST_WEIGHT = 0.2  # of inputs that must be told apart, against ordinary ones
+# Of inputs that must be told apart, against ordinary ones: of the contrast, and of each older row.
+_CONTRAST_WEIGHT = 0.2
+_OLDER_WEIGHT = _CONTRAST_WEIGHT / 16
 _DISTINCT = 1e-6  # directions with less of the largest eigenvalue than this are rounding
 
 
@@ -111,14 +113,16 @@ def edit_coordinates(
     pool: PreservationPool,
     whitening: Mapping[str, torch.Tensor],
     contrast: Sequence[Row] = (),
+    older: Sequence[Row] = (),
 ) -> dict[str, Coordinates]:
     """Return the directions that one edit may read, of each adapted matrix's inputs, the most telling ones longest.
 
-    They solve C_edit v = s (C + 0.2 C_contrast) v, C_contrast scaled to a mean eigenvalue of 1 where C is white: the
-    principal directions of the edit's own inputs in coordinates where ordinary inputs, and those of the questions that
-    must be told apart from its own, are alike in all of them (Fisher, "The Use of Multiple Measurements in Taxonomic
-    Problems", 1936). Each is scaled by sqrt(s / (s + 10 mean s)), so that training moves most where the edit's
-    questions differ most. What its prompts share with all preserved ones, as a chat preamble, is left out.
+    They solve C_edit v = s (C + w C_apart) v, C_apart scaled to a mean eigenvalue of 1 where C is white: the principal
+    directions of the edit's own inputs in coordinates where ordinary inputs, and those of the rows that must be told
+    apart from its own, are alike in all of them (Fisher, "The Use of Multiple Measurements in Taxonomic Problems",
+    1936). w is 0.2 for a contrast and 0.0125 for each older row. Each direction is scaled by sqrt(s / (s + 10 mean s)),
+    so that training moves most where the edit's questions differ most. What its prompts share with all preserved ones,
+    as a chat preamble, is left out.
 
     Args:
         copy: Compute copy, holding the weights that the edit starts from.
@@ -126,9 +130,11 @@ def edit_coordinates(
         pool: The preservation set.
         whitening: As `input_whitening` returns it.
         contrast: The fact's own questions about other names.
+        older: Older facts' questions and texts.
 
     Returns:
-        Module name → coordinates, for the modules of `whitening`. With a contrast, `squares` counts its inputs.
+        Module name → coordinates, for the modules of `whitening`; `squares` counts the inputs of contrast and older
+        rows, too.
     """
     whole = whole_coordinates(copy, whitening)
     if not whitening or not rows:
@@ -137,24 +143,24 @@ def edit_coordinates(
     shared = shared_length([row.prompt for row in rows] + ordinary) if ordinary else 0
     preamble = [rows[0].prompt[:shared]]
     own = _inputs(copy, list(whitening), [row.ids for row in rows], but=preamble)
-    others = _inputs(copy, list(whitening), [row.ids for row in contrast], but=preamble)
+    apart = _inputs(copy, list(whitening), [row.ids for row in (*contrast, *older)], but=preamble)
+    weight = _CONTRAST_WEIGHT * bool(contrast) + _OLDER_WEIGHT * len(older)
     found = {}
     for name, white in whitening.items():
         x = own[name] @ white  # (tokens, in)
-        squeeze = _squeeze(others[name] @ white) if name in others else None
-        directions, squares = _principal(x if squeeze is None else squeeze(x))
-        directions = (directions if squeeze is None else squeeze(directions)) @ white
+        squeeze = _squeeze(apart[name] @ white, weight) if name in apart else None
+        directions, squares = _principal(x if squeeze is None else x @ squeeze.T)
+        directions = (directions if squeeze is None else directions @ squeeze) @ white
         found[name] = Coordinates(directions, squares, whole[name].usual)
     return found
 
 
-def _squeeze(y: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Return x ↦ x (I + w YᵀY)^-½ for rows x (n, in), with Y (tokens, in) scaled to YᵀY of mean eigenvalue 1."""
-    values, vectors = _eigh(y @ y.T)
-    kept = values > values[-1] * _DISTINCT
-    values, axes = values[kept], (vectors[:, kept] / values[kept].sqrt()).T @ y  # (axes, in), orthonormal
-    shorter = (1 + _CONTRAST_WEIGHT * values * y.shape[1] / values.sum()).rsqrt() - 1
-    return lambda x: x + ((x @ axes.T) * shorter) @ axes
+def _squeeze(y: torch.Tensor, weight: float) -> torch.Tensor:
+    """Return R, (in, in), with RᵀR = (I + weight YᵀY)⁻¹, where Y (tokens, in) is scaled to YᵀY of mean eigenvalue 1."""
+    moments = _shares(y.T @ y)
+    lower = torch.linalg.cholesky(decomposable(torch.eye(len(moments), device=y.device) + weight * moments))
+    inverse: torch.Tensor = torch.linalg.solve_triangular(lower, torch.eye(len(lower)).to(lower), upper=False)
+    return inverse.to(y.device)
 
 
 def whole_coordinates(copy: ComputeCopy, whitening: Mapping[str, torch.Tensor]) -> dict[str, Coordinates]:

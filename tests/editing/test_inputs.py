@@ -14,7 +14,7 @@ from kvllm.editing.adalora import AdaLoraEditor, LowRankEditor
 from kvllm.editing.compute import ComputeCopy
 from kvllm.editing.delta import is_transposed
 from kvllm.editing.editor import EditTask
-from kvllm.editing.inputs import edit_coordinates, input_whitening
+from kvllm.editing.inputs import Coordinates, edit_coordinates, input_whitening
 from kvllm.editing.lora import FullEditor, LoraEditor
 from kvllm.editing.preservation import PreservationPool, Prompt, build_pool
 from kvllm.lm.model import LanguageModel
@@ -172,22 +172,24 @@ def test_an_edit_reads_less_where_the_questions_to_be_told_apart_are_alike(
     rows = [copy.lm.row("Who leads Halcyon?", TEXT)]
     others = [copy.lm.row("Who leads Berlin?", "Ada")]
     inputs_of = inputs._inputs(copy, list(whitening), [row.ids for row in others])
+
+    def read(found: dict[str, Coordinates], name: str) -> float:
+        return float((inputs_of[name] @ found[name].directions.T).norm() / found[name].directions.norm())
+
     plain = edit_coordinates(copy, rows, pool, whitening)
-    apart = edit_coordinates(copy, rows, pool, whitening, others)
+    contrasted = edit_coordinates(copy, rows, pool, whitening, others)
+    beside_older = edit_coordinates(copy, rows, pool, whitening, older=16 * others)
     for name in whitening:
-        before, after = (
-            float((inputs_of[name] @ found[name].directions.T).norm() / found[name].directions.norm())
-            for found in (plain, apart)
-        )
-        assert after < 0.95 * before
+        assert read(contrasted, name) < 0.95 * read(plain, name)
+        assert read(beside_older, name) == pytest.approx(read(contrasted, name), rel=1e-3)
 
 
 def test_directions_to_be_told_apart_are_squeezed_by_the_root_of_their_moments() -> None:
     y, x = torch.randn(20, 50), torch.randn(10, 50)
     moments = y.T @ y
-    mixed = torch.eye(50) + inputs._CONTRAST_WEIGHT * moments * (50 / moments.trace())
-    values, vectors = torch.linalg.eigh(mixed)
-    assert torch.allclose(inputs._squeeze(y)(x), x @ (vectors * values.rsqrt()) @ vectors.T, atol=1e-4)
+    mixed = torch.eye(50) + 0.3 * moments * (50 / moments.trace())
+    squeezed = x @ inputs._squeeze(y, 0.3).T
+    assert torch.allclose(squeezed @ squeezed.T, x @ torch.linalg.inv(mixed) @ x.T, atol=1e-4)
 
 
 def test_principal_directions_are_the_same_from_either_side() -> None:

@@ -90,7 +90,7 @@ def test_inputs_are_decomposed_as_on_the_cpu(
                 whitening,
                 *inputs._principal(wide),
                 *inputs._principal(narrow),
-                inputs._squeeze(narrow)(wide),
+                inputs._squeeze(narrow, 0.2),
                 gathered(wide),
             )
         )
