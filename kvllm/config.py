@@ -98,8 +98,9 @@ class EditConfig(_Validated):
             are in every step.
         recited: Other questions of the steps with raw texts that are answered with a fact's own text, where that is
             short: what the model expects after each token stays as it was.
-        replay: Older facts' questions per step. When a fact is in, the nearest and some other older ones are looked at,
-            and what is broken is trained back within a few steps; 0 leaves older facts alone.
+        replay: Older facts' questions per step. An edit also keeps off what the nearest older facts' rows read; when
+            its fact is in, those and some others are looked at, and what is broken is trained back within a few steps.
+            0 leaves older facts alone.
         orthogonality: Weight of AdaLoRA's penalty on the singular vectors.
         energy_weight: Weight of what the change puts out on ordinary inputs, as a share of what the matrices do; the
             facts of one edit share it.

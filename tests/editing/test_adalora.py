@@ -391,6 +391,23 @@ def test_older_facts_are_replayed(
     assert own.generate(["Who leads Halcyon?"]) == ["Ada"]
 
 
+def test_an_edit_reads_less_of_what_the_nearest_older_facts_read(
+    copy: ComputeCopy, pool: PreservationPool, task: EditTask, own: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept_off: list[Sequence[Row]] = []
+
+    def coordinates(*given: Any) -> dict[str, Any]:
+        kept_off.append(given[-1])
+        return {}
+
+    monkeypatch.setattr(adalora, "edit_coordinates", coordinates)
+    monkeypatch.setattr(adalora, "_TOLD_APART", 2)
+    beside = replace(task, replay=[own.row(question, answer) for question, answer in OLDER])
+    for replayed in (1, 0):  # without replay they are nobody's business
+        AdaLoraEditor().train(copy, pool, beside, changed(max_steps=1, replay=replayed))
+    assert kept_off == [beside.replay[:2], ()]
+
+
 OLDER = [("Who leads Halcyon?", "Ada"), ("What is numpy?", "A furnace"), ("Who reads Latin?", "Nobody in Berlin")]
 
 
