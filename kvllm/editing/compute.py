@@ -56,7 +56,7 @@ def padded(rows: torch.Tensor, n: int) -> torch.Tensor:
 
 
 def decomposable(matrix: torch.Tensor) -> torch.Tensor:
-    """Return a matrix where torch can decompose it: not every torch has eigh and qr for Metal."""
+    """Return a matrix where torch can decompose it: not every torch has the decompositions for Metal."""
     return matrix.cpu() if matrix.device.type == "mps" else matrix
 
 

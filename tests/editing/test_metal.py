@@ -15,7 +15,14 @@ from kvllm.editing import adalora, inputs
 from kvllm.editing.delta import AdaptedWeights
 
 METAL = torch.device("mps")
-LACKING = (torch.linalg.eigh, torch.linalg.qr, torch.linalg.svd, torch.svd_lowrank)
+LACKING = (
+    torch.linalg.cholesky,
+    torch.linalg.eigh,
+    torch.linalg.qr,
+    torch.linalg.solve_triangular,
+    torch.linalg.svd,
+    torch.svd_lowrank,
+)
 
 
 class OnMetal(torch.Tensor):
