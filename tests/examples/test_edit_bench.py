@@ -44,7 +44,9 @@ def bench() -> Iterator[Callable[[str], ModuleType]]:
         patch.syspath_prepend(str(BENCHMARKS))
         yield import_module
         for name in [
-            n for n in sys.modules if n in ("common", "edit_quality", "edit_speed") or n.startswith("edit_bench")
+            n
+            for n in sys.modules
+            if n in ("common", "edit_quality", "edit_speed", "noise_floor") or n.startswith("edit_bench")
         ]:
             del sys.modules[name]
 
@@ -638,3 +640,24 @@ def test_peak_memory_is_that_of_a_process_with_one_edit(
     monkeypatch.setattr(speed, "COLUMNS", ("article",))
     found = speed.memory(item, given)
     assert 0.05 < found["article"]["loaded_gib"] <= found["article"]["peak_gib"] < 16
+
+
+def test_noise_costs_the_more_the_larger_it_is_and_leaves_the_model_as_it_was(
+    bench: Callable[[str], ModuleType],
+    quick: None,
+    public: None,
+    tiny_llama: Path,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    noise = bench("noise_floor")
+    arguments = ["--model", str(tiny_llama), "--n", "2", "--spreads", "0,0.05,1", "--questions", "0"]
+    assert noise.main([*arguments, "--quiet", "--json", "--out", str(tmp_path / "noise.json")]) == 0
+    rounded, none, little, much = json.loads(capsys.readouterr().out)["results"]["rows"]
+    assert rounded["change"] == "bf16"
+    assert rounded["strict_kl"]["own"] > 0
+    assert none["strict"]["own"] == 1.0
+    assert none["strict_kl"]["own"] == 0
+    assert 0 < little["strict_kl"]["own"] < much["strict_kl"]["own"]
+    assert much["strict"]["own"] < 1
+    assert none["n"]["own"] == 6
