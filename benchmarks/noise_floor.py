@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from common import Bar, finish, model_facts, parser, progress, working_folder
+from common import Bar, finish, model_facts, parser, progress
 from edit_bench.items import HALVES, SOURCES, DataMissing, Item, digests, select
 
 if TYPE_CHECKING:
@@ -40,15 +40,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     changes = [ROUNDED, *given.spreads]
     total = len(items) * (1 + len(changes))
-    with working_folder() as folder, progress(given, total, "noise floor") as bar:
-        from edit_bench.columns import World
+    from edit_bench.columns import world_in
 
-        world = World(folder, model=given.model, seed=given.seed)
-        try:
-            rows, damage = measured(world.peer, str(world.kb.info()["base_digest"]), given, items, changes, bar)
-            model = model_facts(world.kb)
-        finally:
-            world.close()
+    with progress(given, total, "noise floor") as bar, world_in(None, model=given.model, seed=given.seed) as world:
+        rows, damage = measured(world.peer, str(world.kb.info()["base_digest"]), given, items, changes, bar)
+        model = model_facts(world.kb)
     results = {"half": given.half, "rows": rows, "damage_suite": damage}
     finish("noise_floor", given, results=results, summary=summarise(rows), model=model, data=digests(sources))
     return 0
