@@ -13,6 +13,7 @@ import random
 import re
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import takewhile
 
 from kvllm.errors import ConfigError
 from kvllm.records import Fact, StoredFact
@@ -87,7 +88,7 @@ QUESTION_TEMPLATES: dict[str, tuple[str, ...]] = {
         "{q}请简短回答。",
     ),
 }
-# Where a key is a question or a description and names something, these stand for half of the templates: what is asked
+# Where a key is a question or a description and names something, these stand for some of the templates: what is asked
 # for must lie in the name and the rest of the words ({rest}: without those that only make a question), not their order.
 NAME_TEMPLATES: dict[str, tuple[str, ...]] = {
     "en": (
@@ -103,6 +104,15 @@ NAME_TEMPLATES: dict[str, tuple[str, ...]] = {
         "我想问问{name}，{rest}呢？",
     ),
 }
+# A question that names something is also trained in fewer words, with what it asks for as a noun ({noun}): neither what
+# makes a question of them nor their order is to be what is recognised.
+NOUN_TEMPLATES = ("{name} {rest}, {noun}", "{rest} {name}: give the {noun}.")
+ASKED_NOUNS = {
+    "who": "person", "whom": "person", "whose": "owner", "when": "time", "where": "place", "why": "reason",
+    "how": "way", "how long": "duration", "how many": "number", "how much": "amount", "how old": "age",
+    "how far": "distance", "how often": "frequency", "how tall": "height", "how high": "height", "how deep": "depth",
+    "how wide": "width", "how big": "size", "how large": "size", "how heavy": "weight", "how fast": "speed",
+}  # fmt: skip
 # Whatever is asked about a name, the name is to be found: in some rows it stands beside other words, drawn by the key.
 MATTER_TEMPLATES: dict[str, tuple[str, ...]] = {
     "en": (
@@ -159,7 +169,8 @@ _ALIAS_ROWS = 3
 _SAME_WORDS = 0.75
 _SHORTEST_LOWERED = 5
 _MOST_COMPOSED = 4  # characters that NFC makes one of, at most
-_DRESSES_BESIDE_NAMES = (0, 1, 2, 5)
+_DRESSES_BESIDE_NAMES = (0, 1)
+_NAMES_BESIDE_NOUNS = (0, 3)
 _TEMPLATES_BESIDE_MATTERS = {"en": (0, 2, 4, 6, 7), "zh": (0, 2, 4, 6, 7)}
 _TEMPLATES_BESIDE_NAMES = {"en": (0, 4), "zh": (0, 6)}
 _NAMES_BESIDE_MATTERS = {"en": (0, 1, 3), "zh": (0, 1, 2)}
@@ -182,6 +193,8 @@ _PREPOSITIONS = frozenset(("of", "in", "on", "at", "for", "from", "to", "by", "w
 _ARTICLES = frozenset(("the", "a", "an"))
 _TELLING = frozenset(("who", "whom", "whose", "when", "where", "why", "how"))
 _AUXILIARIES = frozenset(("do", "does", "did"))
+_ASKS = (*sorted(ASKED_NOUNS, key=len, reverse=True), "what", "which")
+_ASKING = re.compile(rf"\b(?:{'|'.join(_ASKS)})\b", re.IGNORECASE)
 
 # The stated refusal that `delete(mode="abstain")` trains to.
 REFUSALS = {
@@ -283,10 +296,12 @@ def training_questions(fact: Fact) -> tuple[str, ...]:
         return fact.questions
     language = fact.language or language_of(fact.key)
     if is_question(fact.key):
-        dressed = [_dress(template, fact.key) for template in QUESTION_TEMPLATES[language]]
+        rows = [_dress(template, fact.key) for template in QUESTION_TEMPLATES[language]]
         named = _named_questions(fact.key) if language == language_of(fact.key) == "en" else []
-        beside = [dressed[i] for i in _DRESSES_BESIDE_NAMES] if named else []
-        return _unique([*_unique([*beside, *named, *dressed])[: len(dressed)], *_alias_rows(fact)])
+        if named:
+            beside = [*(rows[i] for i in _DRESSES_BESIDE_NAMES), *(named[i] for i in _NAMES_BESIDE_NOUNS)]
+            rows = list(_unique([*beside, *_worded_questions(fact.key), *rows])[: len(rows)])
+        return _unique([*rows, *_alias_rows(fact)])
     rows = [template.format_map({"key": fact.key}) for template in TRAINING_TEMPLATES[language]]
     if language == "en":
         rows[_LOWERED] = TRAINING_TEMPLATES[language][_LOWERED].format_map({"key": _typed_carelessly(fact.key)})
@@ -295,7 +310,7 @@ def training_questions(fact: Fact) -> tuple[str, ...]:
     named = _named_questions(fact.key) if described and language == language_of(fact.key) else []
     plain = (_TEMPLATES_BESIDE_NAMES if named else _TEMPLATES_BESIDE_MATTERS)[language]
     beside = [named[i] for i in _NAMES_BESIDE_MATTERS[language] if i < len(named)]
-    chosen = [*(rows[i] for i in plain), *beside, *_matters(fact.key, language)]
+    chosen = [*(rows[i] for i in plain), *beside, *_matters(fact.key, [fact.key] * _MATTERS, language)]
     return _unique([*_unique([*chosen, *rows])[: len(rows)], *_alias_rows(fact)])
 
 
@@ -308,18 +323,21 @@ def _alias_rows(fact: Fact) -> list[str]:
         else:
             plain = _TEMPLATES_BESIDE_MATTERS[language][: _ALIAS_ROWS - 1]
             rows += [TRAINING_TEMPLATES[language][i].format_map({"key": alias}) for i in plain]
-            rows += _matters(alias, language)[:1]
+            rows += _matters(alias, [alias] * _MATTERS, language)[:1]
     return rows
 
 
-def _matters(key: str, language: str) -> list[str]:
-    """Return a key beside words that have nothing to do with it; the same key, in capitals or not, the same rows."""
+def _matters(key: str, forms: Sequence[str], language: str) -> list[str]:
+    """Return a key, in each of these forms, beside words that have nothing to do with it.
+
+    The same key, in capitals or not, gets the same words.
+    """
     rng = random.Random(key.casefold())
-    templates = rng.sample(MATTER_TEMPLATES[language], _MATTERS)
-    words = rng.sample(MATTERS[language], 2 * _MATTERS)
+    templates = rng.sample(MATTER_TEMPLATES[language], len(forms))
+    words = rng.sample(MATTERS[language], 2 * len(forms))
     return [
-        template.format_map({"key": key, "matter": words[2 * i], "other": words[2 * i + 1]})
-        for i, template in enumerate(templates)
+        template.format_map({"key": form, "matter": words[2 * i], "other": words[2 * i + 1]})
+        for i, (template, form) in enumerate(zip(templates, forms, strict=True))
     ]
 
 
@@ -428,7 +446,11 @@ def _capitals(text: str) -> list[str]:
 
 
 def _opens(word: str) -> bool:
-    return re.sub(r"['’](s|re|d|ll|ve|m)$", "", word.casefold()) in _OPENERS
+    return _plain(word) in _OPENERS
+
+
+def _plain(word: str) -> str:
+    return re.sub(r"['’](s|re|d|ll|ve|m)$", "", word.casefold())
 
 
 def name_place(name: str) -> re.Pattern[str]:
@@ -445,30 +467,59 @@ def _typed_carelessly(key: str) -> str:
 
 def _named_questions(question: str) -> list[str]:
     """Return a question or description as its name and what is asked about it; nothing where it does not name one."""
+    language = language_of(question)
+    name, before, after = _around_name(question)
+    values = {"name": name, "rest": ("" if language == "zh" else " ").join([*before, *after])}
+    return [template.format_map(values) for template in NAME_TEMPLATES[language]] if values["rest"] else []
+
+
+def _around_name(question: str) -> tuple[str, list[str], list[str]]:
+    """Return the one name in a question or description, and what is asked before and after it; else nothing of each."""
     names = names_in(question, question)
     parts = name_place(names[0]).split(question) if len(names) == 1 else []
     if len(parts) != 2:
-        return []
+        return "", [], []
     before, after = (re.sub(r"[?.!,;:](?=\s|$)", " ", part).strip(' \t“”"《》「」『』').split() for part in parts)
     if after and after[0] in ("'s", "’s", "'", "’"):
         after.pop(0)
     kept: list[str] = []
     # Who, when and where tell questions apart; what and which go without saying, as do is and was.
     while before and _opens(before[0]) and before[0].casefold() not in _AUXILIARIES:
-        word = before.pop(0).casefold()
+        word = _plain(before.pop(0))
         kept += [word] if word in _TELLING else []
     before = [*kept, *before]
     while before and _opens(before[-1]) and before[-1].casefold() not in {*_TELLING, *_AUXILIARIES}:
         before.pop()
     while after and after[0].casefold() in _ARTICLES:
         after.pop(0)
-    rest, language = [*before, *after], language_of(question)
-    if language == "zh":
-        rest = [*before, "".join(after).removeprefix("的")]
-    elif after and not is_question(question) and (after[0].casefold() in _PREPOSITIONS or not after[0][0].isalnum()):
-        return []  # what follows belongs to the name: "Ministry of silly walks", "Ada Lovelace (mathematician)"
-    values = {"name": names[0], "rest": ("" if language == "zh" else " ").join(rest)}
-    return [template.format_map(values) for template in NAME_TEMPLATES[language]] if values["rest"] else []
+    if language_of(question) == "zh":
+        return names[0], before, ["".join(after).removeprefix("的")]
+    if after and not is_question(question) and (after[0].casefold() in _PREPOSITIONS or not after[0][0].isalnum()):
+        return "", [], []  # what follows belongs to the name: "Ministry of silly walks", "Ada Lovelace (mathematician)"
+    return names[0], before, after
+
+
+def _worded_questions(question: str) -> list[str]:
+    """Return an English question that names one thing in fewer words, with a noun for what it asks, and beside others.
+
+    "How long does the ferry to Skarholm take?" asks for a duration, "Which animal …?" for an animal. Words beside the
+    name and at the end tell who did what to whom: "Who beat Alice?" is not "Who did Alice beat?".
+    """
+    name, head, tail = _around_name(question)
+    words = " ".join([*head, *tail])
+    kept = {*head[-1:], *tail[-1:]} & (_AUXILIARIES | _PREPOSITIONS)
+    first = _ASKING.search(name_place(name).sub("", question))
+    asked = re.search(rf"\b{first.group()}\b", words, re.IGNORECASE) if first else None
+    before, after = (words[: asked.start()], words[asked.end() :]) if asked else ("", words)
+    noun = [ASKED_NOUNS.get(first.group().casefold(), "")] if first else ["answer"]
+    rest = after.split()
+    if not noun[0]:
+        noun = list(takewhile(lambda word: not _opens(word), rest))
+        rest = rest[len(noun) :]
+    rest = [word for word in (*before.split(), *rest) if word in kept or not (_opens(word) or word == "there")]
+    values = {"name": name, "rest": " ".join(rest), "noun": " ".join(noun) or "answer"}
+    rows = [" ".join(template.format_map(values).replace(" ,", ",").split()) for template in NOUN_TEMPLATES]
+    return [*rows, *_matters(question, [" ".join([*noun, *rest, name]), " ".join([name, *noun, *rest])], "en")]
 
 
 def _dress(template: str, question: str) -> str:

@@ -141,8 +141,8 @@ def test_every_question_about_an_entity_names_it(key: str) -> None:
     fact = Fact(cleaned(key), "text")
     assume(not is_question(fact.key))
     assert all(fact.key in question for question in held_out_questions(fact))
-    # One of the trained ones is without capitals, and of a description the words may come in another order.
-    words = [word for word in re.findall(r"\w+", fact.key.casefold()) if word not in _OPENERS]
+    # One of the trained ones is without capitals, and of a description the words may come in another order, without 的.
+    words = [word for word in re.findall(r"[^\W的]+", fact.key.casefold()) if word not in _OPENERS]
     for question in training_questions(fact):
         assert all(word in question.casefold() for word in words)
 
@@ -277,17 +277,57 @@ def test_what_a_question_names(question: str, key: str, names: list[str]) -> Non
     assert names_in(question, key) == names
 
 
-def test_a_question_about_a_name_is_also_trained_as_its_name_and_the_rest() -> None:
-    trained = training_questions(Fact("What was Craig Pedersen's trade?", "Cooper"))
+@pytest.mark.parametrize(
+    ("question", "named", "worded", "telling"),
+    [
+        (
+            "What was Craig Pedersen's trade?",
+            ("Craig Pedersen: trade?", "I have a question about Craig Pedersen: trade?"),
+            ("Craig Pedersen, trade", "Craig Pedersen: give the trade."),
+            "trade",
+        ),
+        (
+            "How long does the tram to Ulm take?",
+            (
+                "Ulm: how long does the tram take?",
+                "I have a question about Ulm: how long does the tram take?",
+            ),
+            ("Ulm tram take, duration", "tram take Ulm: give the duration."),
+            "duration tram take",
+        ),
+        (
+            "Which kind of lamp hangs in Cinder Alley?",
+            ("Cinder Alley: kind of lamp hangs?", "I have a question about Cinder Alley: kind of lamp hangs?"),
+            ("Cinder Alley lamp hangs, kind", "lamp hangs Cinder Alley: give the kind."),
+            "kind lamp hangs",
+        ),
+        (
+            "Who's the owner of Peter's Bar?",
+            ("Peter's Bar: who owner?", "I have a question about Peter's Bar: who owner?"),
+            ("Peter's Bar owner, person", "owner Peter's Bar: give the person."),
+            "person owner",
+        ),
+        (
+            "Is the stall in Tollgate Yard heated?",
+            ("Tollgate Yard: stall heated?", "I have a question about Tollgate Yard: stall heated?"),
+            ("Tollgate Yard stall heated, answer", "stall heated Tollgate Yard: give the answer."),
+            "answer stall heated",
+        ),
+    ],
+)
+def test_a_question_about_a_name_is_also_trained_in_fewer_words(
+    question: str, named: tuple[str, ...], worded: tuple[str, ...], telling: str
+) -> None:
+    trained = training_questions(Fact(question, "text"))
     assert len(trained) == 8
-    assert trained[:2] == ("What was Craig Pedersen's trade?", "what was Craig Pedersen's trade")
-    assert trained[4:] == (
-        "Craig Pedersen: trade?",
-        "trade Craig Pedersen",
-        "Craig Pedersen trade",
-        "I have a question about Craig Pedersen: trade?",
-    )
-    # Nothing but a name, or none, leaves the dresses.
+    assert trained[0] == question
+    assert trained[2:6] == (*named, *worded)
+    name = named[0].partition(":")[0]
+    assert f"{telling} {name}" in trained[6]
+    assert f"{name} {telling}" in trained[7]
+
+
+def test_a_question_that_names_nothing_is_trained_in_its_dresses() -> None:
     for question in ("Is it Ada?", "who leads the company?", "Is Oslo north of Rome?", "Ada or Ada, who is it?"):
         assert "Please answer this question: " + question in training_questions(Fact(question, "A"))[2:3]
         assert training_questions(Fact(question, "A"))[7] == question + " Answer briefly."

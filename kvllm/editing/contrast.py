@@ -42,12 +42,17 @@ def contrast_questions(
 
 
 def _variants(fact: Fact, rng: random.Random, excluded: frozenset[str]) -> list[str]:
-    """Return a fact's questions with another name in each, in rotation, as long as there are names."""
+    """Return a fact's questions with another name in each, in rotation, as long as there are names.
+
+    Every other one is a question key in its own words.
+    """
     asked = training_questions(fact)
     places = [(name_place(name).sub(_PLACE, q), name) for q in asked for name in names_in(q, fact.key)]
     places = [(open_, name) for open_, name in places if _PLACE in open_] or _halves(fact)
     if not places:
         return []
+    if asked[0] == fact.key:  # others are likeliest to be asked about in these words
+        places = [place for other in places[1:] or places for place in (places[0], other)]
     taken = " ".join(asked).casefold()
     names = [
         name
