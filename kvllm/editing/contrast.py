@@ -44,7 +44,7 @@ def contrast_questions(
 def _variants(fact: Fact, rng: random.Random, excluded: frozenset[str]) -> list[str]:
     """Return a fact's questions with another name in each, in rotation, as long as there are names.
 
-    Every other one is a question key in its own words.
+    Every third one is a question key in its own words.
     """
     asked = training_questions(fact)
     places = [(name_place(name).sub(_PLACE, q), name) for q in asked for name in names_in(q, fact.key)]
@@ -52,7 +52,9 @@ def _variants(fact: Fact, rng: random.Random, excluded: frozenset[str]) -> list[
     if not places:
         return []
     if asked[0] == fact.key:  # others are likeliest to be asked about in these words
-        places = [place for other in places[1:] or places for place in (places[0], other)]
+        rest = places[1:] or places
+        pairs = zip((rest * 2)[::2], (rest * 2)[1::2], strict=True)
+        places = [place for pair in pairs for place in (places[0], *pair)]
     taken = " ".join(asked).casefold()
     names = [
         name

@@ -22,11 +22,11 @@ def test_questions_keep_their_words_and_change_the_name() -> None:
         assert any(question[len(b) : len(question) - len(a)] in packaged_names("en") for b, a in fits), question
 
 
-def test_every_other_question_is_a_question_key_in_its_own_words() -> None:
-    found = [q for q, _ in contrast_questions([Fact("Who tunes the bells of Aldermoor?", "Petra")], 8)]
+def test_every_third_question_is_a_question_key_in_its_own_words() -> None:
+    found = [q for q, _ in contrast_questions([Fact("Who tunes the bells of Aldermoor?", "Petra")], 12)]
     plain = [q.startswith("Who tunes the bells of ") and q.endswith("?") for q in found]
-    assert plain == [True, False] * 4
-    assert len({q.removesuffix("?").rpartition(" of ")[2] for q in found[::2]}) == 4
+    assert plain == [True, False, False] * 4
+    assert len({q.removesuffix("?").rpartition(" of ")[2] for q in found[::3]}) == 4
 
 
 def test_live_names_and_questions_are_no_contrast() -> None:
