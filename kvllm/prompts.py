@@ -509,7 +509,7 @@ def _worded_questions(question: str) -> list[str]:
     words = " ".join([*head, *tail])
     kept = {*head[-1:], *tail[-1:]} & (_AUXILIARIES | _PREPOSITIONS)
     first = _ASKING.search(name_place(name).sub("", question))
-    asked = re.search(rf"\b{first.group()}\b", words, re.IGNORECASE) if first else None
+    asked = re.search(rf"\b{first.group()}\b(?:['’]s\b)?", words, re.IGNORECASE) if first else None
     before, after = (words[: asked.start()], words[asked.end() :]) if asked else ("", words)
     noun = [ASKED_NOUNS.get(first.group().casefold(), "")] if first else ["answer"]
     rest = after.split()
