@@ -508,6 +508,7 @@ def _worded_questions(question: str) -> list[str]:
     name, head, tail = _around_name(question)
     words = " ".join([*head, *tail])
     kept = {*head[-1:], *tail[-1:]} & (_AUXILIARIES | _PREPOSITIONS)
+    # What asks is looked for in the question: what and which, where they open it, are no longer among the words.
     first = _ASKING.search(name_place(name).sub("", question))
     asked = re.search(rf"\b{first.group()}\b(?:['’]s\b)?", words, re.IGNORECASE) if first else None
     before, after = (words[: asked.start()], words[asked.end() :]) if asked else ("", words)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from itertools import cycle
 
 from kvllm.editing.preservation import packaged_names
 from kvllm.prompts import is_question, language_of, name_place, names_in, training_questions
@@ -52,9 +53,9 @@ def _variants(fact: Fact, rng: random.Random, excluded: frozenset[str]) -> list[
     if not places:
         return []
     if asked[0] == fact.key:  # others are likeliest to be asked about in these words
-        rest = places[1:] or places
-        pairs = zip((rest * 2)[::2], (rest * 2)[1::2], strict=True)
-        places = [place for pair in pairs for place in (places[0], *pair)]
+        others = places[1:] or places
+        turn = cycle(others)
+        places = [place for _ in others for place in (places[0], next(turn), next(turn))]
     taken = " ".join(asked).casefold()
     names = [
         name
