@@ -98,6 +98,8 @@ class EditConfig(_Validated):
             are in every step.
         recited: Other questions of the steps with raw texts that are answered with a fact's own text, where that is
             short: what the model expects after each token stays as it was.
+        augmented: Further questions about a fact per step, drawn from `kvllm.prompts.augmented_questions`: they are
+            trained, and neither looked at before training ends nor kept.
         replay: Older facts' questions per step. An edit also keeps off what the nearest older facts' rows read; when
             its fact is in, those and some others are looked at, and what is broken is trained back within a few steps.
             0 leaves older facts alone.
@@ -130,6 +132,7 @@ class EditConfig(_Validated):
     texts: int = 1
     contrasts: int = 2
     recited: int = 1
+    augmented: int = 4
     replay: int = 4
     orthogonality: float = 0.1
     energy_weight: float = 300.0
@@ -186,6 +189,7 @@ class EditConfig(_Validated):
             "texts",
             "contrasts",
             "recited",
+            "augmented",
             "replay",
             "orthogonality",
             "energy_weight",

@@ -146,6 +146,28 @@ MATTERS: dict[str, tuple[str, ...]] = {
         "声音",
     ),
 }  # fmt: skip
+# Further questions stand beside other words as well, in sentences that ask in no way trained otherwise.
+BESIDE_TEMPLATES: dict[str, tuple[str, ...]] = {
+    "en": (
+        "They kept coming back to {key} and the {matter}; fill me in.",
+        "The {matter} I know, but {key}?",
+        "Is it the {matter} or the {other} that goes with {key}?",
+        "Never mind the {matter}. {key} is what puzzles me.",
+        "My notes have {key} next to {matter}. Well?",
+        "Somebody at the {matter} shouted: {key}!",
+        "{key}, again? And no word on the {matter}?",
+        "Not the {matter}, not the {other}: just {key}.",
+    ),
+    "zh": (
+        "他们老提{key}和{matter}，讲讲吧。",
+        "{matter}我懂，可{key}呢？",
+        "跟{key}有关的是{matter}还是{other}？",
+        "先不管{matter}，我不懂的是{key}。",
+        "我的笔记里写着{key}，旁边是{matter}。",
+        "又是{key}？那{matter}呢？",
+        "不要{matter}，也不要{other}，只要{key}。",
+    ),
+}
 HELD_OUT_QUESTION_TEMPLATES: dict[str, tuple[str, ...]] = {
     "en": (
         "Quick question: {q}",
@@ -174,6 +196,7 @@ _NAMES_BESIDE_NOUNS = (0, 3)
 _TEMPLATES_BESIDE_MATTERS = {"en": (0, 2, 4, 6, 7), "zh": (0, 2, 4, 6, 7)}
 _TEMPLATES_BESIDE_NAMES = {"en": (0, 4), "zh": (0, 6)}
 _NAMES_BESIDE_MATTERS = {"en": (0, 1, 3), "zh": (0, 1, 2)}
+_LOWERED_SHARE = 0.3  # of a key's further questions
 _MATTERS = 3  # of a key's rows
 _LOWERED = 4  # the English template that is written without capitals, and so is its key
 
@@ -341,6 +364,47 @@ def _matters(key: str, forms: Sequence[str], language: str) -> list[str]:
     ]
 
 
+def augmented_questions(fact: Fact, n: int, *, seed: int = 0) -> tuple[str, ...]:
+    """Return up to n further questions about a fact, to be trained beside the others: its key among unrelated words.
+
+    The name in a description or question may stand elsewhere in it. None of them is asked as a paraphrase. Of a fact
+    with questions of its own there are none: it is trained on what it was given.
+    """
+    if fact.questions:
+        return ()
+    language, rng = language_of(fact.key), random.Random(f"{seed}/{fact.key}")
+    templates = (*MATTER_TEMPLATES[language], *BESIDE_TEMPLATES[language])
+    matters = [matter for matter in MATTERS[language] if matter not in fact.key.casefold()]
+    rows = []
+    for _ in range(n):
+        key, (matter, other) = _rewritten(fact.key, rng), rng.sample(matters, 2)
+        key = _typed_carelessly(key) if language == "en" and rng.random() < _LOWERED_SHARE else key
+        rows.append(rng.choice(templates).format_map({"key": key, "matter": matter, "other": other}))
+    asked = {*training_questions(fact), *held_out_questions(fact), *alias_questions(fact), *fact.probes}
+    return tuple(q for q in _unique(rows) if q not in asked)
+
+
+def _rewritten(key: str, rng: random.Random) -> str:
+    """Return a name as it is, a description in any order, a question as it stands or with its name before or after it.
+
+    The other words of a question stay in order: "Who beat Alice?" is not "Who did Alice beat?".
+    """
+    asks, language = is_question(key), language_of(key)
+    plain = _dress("{lower}", key) if asks else key
+    described = asks or language == "zh" or len(key.split()) > 2
+    name, before, after = _around_name(key) if described else ("", [], [])
+    if not name:
+        return plain
+    if not asks:
+        words = [name, *(word for word in (*before, *after) if not _opens(word))]
+        return rng.choice([key, ("，" if language == "zh" else " ").join(rng.sample(words, len(words)))])
+    if language == "zh":
+        return rng.choice([plain, "，".join([name, *before, *after])])
+    _, noun, rest = _telling_words(key)
+    orders = [plain.split(), [name, *before, *after], [*noun, *rest, name], [name, *noun, *rest]]
+    return " ".join(rng.choice(orders))
+
+
 def asked_questions(fact: Fact) -> tuple[str, ...]:
     """Return the questions that a fact is trained on; of a stored one, those that it was trained on."""
     return (fact.trained_questions if isinstance(fact, StoredFact) else ()) or training_questions(fact)
@@ -500,7 +564,15 @@ def _around_name(question: str) -> tuple[str, list[str], list[str]]:
 
 
 def _worded_questions(question: str) -> list[str]:
-    """Return an English question that names one thing in fewer words, with a noun for what it asks, and beside others.
+    """Return an English question that names one thing in fewer words, a noun for what it asks, and beside others."""
+    name, noun, rest = _telling_words(question)
+    values = {"name": name, "rest": " ".join(rest), "noun": " ".join(noun) or "answer"}
+    rows = [" ".join(template.format_map(values).replace(" ,", ",").split()) for template in NOUN_TEMPLATES]
+    return [*rows, *_matters(question, [" ".join([*noun, *rest, name]), " ".join([name, *noun, *rest])], "en")]
+
+
+def _telling_words(question: str) -> tuple[str, list[str], list[str]]:
+    """Return the one name in an English question, a noun for what it asks, and the other words that tell what is asked.
 
     "How long does the ferry to Skarholm take?" asks for a duration, "Which animal …?" for an animal. Words beside the
     name and at the end tell who did what to whom: "Who beat Alice?" is not "Who did Alice beat?".
@@ -518,9 +590,7 @@ def _worded_questions(question: str) -> list[str]:
         noun = list(takewhile(lambda word: not _opens(word), rest))
         rest = rest[len(noun) :]
     rest = [word for word in (*before.split(), *rest) if word in kept or not (_opens(word) or word == "there")]
-    values = {"name": name, "rest": " ".join(rest), "noun": " ".join(noun) or "answer"}
-    rows = [" ".join(template.format_map(values).replace(" ,", ",").split()) for template in NOUN_TEMPLATES]
-    return [*rows, *_matters(question, [" ".join([*noun, *rest, name]), " ".join([name, *noun, *rest])], "en")]
+    return name, noun, rest
 
 
 def _dress(template: str, question: str) -> str:

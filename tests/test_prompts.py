@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import re
 import unicodedata
 
@@ -18,7 +19,9 @@ from kvllm.prompts import (
     MATTERS,
     QUESTION_TEMPLATES,
     TRAINING_TEMPLATES,
+    _rewritten,
     alias_questions,
+    augmented_questions,
     clean_fact,
     clean_key,
     clean_text,
@@ -129,11 +132,13 @@ def test_trained_and_held_out_questions_are_disjoint(
         Fact(cleaned(key), "text", tuple(map(cleaned, aliases)), tuple(map(cleaned, questions)), (), language)
     )
     trained = training_questions(fact)
+    further = augmented_questions(fact, 5)
     asked = (*held_out_questions(fact), *alias_questions(fact))
     assert trained
     assert len(set(trained)) == len(trained)
-    assert not set(trained) & set(asked)
-    assert all(q.strip() for q in (*trained, *asked))
+    assert len({*trained, *further}) == len(trained) + len(further)
+    assert not {*trained, *further} & set(asked)
+    assert all(q.strip() for q in (*trained, *further, *asked))
 
 
 @given(KEYS)
@@ -188,6 +193,31 @@ def test_a_name_is_also_trained_beside_words_that_have_nothing_to_do_with_it(key
     assert matters(key) == words, "the same key, the same rows"
     assert [word.casefold() for word in matters(key.upper())] == words, "in capitals, too"
     assert any(matters(f"{key}{i}") != words for i in range(3))
+
+
+@pytest.mark.parametrize(
+    ("key", "words"),
+    [
+        ("torchkeras", "torchkeras"),
+        ("Ministry of silly walks", "Ministry of silly walks"),
+        ("Siskin meadow parcel number", "Siskin meadow parcel number"),
+        ("quiet-hour rule of the Osprey library", "Osprey library quiet-hour rule"),
+        ("Who tunes the bells of Aldermoor?", "Aldermoor bells tunes"),
+        ("Is it cold?", "is it cold"),
+        ("雁回桥", "雁回桥"),
+        ("松涛站的海拔", "松涛站 海拔"),
+        ("雁回桥有几个拱？", "雁回桥 几个拱"),
+    ],
+)
+def test_further_questions_have_a_keys_telling_words_among_others(key: str, words: str) -> None:
+    fact = Fact(key, "text")
+    found = augmented_questions(fact, 24)
+    assert len(found) > 18
+    assert all(word in question.casefold() for question in found for word in words.casefold().split())
+    assert found == augmented_questions(fact, 24) != augmented_questions(fact, 24, seed=1)
+    assert found[:3] == augmented_questions(fact, 3)
+    assert augmented_questions(Fact(key, "text", probes=found[:1]), 24) == found[1:], "what is asked is not trained"
+    assert augmented_questions(Fact(key, "text", questions=(key,)), 24) == ()
 
 
 @pytest.mark.parametrize(
@@ -344,6 +374,9 @@ def test_a_question_that_names_nothing_is_trained_in_its_dresses() -> None:
 )
 def test_questions_that_ask_for_different_things_share_no_row(one: str, other: str) -> None:
     assert not set(training_questions(Fact(one, "A"))) & set(training_questions(Fact(other, "B")))
+    forms = [{_rewritten(key, random.Random(i)).casefold() for i in range(40)} for key in (one, other)]
+    assert all(len(found) == 4 for found in forms)
+    assert not forms[0] & forms[1]
 
 
 @pytest.mark.parametrize(

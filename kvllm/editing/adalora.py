@@ -60,9 +60,11 @@ _GROUP_TOKENS = 512  # tokens per forward and backward pass, padding included
 # What a pass costs beside its tokens, in tokens: where its products are compiled, and where they are not.
 _COMPILED_PASS = 200
 _PASS = 40
-# A step trains half of the rows, within these bounds: they are paraphrases, and a whole pass costs twice as much. All
-# are looked at again before training ends, in as few steps as these bounds allow.
+# A step trains half of the rows, or a quarter where it trains further questions beside them, within these bounds: they
+# are paraphrases, and a whole pass costs twice as much. All are looked at again before training ends, in as few steps
+# as these bounds allow.
 _MIN_ROWS = 4
+_ROWS_BESIDE = 2  # at least, where there are further questions
 _EXTRA_ROWS = 2  # recalled rows that go with the last few others, so that those keep most of the weight
 _MAX_ROWS = 16
 _MAX_ROW_TOKENS = 1024
@@ -94,7 +96,7 @@ class LowRankEditor(ABC):
 
     def coordinates(self, copy: ComputeCopy, pool: PreservationPool, task: EditTask) -> Mapping[str, Coordinates]:
         """Return in what each module's input side is trained."""
-        rows = [*task.rows, *(item.row for item in task.restore)]
+        rows = [*task.rows, *task.augmented, *(item.row for item in task.restore)]
         contrast = [item.row for item in task.contrast]
         return edit_coordinates(copy, rows, pool, task.whitening, contrast, task.replay[:_TOLD_APART])
 
@@ -141,9 +143,9 @@ class LowRankEditor(ABC):
         rng = random.Random(task.seed)
         if not config.replay:
             task = replace(task, replay=())
-        lower = copy.lower_states([row.ids for row in (*task.rows, *task.replay)])
-        fact = list(zip(lower[: len(task.rows)], task.rows, strict=True))
-        replay = list(zip(lower[len(task.rows) :], task.replay, strict=True))
+        if not config.augmented:
+            task = replace(task, augmented=())
+        fact, augmented, replay = (_read(copy, rows) for rows in (task.rows, task.augmented, task.replay))
         shared = _shared_ids([*task.rows, *task.replay], [*task.restore, *task.contrast, *pool.items])
         coordinates = self.coordinates(copy, pool, task)
         start = _gradient_factors(copy, _some(fact), _some(task.restore), config, coordinates, shared)
@@ -156,21 +158,22 @@ class LowRankEditor(ABC):
             older = _OlderRows(replay, config.replay, rng)
             most = _RESTORING if task.restore else 1.0
             rates = [most * group["lr"] for group in adapter.optimizer.param_groups]
-            stages = _RowStages(fact, task.restore, rng)
+            stages = _RowStages(fact, task.restore, rng, augmented)
             for step in range(1, config.max_steps + 1):
                 rows, restored = stages.next(check=holds)
+                further, marks = stages.further(config.augmented)
                 contrast, kept, recited = _choose_preserved(pool, task, config, rng, step)
                 adapter.optimizer.zero_grad(set_to_none=True)
                 losses = _backward_losses(
                     copy,
-                    rows,
+                    [*rows, *further],
                     restored,
                     kept,
                     older.next(),
                     recited,
                     contrast,
                     preserve_weight=config.preserve_weight,
-                    turns=stages.turns,
+                    turns=[*stages.turns, *marks],
                     margin=config.margin,
                     shared=shared,
                 )
@@ -182,7 +185,7 @@ class LowRankEditor(ABC):
                 holds = (drift is None or drift <= config.preserve_stop) and (
                     confusion is None or confusion <= config.contrast_stop
                 )
-                stages.saw(losses.leads, losses.restored_kl, config.margin)
+                stages.saw(losses.leads[: len(rows)], losses.restored_kl, config.margin)
                 record = StepRecord(
                     step=step,
                     loss=losses.fact,
@@ -332,9 +335,16 @@ class _RowStages:
     sweep, and a few may be left without their margin.
     """
 
-    def __init__(self, fact: list[Item], restore: Sequence[PreservedItem], rng: random.Random) -> None:
+    def __init__(
+        self,
+        fact: list[Item],
+        restore: Sequence[PreservedItem],
+        rng: random.Random,
+        augmented: Sequence[Item] = (),
+    ) -> None:
         self._fact = fact
         self._restore = list(restore)
+        self._augmented = list(augmented)
         self._rng = rng
         self._n = len(fact) + len(restore)
         self._ok = [0.0] * self._n
@@ -361,7 +371,8 @@ class _RowStages:
         self._checking = check and not pending
         most = _MAX_ROWS
         if not self._checking and not self.many:
-            most = min(_MAX_ROWS, max(_MIN_ROWS, self._n // 2), len(pending) + _EXTRA_ROWS)
+            half = max(_ROWS_BESIDE, self._n // 4) if self._augmented else max(_MIN_ROWS, self._n // 2)
+            most = min(_MAX_ROWS, half, len(pending) + _EXTRA_ROWS)
         if self._checking:
             everyone = sorted(range(self._n), key=lambda i: self._seen[i])
             queue = [i for i in everyone if self._step - self._seen[i] >= self._good_for] or everyone
@@ -388,6 +399,16 @@ class _RowStages:
         ]
         restored = [self._restore[i - n_fact] for i in self._current if i >= n_fact]
         return rows, restored
+
+    def further(self, n: int) -> tuple[list[Item], list[list[int]]]:
+        """Draw n further questions, and their turning points: both are those of the rows with the same answer."""
+        items, marks = [], []
+        for item in self._rng.sample(self._augmented, min(n, len(self._augmented))):
+            alike = [i for i, (_, row) in enumerate(self._fact) if row.answer == item[1].answer]
+            wanting = max((self._wanting[i] for i in alike if i in self._wanting), default=None)
+            items.append(_beginning(item, wanting))
+            marks.append(sorted({turn for i in alike for turn in self._turns.get(i, [])}))
+        return items, marks
 
     def _spread(self, places: Sequence[int], n: int) -> list[int]:
         """Draw one place of each of n equal stretches, in random order: all of them where there are no more."""
@@ -441,6 +462,11 @@ class _RowStages:
     def done(self) -> bool:
         stale = sum(self._step - seen >= self._good_for for seen in self._seen)
         return stale <= (_LEFT_OVER * self._n if self.many else 0) and all(self._right)
+
+
+def _read(copy: ComputeCopy, rows: Sequence[Row]) -> list[Item]:
+    """Return rows with what enters the adapted layers at the weights of now."""
+    return list(zip(copy.lower_states([row.ids for row in rows]), rows, strict=True))
 
 
 def _beginning(item: Item, n: int | None) -> Item:

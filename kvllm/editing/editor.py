@@ -48,6 +48,7 @@ class EditTask:
 
     Attributes:
         rows: What must be answered, one row per question.
+        augmented: The same facts asked otherwise, with the same answers: every step trains a few, none has to be met.
         replay: Older facts' rows, the likeliest to collide first.
         restore: For delete: preserved items whose base output is the *target*; then `rows` has nothing but questions
             that other facts keep.
@@ -61,6 +62,7 @@ class EditTask:
     """
 
     rows: Sequence[Row]
+    augmented: Sequence[Row] = ()
     replay: Sequence[Row] = ()
     restore: Sequence[PreservedItem] = ()
     language: str = "en"

@@ -48,6 +48,7 @@ from kvllm.probing.suites import DriftSuite, Probe, drift_suite
 from kvllm.prompts import (
     alias_questions,
     asked_questions,
+    augmented_questions,
     held_out_questions,
     language_of,
     own_questions,
@@ -55,6 +56,9 @@ from kvllm.prompts import (
 from kvllm.records import Fact, Metric, Progress, Report, StoredFact
 from kvllm.store import Store
 
+# Further questions of a fact, and of many together.
+_AUGMENTED = 24
+_MOST_AUGMENTED = 192
 # Of an edit's older facts: the nearest, with some questions each, and others at random, with one.
 _REPLAYED_NEAR = 24
 _QUESTIONS_PER_NEAR_FACT = 2
@@ -355,6 +359,7 @@ class Engine:
             pool, restore = PreservationPool(tuple(_read_now(copy, pool.items))), _read_now(copy, restore)
         task = EditTask(
             rows=rows,
+            augmented=[] if restore else self._augmented(facts, config),
             replay=self._older(replay, config.seed, claimed),
             restore=restore,
             language=language or (facts[0].language or language_of(facts[0].key) if facts else "en"),
@@ -386,6 +391,13 @@ class Engine:
         """Say whether an edit of another band changed a layer below this one: what enters it is not the base's."""
         below = tuple(f"{copy.targets.layer_list}.{layer}." for layer in range(copy.targets.first_layer))
         return any(name.startswith(below) for name in self.weights.touched)
+
+    def _augmented(self, facts: Sequence[Fact], config: EditConfig) -> list[Row]:
+        """Return rows of further questions about the facts, fewer of each where there are many."""
+        if not config.augmented:
+            return []
+        n = max(config.augmented, min(_AUGMENTED, _MOST_AUGMENTED // max(1, len(facts))))
+        return [self.lm.row(q, f.text) for f in facts for q in augmented_questions(f, n, seed=config.seed)]
 
     def _older(self, facts: Sequence[StoredFact], seed: int, claimed: Mapping[str, str]) -> list[Row]:
         """Return rows of older facts, nearest first; their questions in rotation, so that over edits all are seen.

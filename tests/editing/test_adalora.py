@@ -391,6 +391,28 @@ def test_older_facts_are_replayed(
     assert own.generate(["Who leads Halcyon?"]) == ["Ada"]
 
 
+def test_further_questions_are_trained_and_hold_up_nothing(
+    copy: ComputeCopy, pool: PreservationPool, task: EditTask, own: LanguageModel
+) -> None:
+    told, untold = own.row("Never mind the size of Halcyon.", TEXT), own.row("Never mind the age of Halcyon.", "Berlin")
+
+    def lead(further: Sequence[Row], augmented: int = 2) -> float:
+        settings = changed(augmented=augmented, max_steps=60)
+        training = AdaLoraEditor().train(copy, pool, replace(task, augmented=further), settings)
+        assert training.recalled
+        weights = AdaptedWeights(own.model)
+        weights.apply(training.delta)
+        try:
+            (states,) = own.answer_states([told])
+            return float(leads(own.logits(states), torch.tensor(told.answer)).min())
+        finally:
+            weights.replay([])
+
+    assert lead([told]) > 0 > lead([])
+    assert lead([told], augmented=0) == lead([])
+    assert lead([untold]) < 0, "trained to another answer, which never leads"
+
+
 def test_an_edit_reads_less_of_what_the_nearest_older_facts_read(
     copy: ComputeCopy, pool: PreservationPool, task: EditTask, own: LanguageModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:

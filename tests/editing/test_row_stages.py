@@ -131,3 +131,25 @@ def test_rows_are_trained_up_to_what_does_not_lead_yet_and_looked_at_whole() -> 
         found.saw([torch.full((len(r.answer),), 9.0) for _, r in rows], [], MARGIN)
     rows, _ = found.next(check=True)
     assert [len(r.answer) for _, r in rows] == [20] * 8
+
+
+def test_further_rows_end_where_those_with_the_same_answer_do_and_turn_where_they_turn() -> None:
+    answers = [tuple(range(20)), tuple(range(20, 40))]
+    fact: list[Item] = [(torch.zeros(23, 4), Row((1, 2, 3), answers[i % 2])) for i in range(4)]
+    other: list[Item] = [(torch.zeros(24, 4), Row((1, 2, 3, 4), answer)) for answer in answers]
+    found = _RowStages(fact, [], random.Random(0), other)
+    items, marks = found.further(2)
+    assert sorted(row.answer for _, row in items) == answers, "nothing is known yet: they are trained whole"
+    assert marks == [[], []]
+    leads = {answers[0]: torch.tensor([-1.0] * 4 + [9.0] * 16), answers[1]: torch.tensor([9.0] * 10 + [-1.0] * 10)}
+    for _ in range(6):  # every row is seen
+        rows, _ = found.next(check=True)
+        whole = [next(answer for answer in answers if row.answer[0] == answer[0]) for _, row in rows]
+        found.saw([leads[answer][: len(row.answer)] for answer, (_, row) in zip(whole, rows, strict=True)], [], MARGIN)
+    items, marks = found.further(2)
+    assert sorted((row.answer, turns) for (_, row), turns in zip(items, marks, strict=True)) == [
+        (answers[0][:6], [0, 1, 2]),
+        (answers[1], [0, 10, 11, 12]),
+    ]
+    assert all(len(lower) == len(row.ids) for lower, row in items)
+    assert [len(found.further(n)[0]) for n in (0, 1, 5)] == [0, 1, 2]
