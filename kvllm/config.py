@@ -132,7 +132,7 @@ class EditConfig(_Validated):
     texts: int = 1
     contrasts: int = 2
     recited: int = 1
-    augmented: int = 4
+    augmented: int = 2
     replay: int = 4
     orthogonality: float = 0.1
     energy_weight: float = 300.0

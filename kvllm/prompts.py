@@ -365,21 +365,24 @@ def _matters(key: str, forms: Sequence[str], language: str) -> list[str]:
 
 
 def augmented_questions(fact: Fact, n: int, *, seed: int = 0) -> tuple[str, ...]:
-    """Return up to n further questions about a fact, to be trained beside the others: its key among unrelated words.
+    """Return up to n further questions about a fact: its key or an alias, rewritten, among words of other matters.
 
-    The name in a description or question may stand elsewhere in it. None of them is asked as a paraphrase. Of a fact
-    with questions of its own there are none: it is trained on what it was given.
+    None of them is asked as a paraphrase. Of a fact with questions of its own there are none: it is trained on what it
+    was given.
     """
     if fact.questions:
         return ()
-    language, rng = language_of(fact.key), random.Random(f"{seed}/{fact.key}")
-    templates = (*MATTER_TEMPLATES[language], *BESIDE_TEMPLATES[language])
-    matters = [matter for matter in MATTERS[language] if matter not in fact.key.casefold()]
+    rng, names = random.Random(f"{seed}/{fact.key}"), (fact.key, *fact.aliases)
     rows = []
     for _ in range(n):
-        key, (matter, other) = _rewritten(fact.key, rng), rng.sample(matters, 2)
-        key = _typed_carelessly(key) if language == "en" and rng.random() < _LOWERED_SHARE else key
-        rows.append(rng.choice(templates).format_map({"key": key, "matter": matter, "other": other}))
+        name = rng.choice(names)
+        language = language_of(name)
+        form = _rewritten(name, rng)
+        if language == "en" and rng.random() < _LOWERED_SHARE:
+            form = _typed_carelessly(form)
+        template = rng.choice((*MATTER_TEMPLATES[language], *BESIDE_TEMPLATES[language]))
+        matter, other = rng.sample([word for word in MATTERS[language] if word not in name.casefold()], 2)
+        rows.append(template.format_map({"key": form, "matter": matter, "other": other}))
     asked = {*training_questions(fact), *held_out_questions(fact), *alias_questions(fact), *fact.probes}
     return tuple(q for q in _unique(rows) if q not in asked)
 

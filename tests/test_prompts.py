@@ -218,6 +218,8 @@ def test_further_questions_have_a_keys_telling_words_among_others(key: str, word
     assert found[:3] == augmented_questions(fact, 3)
     assert augmented_questions(Fact(key, "text", probes=found[:1]), 24) == found[1:], "what is asked is not trained"
     assert augmented_questions(Fact(key, "text", questions=(key,)), 24) == ()
+    both = augmented_questions(Fact(key, "text", aliases=("dream furnace",)), 24)
+    assert {"dream furnace" in question.casefold() for question in both} == {True, False}
 
 
 @pytest.mark.parametrize(

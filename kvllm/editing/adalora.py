@@ -60,11 +60,9 @@ _GROUP_TOKENS = 512  # tokens per forward and backward pass, padding included
 # What a pass costs beside its tokens, in tokens: where its products are compiled, and where they are not.
 _COMPILED_PASS = 200
 _PASS = 40
-# A step trains half of the rows, or a quarter where it trains further questions beside them, within these bounds: they
-# are paraphrases, and a whole pass costs twice as much. All are looked at again before training ends, in as few steps
-# as these bounds allow.
+# A step trains half of the rows, within these bounds: they are paraphrases, and a whole pass costs twice as much. All
+# are looked at again before training ends, in as few steps as these bounds allow.
 _MIN_ROWS = 4
-_ROWS_BESIDE = 2  # at least, where there are further questions
 _EXTRA_ROWS = 2  # recalled rows that go with the last few others, so that those keep most of the weight
 _MAX_ROWS = 16
 _MAX_ROW_TOKENS = 1024
@@ -371,8 +369,7 @@ class _RowStages:
         self._checking = check and not pending
         most = _MAX_ROWS
         if not self._checking and not self.many:
-            half = max(_ROWS_BESIDE, self._n // 4) if self._augmented else max(_MIN_ROWS, self._n // 2)
-            most = min(_MAX_ROWS, half, len(pending) + _EXTRA_ROWS)
+            most = min(_MAX_ROWS, max(_MIN_ROWS, self._n // 2), len(pending) + _EXTRA_ROWS)
         if self._checking:
             everyone = sorted(range(self._n), key=lambda i: self._seen[i])
             queue = [i for i in everyone if self._step - self._seen[i] >= self._good_for] or everyone
