@@ -381,7 +381,8 @@ def augmented_questions(fact: Fact, n: int, *, seed: int = 0) -> tuple[str, ...]
         if language == "en" and rng.random() < _LOWERED_SHARE:
             form = _typed_carelessly(form)
         template = rng.choice((*MATTER_TEMPLATES[language], *BESIDE_TEMPLATES[language]))
-        matter, other = rng.sample([word for word in MATTERS[language] if word not in name.casefold()], 2)
+        unrelated = [word for word in MATTERS[language] if word not in name.casefold()]
+        matter, other = rng.sample(unrelated if len(unrelated) > 1 else MATTERS[language], 2)
         rows.append(template.format_map({"key": form, "matter": matter, "other": other}))
     asked = {*training_questions(fact), *held_out_questions(fact), *alias_questions(fact), *fact.probes}
     return tuple(q for q in _unique(rows) if q not in asked)

@@ -222,6 +222,12 @@ def test_further_questions_have_a_keys_telling_words_among_others(key: str, word
     assert {"dream furnace" in question.casefold() for question in both} == {True, False}
 
 
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_a_key_may_have_every_word_that_stands_beside_others(language: str) -> None:
+    key = " ".join(MATTERS[language])
+    assert augmented_questions(Fact(key, "text"), 3)
+
+
 @pytest.mark.parametrize(
     ("key", "typed"),
     [

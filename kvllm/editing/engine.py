@@ -393,11 +393,12 @@ class Engine:
         return any(name.startswith(below) for name in self.weights.touched)
 
     def _augmented(self, facts: Sequence[Fact], config: EditConfig) -> list[Row]:
-        """Return rows of further questions about the facts, fewer of each where there are many."""
+        """Return rows of further questions about the facts, as far as they fit; fewer of each where there are many."""
         if not config.augmented:
             return []
         n = max(config.augmented, min(_AUGMENTED, _MOST_AUGMENTED // max(1, len(facts))))
-        return [self.lm.row(q, f.text) for f in facts for q in augmented_questions(f, n, seed=config.seed)]
+        rows = [self.lm.row(q, f.text) for f in facts for q in augmented_questions(f, n, seed=config.seed)]
+        return [row for row in rows if len(row.ids) <= self.lm.max_positions]
 
     def _older(self, facts: Sequence[StoredFact], seed: int, claimed: Mapping[str, str]) -> list[Row]:
         """Return rows of older facts, nearest first; their questions in rotation, so that over edits all are seen.

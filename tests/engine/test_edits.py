@@ -665,6 +665,23 @@ def test_find_ranks_keys_by_meaning(taught: KnowledgeBase) -> None:
     assert found[0].encoder.startswith("hidden-states")
 
 
+def test_further_questions_are_trained_where_they_fit_and_fewer_of_many_facts(
+    kb: KnowledgeBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, settings = kb.engine, replace(QUICK, augmented=2)
+
+    def lengths(facts: int) -> list[int]:
+        rows = engine._augmented([Fact(f"{KEY} {i}", TEXT) for i in range(facts)], settings)
+        return sorted(len(row.ids) for row in rows)
+
+    all_of_one = lengths(1)
+    assert len(all_of_one) > 12
+    assert 100 <= len(lengths(100)) <= 200
+    assert engine._augmented([Fact(KEY, TEXT)], replace(QUICK, augmented=0)) == []
+    monkeypatch.setattr(engine.lm, "max_positions", all_of_one[5])
+    assert lengths(1) == [n for n in all_of_one if n <= all_of_one[5]]
+
+
 def test_progress_tells_the_stages_of_an_edit(make_kb: Callable[..., KnowledgeBase]) -> None:
     heard = Recorder()
     kb = make_kb(progress=heard)
