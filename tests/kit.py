@@ -41,6 +41,7 @@ QUICK = EditConfig(
     neighbours=2,
     others=1,
     texts=0,
+    augmented=0,  # a few dozen steps are not enough for rows that must not be met, too
     input_ridge=0.0,  # a random model has no ordinary inputs to keep away from
 )
 # What a delete restores is trained at a third of the rates.

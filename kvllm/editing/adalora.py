@@ -143,7 +143,7 @@ class LowRankEditor(ABC):
             task = replace(task, replay=())
         if not config.augmented:
             task = replace(task, augmented=())
-        fact, augmented, replay = (_read(copy, rows) for rows in (task.rows, task.augmented, task.replay))
+        fact, replay, augmented = _read(copy, task.rows, task.replay, task.augmented)
         shared = _shared_ids([*task.rows, *task.replay], [*task.restore, *task.contrast, *pool.items])
         coordinates = self.coordinates(copy, pool, task)
         start = _gradient_factors(copy, _some(fact), _some(task.restore), config, coordinates, shared)
@@ -461,9 +461,10 @@ class _RowStages:
         return stale <= (_LEFT_OVER * self._n if self.many else 0) and all(self._right)
 
 
-def _read(copy: ComputeCopy, rows: Sequence[Row]) -> list[Item]:
-    """Return rows with what enters the adapted layers at the weights of now."""
-    return list(zip(copy.lower_states([row.ids for row in rows]), rows, strict=True))
+def _read(copy: ComputeCopy, *kinds: Sequence[Row]) -> list[list[Item]]:
+    """Return rows, kind by kind, with what enters the adapted layers at the weights of now."""
+    lower = iter(copy.lower_states([row.ids for rows in kinds for row in rows]))
+    return [[(next(lower), row) for row in rows] for rows in kinds]
 
 
 def _beginning(item: Item, n: int | None) -> Item:
