@@ -328,9 +328,7 @@ def training_questions(fact: Fact) -> tuple[str, ...]:
     rows = [template.format_map({"key": fact.key}) for template in TRAINING_TEMPLATES[language]]
     if language == "en":
         rows[_LOWERED] = TRAINING_TEMPLATES[language][_LOWERED].format_map({"key": _typed_carelessly(fact.key)})
-    # Of a description, such as "parcel number of Siskin meadow", the words may come in another order.
-    described = language_of(fact.key) == "zh" or len(fact.key.split()) > 2
-    named = _named_questions(fact.key) if described and language == language_of(fact.key) else []
+    named = _named_questions(fact.key) if _may_describe(fact.key) and language == language_of(fact.key) else []
     plain = (_TEMPLATES_BESIDE_NAMES if named else _TEMPLATES_BESIDE_MATTERS)[language]
     beside = [named[i] for i in _NAMES_BESIDE_MATTERS[language] if i < len(named)]
     chosen = [*(rows[i] for i in plain), *beside, *_matters(fact.key, [fact.key] * _MATTERS, language)]
@@ -395,8 +393,7 @@ def _rewritten(key: str, rng: random.Random) -> str:
     """
     asks, language = is_question(key), language_of(key)
     plain = _dress("{lower}", key) if asks else key
-    described = asks or language == "zh" or len(key.split()) > 2
-    name, before, after = _around_name(key) if described else ("", [], [])
+    name, before, after = _around_name(key) if asks or _may_describe(key) else ("", [], [])
     if not name:
         return plain
     if not asks:
@@ -407,6 +404,11 @@ def _rewritten(key: str, rng: random.Random) -> str:
     _, noun, rest = _telling_words(key)
     orders = [plain.split(), [name, *before, *after], [*noun, *rest, name], [name, *noun, *rest]]
     return " ".join(rng.choice(orders))
+
+
+def _may_describe(key: str) -> bool:
+    """Return whether a key may be a description, such as "parcel number of Siskin meadow", whose words may be moved."""
+    return language_of(key) == "zh" or len(key.split()) > 2
 
 
 def asked_questions(fact: Fact) -> tuple[str, ...]:
