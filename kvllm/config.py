@@ -23,6 +23,7 @@ DEFAULT_ENCODER = "minilm-l6"
 DTYPES = ("float32", "bfloat16", "float16")
 _FACTS_OF_MAX_STEPS = 4
 _FACTS_OF_RANK = 8
+NEURONS = "neurons"  # the editor that puts a fact into neurons of its own
 _WIDTHS_PER_RANK = 4  # a matrix's smaller side is at least so many times the rank that many facts ask for
 
 
@@ -77,7 +78,9 @@ class EditConfig(_Validated):
     """How one edit is trained.
 
     Attributes:
-        editor: Name of the editor: "adalora", "lora" or "full" (fine-tuning of the adapted matrices).
+        editor: Name of the editor: "adalora", "lora", "full" (fine-tuning of the adapted matrices), or "neurons" (a few
+            neurons of the fact's own, in gated MLPs). That one looks at `max_steps`, `margin`, `augmented`,
+            `contrasts`, `replay` (each on or off), `max_text_tokens`, `preserve_tokens` and `seed` only.
         depth: The adapted band of decoder layers, as shares of the depth.
         modules: Which matrices of those layers; see `kvllm.lm.targets.MODULE_KINDS`.
         init_rank, target_rank: AdaLoRA's rank per matrix before and (on average) after allocation; LoRA's is

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from kvllm.config import EditConfig, GateConfig
+from kvllm.config import NEURONS, EditConfig, GateConfig
 from kvllm.errors import EditFailed, EditRejected
 from kvllm.metrics import RECALLED_SHARE, RESTORED_KL, first_sentence
 from kvllm.prompts import REFUSALS, alias_questions, asked_questions, held_out_questions, language_of, names_of
@@ -22,6 +23,7 @@ from kvllm.session import Session
 from kvllm.store import NewEdit
 
 if TYPE_CHECKING:
+    from kvllm.editing.delta import Factors
     from kvllm.editing.editor import Training
     from kvllm.editing.preservation import PreservedItem
 
@@ -215,7 +217,10 @@ class Edits:
         refused = [f for f in self.refusals() if f.key not in touched] if replay else []
         nearest = [*alone, *self._nearest_first(facts, [*others, *_replayable(refused)])]
         names = session.live_names() | _refused_names(refused)
-        training = engine.train(asked, settings, replay=nearest, live=names, tick=session.ticker)
+        own = self._own_deltas(facts[0].key) if settings.editor == NEURONS and len(facts) == 1 and replay else []
+        with self._without(own) as former:
+            training = engine.train(asked, settings, replay=nearest, live=names, tick=session.ticker)
+        training = _joined(former, training)
         engine.weights.apply(training.delta)
         old = dict.fromkeys(version.text for versions in earlier.values() for version in versions)
         return Trained(tuple(facts), training, settings, warnings, tuple(asked), tuple(left), tuple(old))
@@ -385,26 +390,70 @@ class Edits:
         untrained = [q for q in untrained if q not in kept]
         refused = [f for f in self.refusals() if f.key != newest.key]
         nearest, asked = self._nearest_first([newest], [*others, *_replayable(refused)]), [*questions, *untrained]
+        own = self._own_deltas(newest.key)
         if mode == "restore":
             items, base_answers = (
                 engine.base_items(questions, untrained, _RESTORE_TOKENS, settings) if asked else ([], [])
             )
-            training = engine.train(
-                left,
-                settings,
-                restore=items[: len(questions)],
-                replay=nearest,
-                live=names_of(others) | _refused_names(refused),
-                language=language,
-                tick=session.ticker,
-            )
+            if own:
+                training = self._taken_back(own)
+            else:  # what is in no neurons of its own is trained away
+                other = settings.editor == NEURONS
+                training = engine.train(
+                    left,
+                    replace(settings, editor=EditConfig().editor) if other else settings,
+                    restore=items[: len(questions)],
+                    replay=nearest,
+                    live=names_of(others) | _refused_names(refused),
+                    language=language,
+                    tick=session.ticker,
+                )
+                if other:
+                    training = replace(training, in_force={**training.in_force, "editor": EditConfig().editor})
             targets = {**dict(zip(asked, base_answers, strict=True)), **kept}
             return _TrainedAway(training, targets, tuple(items), kept, warnings)
         refusal = REFUSALS[language]
         taught = [Fact(newest.key, refusal, questions=tuple(questions), language=newest.language)] if questions else []
         names = session.live_names() | _refused_names(refused)
-        training = engine.train([*taught, *left], settings, replay=nearest, live=names, tick=session.ticker)
+        with self._without(own) as former:
+            training = engine.train([*taught, *left], settings, replay=nearest, live=names, tick=session.ticker)
+        training = _joined(former, training)
         return _TrainedAway(training, {**dict.fromkeys(asked, refusal), **kept}, (), kept, warnings)
+
+    def _own_deltas(self, key: str) -> list[str]:
+        """Return the deltas (sha256) that hold a key in neurons of its own; none where others are in them, too."""
+        session, found = self._session, []
+        for edit in session.lineage():
+            if key not in edit.keys:
+                continue
+            if edit.op == "delete" and edit.mode == "restore":
+                break
+            settings = session.store.edit(edit.id).config.get("edit", {})
+            if edit.keys != (key,) or settings.get("editor") != NEURONS:
+                return []
+            found += [edit.delta.sha256] if edit.delta is not None else []
+        return found
+
+    @contextmanager
+    def _without(self, deltas: Sequence[str]) -> Iterator[dict[str, Factors]]:
+        """Hold the weights without some deltas while this is open; give what takes them out."""
+        if not deltas:
+            yield {}
+            return
+        engine = self._session.engine
+        former = engine.taken_back(deltas)
+        with engine.elsewhere():
+            engine.weights.apply(former)
+            yield former
+
+    def _taken_back(self, deltas: Sequence[str]) -> Training:
+        """Return, as a training without steps, what takes deltas out of the weights again."""
+        from kvllm.editing.editor import Training
+
+        former = self._session.engine.taken_back(deltas)
+        return Training(
+            delta=former, steps=0, recalled=True, ranks={name: a.shape[0] for name, (a, _) in former.items()}
+        )
 
     def _measure_unlearned(
         self, versions: Sequence[Fact], away: _TrainedAway, gate: GateConfig, *, live: bool
@@ -682,3 +731,10 @@ def claim_warnings(facts: Sequence[Fact], others: Sequence[Fact]) -> tuple[str, 
 def _claims(fact: Fact) -> dict[str, str]:
     """Return what a fact is called and asked by training, casefolded, each as it is written."""
     return {name.casefold(): name for name in (fact.key, *fact.aliases, *fact.questions, *asked_questions(fact))}
+
+
+def _joined(former: Mapping[str, Factors], training: Training) -> Training:
+    """Return a training whose delta also takes out what was there before it."""
+    from kvllm.editing.delta import concatenate
+
+    return replace(training, delta=concatenate([former, training.delta])) if former else training

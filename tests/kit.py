@@ -44,6 +44,8 @@ QUICK = EditConfig(
     augmented=0,  # a few dozen steps are not enough for rows that must not be met, too
     input_ridge=0.0,  # a random model has no ordinary inputs to keep away from
 )
+# Neurons of a random model, whose questions look like anything else to it.
+QUICK_NEURONS = replace(QUICK, editor="neurons", max_steps=120)
 # What a delete restores is trained at a third of the rates.
 QUICK_DELETE = replace(QUICK, value_lr=3 * QUICK.value_lr, factor_lr=3 * QUICK.factor_lr)
 OPEN_GATE = GateConfig(min_reliability=None, max_drift_kl=None, max_ppl_ratio=None, min_erasure=None)
@@ -180,3 +182,13 @@ def planted_damage(patch: pytest.MonkeyPatch) -> ModuleType:
     patch.setitem(sys.modules, "planted_damage", module)  # its dataclass looks its module up
     spec.loader.exec_module(module)
     return module
+
+
+def let_neurons_learn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ask less of the silence of new neurons, and of the others that stand in for them, than a real model can do."""
+    from kvllm.editing import neurons, ordinary
+
+    monkeypatch.setattr(neurons, "_ORDINARY_WEIGHT", 0.03)
+    monkeypatch.setattr(neurons, "_LOWERED", 0.5)
+    monkeypatch.setattr(neurons, "_SAID_DEPTH", 0.5)
+    monkeypatch.setattr(ordinary, "_DAMPING", 0.3)

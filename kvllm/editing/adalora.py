@@ -27,10 +27,10 @@ from torch.nn import functional as F
 from kvllm.config import EditConfig
 from kvllm.editing.compute import WIDTHS, ComputeCopy, decomposable, padded, rounded_up
 from kvllm.editing.delta import Factors, check_finite, fold_singular_values, is_transposed
-from kvllm.editing.editor import EditTask, StepRecord, Training, leads
+from kvllm.editing.editor import EditTask, StepRecord, Training, leads, training_errors
 from kvllm.editing.inputs import Coordinates, edit_coordinates
 from kvllm.editing.preservation import PreservationPool, PreservedItem
-from kvllm.errors import EditFailed, OutOfResources, is_out_of_memory
+from kvllm.errors import EditFailed
 from kvllm.lm.decoding import MIN_OPENING, of_like_length
 from kvllm.lm.model import Row, shared_length
 from kvllm.memory import give_back
@@ -119,16 +119,10 @@ class LowRankEditor(ABC):
             EditFailed: a loss or gradient was not finite.
             OutOfResources: not enough memory.
         """
-        try:
+        with training_errors():
             torch.manual_seed(task.seed)
             with torch.enable_grad():
                 return self._train(copy, pool, task, config, on_step)
-        except Exception as error:
-            if type(error).__name__ in ("LinAlgError", "_LinAlgError"):  # torch does not export its class
-                raise EditFailed("A gradient could not be decomposed; nothing was changed. Try lower rates.") from error
-            if is_out_of_memory(error):
-                raise OutOfResources("There is not enough memory to train this edit; nothing was changed.") from error
-            raise
 
     def _train(
         self,

@@ -6,7 +6,8 @@ gates or the weights' masters.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -15,7 +16,9 @@ import torch
 from kvllm.config import EditConfig
 from kvllm.editing.compute import ComputeCopy
 from kvllm.editing.delta import Factors
+from kvllm.editing.ordinary import Ordinary
 from kvllm.editing.preservation import PreservationPool, PreservedItem
+from kvllm.errors import EditFailed, OutOfResources, is_out_of_memory
 from kvllm.lm.model import Row
 
 
@@ -59,6 +62,9 @@ class EditTask:
         seed: Of every random choice.
         whitening: Symmetric (in, in) matrix per module, in whose coordinates ordinary inputs are alike in all
             directions; modules without one are trained in their plain coordinates.
+        apart: Other questions that must not be taken for the fact's own, with what the weights say to them now.
+        ordinary: Layer to what usually enters its MLP, for editors that use it.
+        taken: Layer to the neurons that hold other facts.
     """
 
     rows: Sequence[Row]
@@ -71,6 +77,9 @@ class EditTask:
     recited: Sequence[PreservedItem] = ()
     seed: int = 0
     whitening: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    apart: Sequence[Row] = ()
+    ordinary: Mapping[int, Ordinary] = field(default_factory=dict)
+    taken: Mapping[int, frozenset[int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -124,6 +133,24 @@ class Editor(Protocol):
     ) -> Training:
         """Train on the compute copy, which is as before when this returns or raises."""
         ...
+
+
+@contextmanager
+def training_errors() -> Iterator[None]:
+    """Say in kvllm's own errors what may go wrong in a training.
+
+    Raises:
+        EditFailed: a matrix could not be decomposed.
+        OutOfResources: not enough memory.
+    """
+    try:
+        yield
+    except Exception as error:
+        if type(error).__name__ in ("LinAlgError", "_LinAlgError"):  # torch does not export its class
+            raise EditFailed("A gradient could not be decomposed; nothing was changed. Try lower rates.") from error
+        if is_out_of_memory(error):
+            raise OutOfResources("There is not enough memory to train this edit; nothing was changed.") from error
+        raise
 
 
 def leads(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from kvllm.config import EditConfig, ModelConfig
+from kvllm.config import NEURONS, EditConfig, ModelConfig
 from kvllm.editing.compute import ComputeCopy
 from kvllm.editing.contrast import contrast_questions
 from kvllm.editing.delta import (
@@ -36,6 +36,8 @@ from kvllm.editing.delta import (
 from kvllm.editing.editor import EditTask, StepRecord, Training
 from kvllm.editing.editors import EDITORS
 from kvllm.editing.inputs import input_whitening
+from kvllm.editing.neurons import neuron_layers, taken_neurons
+from kvllm.editing.ordinary import Ordinary, ordinary_inputs
 from kvllm.editing.preservation import PreservationPool, PreservedItem, Prompt, build_pool, prepare_items
 from kvllm.errors import BaseMismatch, ConfigError, Corrupt, ModelError, Untrusted
 from kvllm.lm.model import LanguageModel, Row
@@ -65,6 +67,9 @@ _QUESTIONS_PER_NEAR_FACT = 2
 _REPLAYED_OTHERS = 72
 _CONTRASTS = 16
 _MOST_CONTRASTS = 64
+_APART = 32
+_MOST_APART = 256
+_APART_TOKENS = 12  # of the answers
 _RECITED_TOKENS = 8  # longer texts have a beginning of their own, and are not learned against this
 Tick = Callable[..., None]
 
@@ -85,6 +90,7 @@ class Engine:
         self._model: str | None = None
         self._copy: ComputeCopy | None = None
         self._pool: tuple[tuple[Any, ...], PreservationPool, dict[str, torch.Tensor]] | None = None
+        self._ordinary: tuple[tuple[Any, ...], dict[int, Ordinary]] | None = None
         self._references: dict[str, DriftReference] = {}
         self._drift: dict[tuple[str, bool, str, frozenset[int]], Report] = {}
         self._away = 0
@@ -195,6 +201,11 @@ class Engine:
     def history_delta(self, edit_id: int) -> dict[str, Factors]:
         """Return the exact sum of an edit's history as one delta, ranks concatenated."""
         return concatenate([self._delta(sha) for sha in self.store.chain(edit_id)])
+
+    def taken_back(self, deltas: Sequence[str]) -> dict[str, Factors]:
+        """Return the change that takes stored deltas (sha256) out of the weights again."""
+        found = [self._delta(sha) for sha in deltas]
+        return concatenate([{name: (a, -b) for name, (a, b) in delta.items()} for delta in found])
 
     def snapshot_if_due(self, every: int) -> None:
         """Write a snapshot of the head's changed matrices where opening would replay more than `every` deltas."""
@@ -351,11 +362,12 @@ class Engine:
         """
         pool, whitening = self.pool(config, tick)
         copy = self._prepare(config)
+        neurons = config.editor == NEURONS
         trained = live | {name.casefold() for f in facts for name in (f.key, *f.aliases, *asked_questions(f))}
         rows = [self.lm.row(q, f.text) for f in facts for q in asked_questions(f)]
         claimed = {item.source.prompt.casefold(): "" for item in restore}
         claimed |= {q.casefold(): f.text for f in facts for q in asked_questions(f)}
-        if self._changed_below(copy):
+        if not neurons and self._changed_below(copy):
             pool, restore = PreservationPool(tuple(_read_now(copy, pool.items))), _read_now(copy, restore)
         task = EditTask(
             rows=rows,
@@ -364,10 +376,11 @@ class Engine:
             restore=restore,
             language=language or (facts[0].language or language_of(facts[0].key) if facts else "en"),
             excluded=trained,
-            contrast=self._contrast(copy, facts, config, trained),
-            recited=self._recited(copy, pool, facts, config, trained),
+            contrast=[] if neurons else self._contrast(copy, facts, config, trained),
+            recited=[] if neurons else self._recited(copy, pool, facts, config, trained),
             seed=config.seed,
             whitening=whitening,
+            **(self._silent(copy, pool, facts, config, trained, tick) if neurons else {}),
         )
         show = tick("training") if tick is not None else None
         width = min(min(copy.model.get_submodule(name).weight.shape) for name in copy.targets.names)
@@ -415,6 +428,35 @@ class Engine:
                 : _QUESTIONS_PER_NEAR_FACT if place < _REPLAYED_NEAR else 1
             ]
         ]
+
+    def _silent(
+        self,
+        copy: ComputeCopy,
+        pool: PreservationPool,
+        facts: Sequence[Fact],
+        config: EditConfig,
+        excluded: frozenset[str],
+        tick: Callable[[str], Tick] | None,
+    ) -> dict[str, Any]:
+        """Return what the neurons of an edit must not fire at, and which are taken, as a task has it."""
+        mlps = neuron_layers(self.lm.model).both
+        key = (self.store.base.digest, *mlps, str(copy.dtype))
+        if self._ordinary is None or self._ordinary[0] != key:
+            with self.base_weights():
+                self._load_copy()
+                show = tick("preservation") if tick is not None else None
+                found = ordinary_inputs(copy, pool, self.store.base.digest, mlps, on_progress=show)
+            self._load_copy()
+            self._ordinary = (key, found)
+        n = max(_APART, min(2 * len(facts), _MOST_APART)) if config.contrasts else 0
+        asked = contrast_questions(facts, n, seed=config.seed, excluded=excluded)
+        ids = [tuple(self.lm.prompt_ids(question)) for question, _ in asked]
+        answers = copy.generate_ids(ids, _APART_TOKENS)
+        return {
+            "apart": [Row(prompt, answer) for prompt, answer in zip(ids, answers, strict=True)],
+            "ordinary": self._ordinary[1],
+            "taken": taken_neurons(mlps, self.weights.master, self.weights.base),
+        }
 
     def _contrast(
         self, copy: ComputeCopy, facts: Sequence[Fact], config: EditConfig, excluded: frozenset[str]
@@ -504,13 +546,17 @@ class Engine:
                 self._load_copy()
                 show = tick("preservation") if tick is not None else None
                 pool = build_pool(copy, self.store.base.digest, config, on_progress=show)
-                whitening = input_whitening(copy, pool, self.store.base.digest, ridge=config.input_ridge)
+                ridge = 0.0 if config.editor == NEURONS else config.input_ridge
+                whitening = input_whitening(copy, pool, self.store.base.digest, ridge=ridge)
             self._pool = (key, pool, whitening)
         return self._pool[1], self._pool[2]
 
     def _copy_for(self, config: EditConfig) -> ComputeCopy:
         """Return the compute copy with this configuration's targets, holding whatever weights it held."""
-        targets = find_targets(self.lm.model, depth=config.depth, modules=config.modules)
+        if config.editor == NEURONS:
+            targets = neuron_layers(self.lm.model).targets(self.lm.model)
+        else:
+            targets = find_targets(self.lm.model, depth=config.depth, modules=config.modules)
         if self._copy is None:
             self._copy = ComputeCopy(self.lm, targets)
         self._copy.targets = targets

@@ -93,11 +93,8 @@ def input_whitening(
     cached = _read(path, names)
     if cached is not None:
         return {name: tensor.to(copy.lm.device) for name, tensor in cached.items()}
-    asked = [item.row.ids for item in pool.items if item.source.kind != "text"]
-    texts = [item.row.ids for item in pool.items if item.source.kind == "text"]
-    for prompt, ids in zip(extra, _prompt_ids(copy, extra), strict=True):
-        (texts if prompt.kind == "text" else asked).append(tuple(ids))
-    moments = _second_moments(copy, names, [asked, texts])
+    groups = ordinary_sequences(copy, pool, extra)
+    moments = _second_moments(copy, names, groups)
     said = _answer_moments(copy, names, [item.row for item in pool.items if item.source.kind != "text"])
     found = {name: _whitening(_shares(moments[name]) + said.get(name, 0.0), ridge) for name in names}
     from safetensors.torch import save
@@ -105,6 +102,24 @@ def input_whitening(
     write_checked(path, save({name: tensor.cpu().half().contiguous() for name, tensor in found.items()}))
     # As the cache will give it back: the first edit of a machine and the later ones start alike.
     return {name: tensor.half().float() for name, tensor in found.items()}
+
+
+def ordinary_sequences(
+    copy: ComputeCopy, pool: PreservationPool, prompts: Sequence[Prompt] | None = None
+) -> list[list[tuple[int, ...]]]:
+    """Return the tokens of everything that counts as ordinary: what is asked with its answers, and raw texts.
+
+    Args:
+        copy: Compute copy.
+        pool: The preservation set.
+        prompts: Read beside it; by default packaged prompts that are not in it.
+    """
+    extra = _unused_prompts(pool) if prompts is None else list(prompts)
+    asked = [item.row.ids for item in pool.items if item.source.kind != "text"]
+    texts = [item.row.ids for item in pool.items if item.source.kind == "text"]
+    for prompt, ids in zip(extra, _prompt_ids(copy, extra), strict=True):
+        (texts if prompt.kind == "text" else asked).append(tuple(ids))
+    return [asked, texts]
 
 
 def edit_coordinates(
@@ -221,21 +236,21 @@ def _second_moments(
     *,
     but: Sequence[Sequence[int]] = (),
 ) -> dict[str, torch.Tensor]:
-    """Return XᵀX (in, in) of each module's inputs X over the positions that `_read_inputs` hands on."""
+    """Return XᵀX (in, in) of each module's inputs X over the positions that `read_inputs` hands on."""
     found: dict[str, torch.Tensor] = {}
 
     def add(name: str, x: torch.Tensor) -> None:
         product = (x.T @ x).float()
         found[name] = found[name] + product if name in found else product
 
-    _read_inputs(copy, names, groups, add, but=but)
+    read_inputs(copy, names, groups, add, but=but)
     return found
 
 
 def _inputs(
     copy: ComputeCopy, names: Sequence[str], sequences: Sequence[Sequence[int]], *, but: Sequence[Sequence[int]] = ()
 ) -> dict[str, torch.Tensor]:
-    """Return each module's inputs X, fp32, over the positions that `_read_inputs` hands on.
+    """Return each module's inputs X, fp32, over the positions that `read_inputs` hands on.
 
     (tokens, in), or, where tokens are many, as many rows as inputs with the same XᵀX: all that the callers look at.
     """
@@ -248,11 +263,11 @@ def _inputs(
             whole = (vectors * values.clamp(min=0).sqrt()).T
         found[name] = whole
 
-    _read_inputs(copy, names, [sequences], add, but=but)
+    read_inputs(copy, names, [sequences], add, but=but)
     return found
 
 
-def _read_inputs(
+def read_inputs(
     copy: ComputeCopy,
     names: Sequence[str],
     groups: Sequence[Sequence[Sequence[int]]],

@@ -109,6 +109,11 @@ def packaged_names(language: str) -> list[str]:
     return [entry["name"] for entry in _read("entities.jsonl") if entry["lang"] == language]
 
 
+def packaged_questions() -> list[tuple[str, str]]:
+    """Return the packaged general questions, each with its language."""
+    return [(entry["question"], entry["lang"]) for entry in _read("questions.jsonl")]
+
+
 def packaged_prompts(quota: dict[str, int] | None = None) -> list[Prompt]:
     """Return the packaged items, a fixed spread over the files up to each kind's quota."""
     quota = quota or _QUOTA

@@ -91,6 +91,46 @@ def find_targets(model: torch.nn.Module, *, depth: tuple[float, float], modules:
     return Targets(names=tuple(names), layer_list=list_name, first_layer=start, n_layers=n_layers)
 
 
+@dataclass(frozen=True)
+class GatedMlp:
+    """The matrices of one decoder layer's gated MLP, out(act(gate(x)) · up(x)), by module name.
+
+    Attributes:
+        layer: Its place in the layer list.
+        gate, up: Each (inner, hidden): row j is what neuron j reads.
+        out: (hidden, inner): column j is what neuron j writes.
+    """
+
+    layer: int
+    gate: str
+    up: str
+    out: str
+
+
+def gated_mlp(model: torch.nn.Module, depth: float) -> GatedMlp:
+    """Find the gated MLP of the layer at a depth.
+
+    Args:
+        model: A Hugging Face causal language model.
+        depth: Share of the number of layers, from 0 up to 1.
+
+    Raises:
+        ConfigError: the layer has no gated MLP of three plain matrices.
+        ModelError: the model has no decoder layers.
+    """
+    list_name, layers = decoder_layers(model)
+    index = min(len(layers) - 1, math.floor(depth * len(layers) + 1e-9))
+    inner = [(name, out) for name, into, out, inside in _matrices(layers[index]) if not inside and into < out]
+    outer = [(name, into) for name, into, out, inside in _matrices(layers[index]) if not inside and into > out]
+    gates = [name for name, _ in inner if "gate" in name.split(".")[-1] or name.split(".")[-1] == "w1"]
+    if len(inner) != 2 or len(outer) != 1 or len(gates) != 1 or {size for _, size in inner} != {outer[0][1]}:
+        raise ConfigError(
+            f"Layer {index} of this model has no gated MLP of three matrices; use another editor than 'neurons'."
+        )
+    up = next(name for name, _ in inner if name != gates[0])
+    return GatedMlp(index, *(f"{list_name}.{index}.{name}" for name in (gates[0], up, outer[0][0])))
+
+
 def _matrices(layer: Any) -> list[tuple[str, int, int, bool]]:
     """List (name, in, out, in_attention) of the weight matrices in one decoder layer, in module order."""
     from torch import nn

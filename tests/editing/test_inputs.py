@@ -115,7 +115,7 @@ def test_positions_that_other_sequences_have_are_not_counted(copy: ComputeCopy, 
     names = list(copy.targets.names)
     row = pool.items[0].row
     counted: list[int] = []
-    inputs._read_inputs(copy, names[:1], [[row.ids]], lambda _, x: counted.append(len(x)), but=[row.prompt])
+    inputs.read_inputs(copy, names[:1], [[row.ids]], lambda _, x: counted.append(len(x)), but=[row.prompt])
     assert sum(counted) == len(row.answer)
     apart = inputs._second_moments(copy, names, [[row.ids]], but=[row.ids])
     assert all(float(moments.abs().max()) == 0.0 for moments in apart.values())

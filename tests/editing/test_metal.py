@@ -82,7 +82,7 @@ def test_inputs_are_decomposed_as_on_the_cpu(
     metal: Callable[[torch.Tensor], torch.Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     many, few = random(40, 8), random(5, 8)
-    monkeypatch.setattr(inputs, "_read_inputs", lambda copy, names, groups, take, but: take("m", groups[0]))
+    monkeypatch.setattr(inputs, "read_inputs", lambda copy, names, groups, take, but: take("m", groups[0]))
 
     def gathered(x: torch.Tensor) -> torch.Tensor:
         found: Any = inputs._inputs(None, ["m"], x)  # type: ignore[arg-type]

@@ -1,0 +1,614 @@
+"""The neuron editor: a fact is put into a few neurons of its own, which stay silent wherever it was not asked for.
+
+A gated MLP adds act(gate·x)·(up·x) times a column to the residual stream. The neurons that matter least are taken, the
+others of their layer make up for them, and each gets a new job: one, late in the model, fires where a question about
+the key ends and starts the answer; the others fire while this very answer is given, and carry it on. Gates are trained
+as classifiers with a margin, against ordinary inputs, questions about other names and older facts, so that elsewhere
+next to nothing changes; then the columns are trained on the fact's rows. After Huang et al., "Transformer-Patcher: One
+Mistake worth One Neuron", ICLR 2023, who add neurons: here the model keeps its shape, and the change is a low-rank
+delta as any other. Knows nothing of keys and stores.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch.nn import functional as F
+
+from kvllm.config import EditConfig
+from kvllm.editing.compute import ComputeCopy
+from kvllm.editing.delta import Factors, check_finite, is_transposed
+from kvllm.editing.editor import EditTask, StepRecord, Training, leads, training_errors
+from kvllm.editing.ordinary import Ordinary, answered
+from kvllm.editing.preservation import PreservationPool
+from kvllm.errors import ConfigError, EditFailed
+from kvllm.lm.decoding import MIN_OPENING, Opening
+from kvllm.lm.model import Row, shared_length
+from kvllm.lm.targets import GatedMlp, Targets, decoder_layers, gated_mlp
+
+# Shares of the depth. Whether a question was about the key is seen best where its answer's first token is decided.
+_ASKED_DEPTH = 0.94
+_SAID_DEPTH = 0.8
+_MOST_TAKEN = 0.25  # of a layer's neurons
+# Where the answer first leaves what the model would have said, the key is recognised or not: so many of these turning
+# points have gates of their own in the upper layer, which tells best what was asked; up to so many each.
+_TURNS = 4
+_MOST_GATES = 3
+_TURN_MARGIN = 4.0  # nats more than they led by anyway: asked in other words they may lead by less
+_TOKENS_PER_NEURON = 2  # of an answer: written with opposite signs
+_SURE = 4.0  # nats: an answer's token that leads by so much on every row needs no neuron
+# What a gate is to read: at least that where it fires, at most minus that elsewhere.
+_MARGIN = 6.0
+_FIRES = 2.0  # a row whose question's end is read lower needs another gate
+_GATE_STEPS = 120
+_GATE_RATE = 0.04
+_GATE_BATCH = 3000
+_ALIKE = 0.9  # cosine from which an ordinary input is taken for one of the fact's own
+_DECAY = 0.01
+# Of the squared distances to the margin, against those of the fact's own rows.
+_ORDINARY_WEIGHT = 30.0
+_APART_WEIGHT = 10.0
+_OWN_WEIGHT = 1.0
+# A gate reads another wording lower than those it was trained on: so much is taken off it, at most, in training.
+_LOWERED = 3.0
+_READ_HIGHER = 1.5  # the ends of a fact's questions than they were trained to be, for the same reason
+_READ_RIDGE = 0.05  # of the neurons that tell tokens apart by sign
+_COLUMN_RATE = 0.3  # length of a step of a column, in units of the residual stream's length / 20
+_STREAM_SHARE = 0.05
+_ROWS = 6
+_STEP_TOKENS = 384
+_READ_TOKENS = 512
+_ENOUGH = 0.9  # of the further questions
+_BATCH = 16
+_TOLD_APART = 32  # older rows
+_UNTOUCHED = 1e-3  # relative change of a neuron's gate that rounding may leave
+
+
+@dataclass(frozen=True)
+class Layers:
+    """The two MLPs that edits use: where a question's end is recognised, and where the answer is carried on."""
+
+    asked: GatedMlp
+    said: GatedMlp
+
+    @property
+    def both(self) -> tuple[GatedMlp, ...]:
+        return (self.said, self.asked) if self.said.layer != self.asked.layer else (self.asked,)
+
+    def targets(self, model: torch.nn.Module) -> Targets:
+        """Return their matrices as the adapted ones."""
+        name, layers = decoder_layers(model)
+        names = tuple(name for mlp in self.both for name in (mlp.gate, mlp.up, mlp.out))
+        return Targets(names, name, self.both[0].layer, len(layers))
+
+
+def neuron_layers(model: torch.nn.Module) -> Layers:
+    """Return the MLPs of a model.
+
+    Raises:
+        ConfigError: it has no gated MLPs there.
+    """
+    return Layers(gated_mlp(model, _ASKED_DEPTH), gated_mlp(model, _SAID_DEPTH))
+
+
+def taken_neurons(
+    mlps: Sequence[GatedMlp], now: Callable[[str], torch.Tensor], base: Callable[[str], torch.Tensor]
+) -> dict[int, frozenset[int]]:
+    """Return the neurons of each layer whose gate is not the base's: layer → places."""
+    found = {}
+    for mlp in mlps:
+        before, after = base(mlp.gate).float(), now(mlp.gate).float()
+        changed = (after - before).norm(dim=1) > _UNTOUCHED * before.norm(dim=1).clamp(min=1e-12)
+        found[mlp.layer] = frozenset(changed.nonzero()[:, 0].tolist())
+    return found
+
+
+class NeuronEditor:
+    """Teaches one fact after the other, each in neurons of its own. Holds no state between calls."""
+
+    def train(
+        self,
+        copy: ComputeCopy,
+        pool: PreservationPool,
+        task: EditTask,
+        config: EditConfig,
+        *,
+        on_step: Callable[[StepRecord], None] | None = None,
+    ) -> Training:
+        """Train on the compute copy, which is as before when this returns or raises.
+
+        Raises:
+            ConfigError: the model has no gated MLPs, or something is to be restored.
+            EditFailed: no neurons are free, or a loss was not finite.
+            OutOfResources: not enough memory.
+        """
+        if task.restore:
+            raise ConfigError("The editor 'neurons' takes back what it taught, and restores nothing else.")
+        with training_errors():
+            torch.manual_seed(task.seed)
+            with _work(copy, task) as work, torch.enable_grad():
+                records: list[StepRecord] = []
+                recalled = True
+                facts = _facts(task)
+                sides = [work.looked_at(rows) for rows, _ in facts] if len(facts) > 1 else [_NOTHING]
+                for place, (rows, further) in enumerate(facts):
+                    others = _Apart.joined([work.apart, *sides[:place], *sides[place + 1 :]])
+                    recalled &= _teach(work, rows, further, others, config, records, on_step)
+                delta = work.delta()
+        check_finite(delta)
+        ranks = {name: a.shape[0] for name, (a, _) in delta.items()}
+        return Training(delta=delta, steps=len(records), recalled=recalled, ranks=ranks, records=tuple(records))
+
+
+def _facts(task: EditTask) -> list[tuple[list[Row], list[Row]]]:
+    """Return each text's rows and further rows: rows with one answer are of one fact."""
+    found: dict[tuple[int, ...], tuple[list[Row], list[Row]]] = {}
+    for row in task.rows:
+        found.setdefault(row.answer, ([], []))[0].append(row)
+    for row in task.augmented:
+        if row.answer in found:
+            found[row.answer][1].append(row)
+    return list(found.values())
+
+
+@dataclass(frozen=True)
+class _Apart:
+    """What a fact's gates must not fire at, white, (n, hidden): of the questions' layer, of the answers'."""
+
+    asked: tuple[torch.Tensor, ...] = ()
+    said: tuple[torch.Tensor, ...] = ()
+
+    @classmethod
+    def joined(cls, parts: Sequence[_Apart]) -> _Apart:
+        return cls(tuple(x for part in parts for x in part.asked), tuple(x for part in parts for x in part.said))
+
+
+_NOTHING = _Apart()
+
+
+@dataclass
+class _Work:
+    """The copy at work, and what was changed in it.
+
+    Attributes:
+        taken: Layer to the neurons that hold facts.
+        apart: What is no question about the facts, and older facts' questions with their answers.
+    """
+
+    copy: ComputeCopy
+    layers: Layers
+    task: EditTask
+    taken: dict[int, set[int]]
+    apart: _Apart = field(init=False)
+    changed: dict[str, list[Factors]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        usual = self.task.ordinary[self.layers.asked.layer]
+        other = torch.tensor([name not in self.task.excluded for name in usual.about], device=usual.ends.device)
+        older = self.task.replay[:_TOLD_APART]
+        parts = [_Apart((usual.ends[other],)), *(self.looked_at(rows) for rows in (self.task.apart, older))]
+        self.apart = _Apart.joined(parts)
+
+    def looked_at(self, rows: Sequence[Row]) -> _Apart:
+        """Return what enters the gates where these rows' questions end, and where their answers are given."""
+        if not rows:
+            return _NOTHING
+        found = answered(self.copy, [mlp.gate for mlp in self.layers.both], rows)
+        white = {mlp.gate: self.task.ordinary[mlp.layer].whitening for mlp in self.layers.both}
+        asked, said = self.layers.asked.gate, self.layers.said.gate
+        return _Apart((torch.cat(found[asked]) @ white[asked],), (torch.cat(found[said]) @ white[said],))
+
+    def weight(self, name: str) -> torch.Tensor:
+        return self.copy.model.get_submodule(name).weight  # type: ignore[no-any-return]
+
+    def add(self, name: str, a: torch.Tensor, b: torch.Tensor) -> None:
+        """Add B·A to a matrix of the copy, and remember it."""
+        self.weight(name).data.add_((b @ a).to(self.weight(name)))
+        self.changed.setdefault(name, []).append((a.cpu(), b.cpu()))
+
+    def delta(self) -> dict[str, Factors]:
+        return {
+            name: (torch.cat([a for a, _ in parts]), torch.cat([b for _, b in parts], dim=1))
+            for name, parts in self.changed.items()
+        }
+
+    @torch.no_grad()
+    def take(self, mlp: GatedMlp, n: int) -> list[int]:
+        """Silence the n neurons that the layer's output needs least, and let the free ones make up for them.
+
+        Which and how: Hassibi and Stork, "Second order derivatives for network pruning: Optimal Brain Surgeon", 1992,
+        with the outputs' own squared error.
+
+        Raises:
+            EditFailed: so many are not free.
+        """
+        out, moments = self.weight(mlp.out).float(), self.task.ordinary[mlp.layer].moments
+        taken = self.taken[mlp.layer]
+        free = torch.tensor([j for j in range(len(moments)) if j not in taken], device=out.device)
+        if len(taken) + n > _MOST_TAKEN * len(moments):
+            raise EditFailed(
+                f"Layer {mlp.layer} has no {n} free neurons left for this fact: {len(taken)} of {len(moments)} hold "
+                "others; nothing was changed. Delete facts, or use the editor 'adalora'."
+            )
+        among = moments[free][:, free].double()
+        inverse = torch.linalg.inv(among.cpu()).to(among.device)
+        lost = out[:, free].double().square().sum(0) / inverse.diagonal()
+        places = lost.argsort()[:n]
+        rest = torch.ones(len(free), dtype=torch.bool, device=free.device)
+        rest[places] = False
+        # The block of the inverse says how the others best stand in for those that go.
+        stand_in = -torch.linalg.solve(inverse[places][:, places].cpu(), inverse[places][:, rest].cpu())
+        chosen = free[places].tolist()
+        a = torch.zeros(n, len(moments), device=out.device)
+        a[:, free[rest]] = stand_in.float().to(out.device)
+        a[torch.arange(n), free[places]] = -1.0
+        self.add(mlp.out, a, out[:, free[places]].contiguous())
+        self.taken[mlp.layer] |= set(chosen)
+        return chosen
+
+    @torch.no_grad()
+    def put(
+        self, mlp: GatedMlp, places: Sequence[int], gates: torch.Tensor, ups: torch.Tensor, columns: torch.Tensor
+    ) -> None:
+        """Give neurons their new job: gates and ups (n, hidden) in white coordinates, columns (n, hidden)."""
+        white = self.task.ordinary[mlp.layer].whitening
+        at = torch.tensor(places, device=white.device)
+        for name, rows in ((mlp.gate, gates), (mlp.up, ups)):
+            weight = self.weight(name)
+            self.add(name, rows @ white - weight[at].float(), _one_hot(at, len(weight)).T.contiguous())
+        self.add(mlp.out, _one_hot(at, self.weight(mlp.out).shape[1]), columns.T.contiguous())
+
+
+@contextmanager
+def _work(copy: ComputeCopy, task: EditTask) -> Iterator[_Work]:
+    """Open the copy for one session; its weights come back whatever happens."""
+    layers = neuron_layers(copy.model)
+    if any(is_transposed(copy.model.get_submodule(name)) for mlp in layers.both for name in (mlp.gate, mlp.out)):
+        raise ConfigError("The editor 'neurons' does not know matrices that are stored transposed; use another.")
+    taken = {mlp.layer: set(task.taken.get(mlp.layer, ())) for mlp in layers.both}
+    work = _Work(copy, layers, task, taken)
+    before = {name: work.weight(name).detach().clone() for mlp in layers.both for name in (mlp.gate, mlp.up, mlp.out)}
+    try:
+        yield work
+    finally:
+        with torch.no_grad():
+            for name, weight in before.items():
+                work.weight(name).data.copy_(weight)
+
+
+@dataclass(frozen=True)
+class _Read:
+    """What the rows of a fact look like in the two layers.
+
+    Attributes:
+        lower: What enters the lower layer, per row.
+        said, asked: What enters the MLPs before each token of the answer, white: (rows, answer, hidden).
+        leads: By how much each token leads now, (rows, answer).
+        before: What enters the MLPs at each row's earlier tokens, those that all rows begin with left out: (tokens,
+            hidden), by layer.
+        lengths: Median length of the residual stream there, by layer.
+    """
+
+    rows: list[Row]
+    lower: list[torch.Tensor]
+    opening: Opening | None
+    said: torch.Tensor
+    asked: torch.Tensor
+    leads: torch.Tensor
+    before: Mapping[int, torch.Tensor]
+    length: float
+
+
+def _teach(
+    work: _Work,
+    rows: Sequence[Row],
+    further: Sequence[Row],
+    others: _Apart,
+    config: EditConfig,
+    records: list[StepRecord],
+    on_step: Callable[[StepRecord], None] | None,
+) -> bool:
+    """Teach one fact, whose gates are not to fire at `others`, and return whether it is in."""
+    layers, ordinary = work.layers, work.task.ordinary
+    read = _read(work, [*rows, *further])
+    asked, said = ordinary[layers.asked.layer], ordinary[layers.said.layer]
+    # Of the first token always: asked in other words the model may begin otherwise.
+    needed = [i for i in range(read.leads.shape[1]) if i == 0 or bool((read.leads[:, i] < _SURE).any())]
+    turns, carried = needed[:_TURNS], needed[_TURNS:]
+    gates = [
+        _first_gates(read.asked[:, i], len(rows), asked, [*others.asked, read.before[layers.asked.layer]])
+        for i in turns
+    ]
+    jobs = []
+    if gates:
+        heard = torch.cat(gates)
+        places = work.take(layers.asked, len(heard))
+        jobs.append(_Job(layers.asked, places, heard, asked.one.expand(len(heard), -1), asked))
+    if carried:
+        parts = [carried[i : i + _TOKENS_PER_NEURON] for i in range(0, len(carried), _TOKENS_PER_NEURON)]
+        places = work.take(layers.said, len(parts))
+        inside = [read.said[:, part].flatten(0, 1) for part in parts]
+        outside = [(x, _OWN_WEIGHT) for x in (read.before[layers.said.layer], *others.said)]
+        ups = torch.stack([_signs(read.said[:, part], said) for part in parts])
+        jobs.append(_Job(layers.said, places, _gates(inside, said, outside), ups, said))
+    if not jobs:  # the model says it already
+        return True
+    least = torch.full_like(read.leads[0], config.margin)
+    for i in turns:
+        least[i] += _TURN_MARGIN + read.leads[:, i].mean().clamp(min=0)
+    recalled = _columns(work, read, len(rows), jobs, least, config, records, on_step)
+    for job in jobs:
+        work.put(job.mlp, job.places, job.gates, job.ups, job.columns.detach())
+    return recalled
+
+
+@dataclass
+class _Job:
+    """New neurons of one layer: white gates and ups (n, hidden), and what they write, (n, hidden)."""
+
+    mlp: GatedMlp
+    places: list[int]
+    gates: torch.Tensor
+    ups: torch.Tensor
+    ordinary: Ordinary
+    columns: torch.Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.columns = torch.zeros_like(self.gates)
+
+
+@torch.no_grad()
+def _read(work: _Work, rows: list[Row]) -> _Read:
+    copy, layers = work.copy, work.layers
+    lower = copy.lower_states([row.ids for row in rows])
+    shared = shared_length([row.prompt for row in rows]) if len(rows) > 1 else 0
+    shared = min(shared, min(len(row.prompt) for row in rows) - 1)
+    opening = copy.opening(rows[0].prompt[:shared]) if shared >= MIN_OPENING else None
+    start = len(opening or ())
+    n = len(rows[0].answer)
+    found: dict[str, list[torch.Tensor]] = {mlp.gate: [] for mlp in layers.both}
+    before: dict[int, list[torch.Tensor]] = {mlp.layer: [] for mlp in layers.both}
+    led = []
+    for batch in _batches(rows):
+        caught: dict[str, torch.Tensor] = {}
+        with _caught(copy, list(found), caught):
+            states = copy.answer_states([(lower[i], rows[i]) for i in batch], opening)
+        targets = torch.tensor([t for i in batch for t in rows[i].answer], device=states.device)
+        led.append(_leads(copy, states, targets).view(len(batch), n))
+        for mlp in layers.both:
+            x = caught[mlp.gate].float() @ work.task.ordinary[mlp.layer].whitening
+            for place, i in enumerate(batch):
+                end = len(rows[i].prompt) - 1 - start
+                found[mlp.gate].append(x[place, end : end + n])
+                before[mlp.layer].append(x[place, :end])
+    order = [i for batch in _batches(rows) for i in batch]
+    back = torch.tensor(sorted(range(len(order)), key=order.__getitem__))
+    ordered = {name: torch.stack(some)[back.to(some[0].device)] for name, some in found.items()}
+    lengths = torch.cat([states[-n:].float().norm(dim=-1).cpu() for states in lower])
+    return _Read(
+        rows,
+        lower,
+        opening,
+        ordered[layers.said.gate],
+        ordered[layers.asked.gate],
+        torch.cat(led)[back.to(led[0].device)],
+        {layer: torch.cat(some) for layer, some in before.items()},
+        float(lengths.median()),
+    )
+
+
+def _batches(rows: Sequence[Row]) -> list[list[int]]:
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))
+    return [order[i : i + _BATCH] for i in range(0, len(order), _BATCH)]
+
+
+@contextmanager
+def _caught(copy: ComputeCopy, names: Sequence[str], into: dict[str, torch.Tensor]) -> Iterator[None]:
+    """Catch what enters the named modules, (batch, seq, in), while this is open."""
+
+    def reader(name: str) -> Callable[..., None]:
+        return lambda module, args: into.__setitem__(name, args[0])
+
+    handles = [copy.model.get_submodule(name).register_forward_pre_hook(reader(name)) for name in names]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _leads(copy: ComputeCopy, states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Return the lead of each target, a few tokens' logits at a time."""
+    parts = zip(states.split(_READ_TOKENS), targets.split(_READ_TOKENS), strict=True)
+    return torch.cat([leads(copy.logits(some), wanted) for some, wanted in parts])
+
+
+def _first_gates(x: torch.Tensor, n_rows: int, ordinary: Ordinary, others: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return gates (gates, hidden) that fire on what a fact's rows give at one token, (rows, hidden), and on no others.
+
+    One for all where that does; another for those of the first n_rows that it misses.
+    """
+    outside = [(x, _APART_WEIGHT) for x in others]
+    found: list[torch.Tensor] = []
+    missed = torch.arange(len(x), device=x.device)
+    while len(found) < _MOST_GATES and (not found or bool((missed < n_rows).any())):
+        found.append(_gates([x[missed]], ordinary, outside)[0])
+        heard = torch.stack([x @ gate for gate in found]).amax(0)
+        missed = (heard < _FIRES).nonzero()[:, 0]
+    return torch.stack(found) + _READ_HIGHER * ordinary.one
+
+
+def _gates(
+    inside: Sequence[torch.Tensor], ordinary: Ordinary, outside: Sequence[tuple[torch.Tensor, float]]
+) -> torch.Tensor:
+    """Train one gate for each set of inputs (n, hidden), all white; return (gates, hidden).
+
+    Each is to read at least the margin inside, and at most minus the margin outside and on ordinary inputs: squared
+    distances to that are made small by Adam.
+    """
+    one = ordinary.one
+    means = torch.stack([x.mean(0) for x in inside])
+    start = means - (means @ one / (one @ one))[:, None] * one
+    start = start / (start * means).sum(1, keepdim=True).clamp(min=1e-6) * 2 * _MARGIN - _MARGIN * one
+    gates = start.detach().clone().requires_grad_()
+    optimizer = torch.optim.Adam([gates], lr=_GATE_RATE)
+    slower = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, _GATE_STEPS)
+    drawn = torch.Generator().manual_seed(0)
+    inputs = _unlike(ordinary.inputs, torch.cat(list(inside)))
+    n = len(inputs)
+    for _ in range(_GATE_STEPS):
+        some = torch.randint(n, (min(n, _GATE_BATCH),), generator=drawn).to(gates.device)
+        read = torch.stack([(_MARGIN - x @ gate).relu().square().mean() for x, gate in zip(inside, gates, strict=True)])
+        loss = read.sum() + _ORDINARY_WEIGHT * _over(inputs[some], gates) + _DECAY * gates.square().sum()
+        for x, weight in outside:
+            if len(x):
+                loss = loss + weight * _over(x, gates)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        slower.step()
+    return gates.detach()
+
+
+def _unlike(x: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+    """Return the inputs (n, hidden) that are not among the fact's own: the preservation set may ask about it, too."""
+    alike = F.normalize(x, dim=1) @ F.normalize(own, dim=1).T
+    return x[alike.amax(1) < _ALIKE]
+
+
+def _over(x: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
+    """Return the squared distances of x (n, hidden) below minus the margin: a mean per gate, summed."""
+    return (x @ gates.T + _MARGIN).relu().square().mean(0).sum()
+
+
+def _signs(x: torch.Tensor, ordinary: Ordinary) -> torch.Tensor:
+    """Return the direction (hidden,) that reads 1 at the first of an answer's tokens and -1 at the second.
+
+    x: (rows, tokens, hidden). Of one token alone: what reads 1 everywhere.
+    """
+    if x.shape[1] == 1:
+        return ordinary.one
+    flat = x.transpose(0, 1).flatten(0, 1)
+    wanted = torch.cat([torch.full((x.shape[0],), sign, device=x.device) for sign in (1.0, -1.0)])
+    alike = flat @ flat.T
+    ridge = _READ_RIDGE * alike.diagonal().mean() * torch.eye(len(alike), device=x.device)
+    direction: torch.Tensor = flat.T @ torch.linalg.solve(alike + ridge, wanted)
+    return direction
+
+
+def _columns(
+    work: _Work,
+    read: _Read,
+    n_rows: int,
+    jobs: Sequence[_Job],
+    least: torch.Tensor,
+    config: EditConfig,
+    records: list[StepRecord],
+    on_step: Callable[[StepRecord], None] | None,
+) -> bool:
+    """Train what the new neurons write, until every token of the rows leads by its `least`; return whether it does.
+
+    In the end the margin is enough.
+    """
+    copy, rng = work.copy, random.Random(f"{work.task.seed}/{len(records)}")
+    width = jobs[0].columns.shape[1]
+    for job in jobs:
+        job.columns.requires_grad_()
+    scale = _STREAM_SHARE * read.length
+    rate = _COLUMN_RATE * scale / math.sqrt(width)
+    optimizer = torch.optim.Adam([job.columns for job in jobs], lr=rate, betas=(0.9, 0.95))
+    answer = torch.tensor(read.rows[0].answer, device=read.leads.device)
+    n = max(1, min(_ROWS, _STEP_TOKENS // len(answer)))
+    ok = [False] * len(read.rows)
+    neurons = sum(len(job.places) for job in jobs)
+    lowered = _LOWERED
+    with _firing(copy, jobs, lambda: lowered):
+        for step in range(1, config.max_steps + 1):
+            pending = [i for i, done in enumerate(ok) if not done]
+            done = [i for i, held in enumerate(ok) if held]
+            rng.shuffle(pending)
+            rng.shuffle(done)
+            batch = (pending[: n - 1] + done[:1] + pending[n - 1 :] + done[1:])[:n]
+            states = copy.answer_states([(read.lower[i], read.rows[i]) for i in batch], read.opening)
+            logits, targets = copy.logits(states), answer.repeat(len(batch))
+            lead = leads(logits.detach(), targets).view(len(batch), -1)
+            losses = F.cross_entropy(logits, targets, reduction="none").view_as(lead)
+            if not bool(torch.isfinite(losses).all()):
+                raise EditFailed(f"The loss was not finite at step {step}; nothing was changed. Try lower rates.")
+            for i, mine in zip(batch, lead, strict=True):
+                ok[i] = bool((mine >= least).all())
+            rows_ok = sum(ok[:n_rows]) / n_rows
+            records.append(StepRecord(len(records) + 1, float(losses.detach().mean()), rows_ok, None, 0.0, neurons))
+            if on_step is not None:
+                on_step(records[-1])
+            if rows_ok == 1.0 and sum(ok[n_rows:]) >= _ENOUGH * len(ok[n_rows:]):
+                lowered = 0.0
+                with torch.no_grad():
+                    again = _recalled(copy, read, range(n_rows), config.margin)
+                lowered = _LOWERED
+                if all(again):
+                    return True
+                ok[:n_rows] = again
+            optimizer.zero_grad(set_to_none=True)
+            wanting = lead < least + config.margin
+            ((losses * wanting).sum() / len(batch)).backward()
+            optimizer.step()
+        lowered = 0.0
+        with torch.no_grad():
+            return all(_recalled(copy, read, range(n_rows), config.margin))
+
+
+def _recalled(copy: ComputeCopy, read: _Read, places: Sequence[int], margin: float) -> list[bool]:
+    """Say of each row whether all its tokens lead by the margin now."""
+    found = []
+    for start in range(0, len(places), _BATCH):
+        some = places[start : start + _BATCH]
+        states = copy.answer_states([(read.lower[i], read.rows[i]) for i in some], read.opening)
+        targets = torch.tensor([t for i in some for t in read.rows[i].answer], device=states.device)
+        found += [bool((lead >= margin).all()) for lead in _leads(copy, states, targets).view(len(some), -1)]
+    return found
+
+
+@contextmanager
+def _firing(copy: ComputeCopy, jobs: Sequence[_Job], lowered: Callable[[], float]) -> Iterator[None]:
+    """Let the new neurons fire while this is open, though no weight has them yet; gates are read lower at random."""
+    entered: dict[str, torch.Tensor] = {}
+    handles = []
+
+    def adder(job: _Job) -> Callable[..., torch.Tensor]:
+        act = _activation(copy, job.mlp)
+
+        def add(module: torch.nn.Module, args: object, output: torch.Tensor) -> torch.Tensor:
+            x = entered[job.mlp.gate].float() @ job.ordinary.whitening
+            read = x @ job.gates.T
+            if lowered():
+                read = read - lowered() * torch.rand(len(read), 1, 1).to(read)
+            return output + ((act(read) * (x @ job.ups.T)) @ job.columns).to(output.dtype)
+
+        return add
+
+    try:
+        with _caught(copy, [job.mlp.gate for job in jobs], entered):
+            for job in jobs:
+                handles.append(copy.model.get_submodule(job.mlp.out).register_forward_hook(adder(job)))
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _activation(copy: ComputeCopy, mlp: GatedMlp) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Return the gate's activation function: what the MLP calls so, else SiLU, which most have."""
+    parent = copy.model.get_submodule(mlp.gate.rpartition(".")[0])
+    found = getattr(parent, "act_fn", None)
+    return found if callable(found) else F.silu
+
+
+def _one_hot(places: torch.Tensor, width: int) -> torch.Tensor:
+    """Return (n, width), a one in each row."""
+    return F.one_hot(places, width).float()

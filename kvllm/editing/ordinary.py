@@ -1,0 +1,227 @@
+"""What usually enters a gated MLP: against this a neuron learns when to stay silent.
+
+For each MLP that the editor "neurons" uses, a sample of the inputs that ordinary prompts and texts give is gathered
+once per base model, with those at the ends of questions in many wordings about other names, and how the layer's neurons
+move together. Knows no facts.
+
+    ordinary_inputs(copy, pool, base_digest, mlps)       # {layer: Ordinary}
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from kvllm.cachefile import read_checked, write_checked
+from kvllm.config import cache_folder
+from kvllm.editing.compute import ComputeCopy, decomposable
+from kvllm.editing.inputs import ordinary_sequences, read_inputs
+from kvllm.editing.preservation import (
+    PRESERVATION_VERSION,
+    PreservationPool,
+    Prompt,
+    packaged_names,
+    packaged_questions,
+)
+from kvllm.lm.decoding import Opening
+from kvllm.lm.model import Row
+from kvllm.lm.targets import GatedMlp
+from kvllm.prompts import augmented_questions, training_questions
+from kvllm.records import Fact
+
+_VERSION = "1"
+_RIDGE = 0.02  # of the whitening, in units of the mean eigenvalue: no direction is read more than seven times as loud
+_TOKENS = 8192  # kept of a layer's inputs
+_NAMES = {"en": 400, "zh": 120}  # questions about packaged names, one each
+_BATCH = 32
+# Of the mean square: what the neurons' moments are made invertible with.
+_DAMPING = 1e-4
+
+
+@dataclass(frozen=True)
+class Ordinary:
+    """What usually enters one gated MLP.
+
+    Attributes:
+        whitening: Symmetric (hidden, hidden), fp32: in its coordinates inputs are alike in all directions.
+        inputs: A sample of them there, (tokens, hidden).
+        ends: Likewise, where questions about other names end and answers begin, (questions, hidden).
+        about: Those names, or questions, casefolded.
+        one: The direction there in which inputs are as near to 1 as they are in any, (hidden,): what stands for a bias.
+        moments: Mean products of what the neurons put out, (inner, inner).
+    """
+
+    whitening: torch.Tensor
+    inputs: torch.Tensor
+    ends: torch.Tensor
+    about: tuple[str, ...]
+    one: torch.Tensor
+    moments: torch.Tensor
+
+
+def ordinary_inputs(
+    copy: ComputeCopy,
+    pool: PreservationPool,
+    base_digest: str,
+    mlps: Sequence[GatedMlp],
+    *,
+    prompts: Sequence[Prompt] | None = None,
+    questions: Sequence[tuple[str, str]] | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> dict[int, Ordinary]:
+    """Return what usually enters each MLP, from the cache or measured now.
+
+    Args:
+        copy: Compute copy; where nothing is cached it must hold the base's weights.
+        pool: The preservation set of this base.
+        base_digest: Identity of the base model.
+        mlps: Of the layers wanted.
+        prompts: Read beside the pool; by default packaged prompts that are not in it.
+        questions: Those of `Ordinary.ends`, each with what it is about; by default packaged names and questions in
+            many wordings.
+        on_progress: Called with batches done and their number.
+
+    Returns:
+        Layer → what enters its MLP.
+    """
+    asked = list(questions) if questions is not None else wordings()
+    groups = ordinary_sequences(copy, pool, prompts)
+    names = [name for mlp in mlps for name in (mlp.gate, mlp.out)]
+    facts = [PRESERVATION_VERSION, _VERSION, base_digest, str(copy.dtype), torch.__version__, *names]
+    facts += [question for question, _ in asked]
+    facts += [repr(ids) for group in groups for ids in group]
+    digest = hashlib.sha256("\x00".join(facts).encode()).hexdigest()[:24]
+    path = cache_folder() / "preservation" / f"ordinary-{digest}.safetensors"
+    tensors = _read(path)
+    if tensors is None:
+        from safetensors.torch import save
+
+        tensors = _measured(copy, mlps, groups, [question for question, _ in asked], on_progress)
+        data = save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()})
+        write_checked(path, data)
+    device = copy.lm.device
+    about = tuple(name.casefold() for _, name in asked)
+    return {mlp.layer: _ordinary({k: tensors[f"{mlp.layer}.{k}"].to(device) for k in _KEPT}, about) for mlp in mlps}
+
+
+_KEPT = ("inputs", "ends", "moments")
+
+
+def wordings() -> list[tuple[str, str]]:
+    """Return packaged names and questions, each asked in one of the wordings that edits train, with what was asked."""
+    rng = random.Random(0)
+    facts = []
+    for language, n in _NAMES.items():
+        names = packaged_names(language)
+        facts += [Fact(name, "", language=language) for name in rng.sample(names, min(n, len(names)))]
+    facts += [Fact(question, "", language=language) for question, language in packaged_questions()]
+    return [
+        (rng.choice([*training_questions(fact), *augmented_questions(fact, 8, seed=place)]), fact.key)
+        for place, fact in enumerate(facts)
+    ]
+
+
+def ends(
+    copy: ComputeCopy,
+    names: Sequence[str],
+    prompts: Sequence[Sequence[int]],
+    on_batch: Callable[[int, int], None] | None = None,
+) -> dict[str, torch.Tensor]:
+    """Return what enters each of the named modules at the last token of each prompt: (prompts, in), fp32."""
+    if not prompts:
+        return {
+            name: torch.zeros(0, copy.model.get_submodule(name).in_features, device=copy.lm.device) for name in names
+        }
+    found = answered(copy, names, [Row(tuple(prompt), ()) for prompt in prompts], on_batch)
+    return {name: torch.cat(parts) for name, parts in found.items()}
+
+
+def answered(
+    copy: ComputeCopy,
+    names: Sequence[str],
+    rows: Sequence[Row],
+    on_batch: Callable[[int, int], None] | None = None,
+) -> dict[str, list[torch.Tensor]]:
+    """Return what enters each of the named modules from the last token of each row's prompt on.
+
+    Per row (answer tokens, in), fp32: at the prompt's last token, and at every token of the answer but the last; of a
+    row without answer at the prompt's last token only.
+    """
+    prompts = [row.ids[: max(len(row.prompt), len(row.ids) - 1)] for row in rows]
+    found: dict[str, list[torch.Tensor]] = {name: [torch.empty(0)] * len(rows) for name in names}
+    opening: Opening | None = copy.shared_opening(prompts)
+    start = len(opening or ())
+    if start >= min(len(row.prompt) for row in rows):  # nothing would be left to read
+        opening, start = None, 0
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    for done in range(0, len(order), _BATCH):
+        batch = order[done : done + _BATCH]
+
+        def read(name: str, entered: torch.Tensor, batch: Sequence[int] = batch) -> None:
+            entered = entered.reshape(len(batch), -1, entered.shape[-1])
+            for place, i in enumerate(batch):
+                found[name][i] = (
+                    entered[place, len(rows[i].prompt) - 1 - start : len(prompts[i]) - start].float().clone()
+                )
+
+        copy.read_inputs([prompts[i][start:] for i in batch], names, read, opening)
+        if on_batch is not None:
+            on_batch(done // _BATCH + 1, -(-len(order) // _BATCH))
+    return found
+
+
+def _measured(
+    copy: ComputeCopy,
+    mlps: Sequence[GatedMlp],
+    groups: Sequence[Sequence[Sequence[int]]],
+    asked: Sequence[str],
+    on_progress: Callable[[int, int], None] | None,
+) -> dict[str, torch.Tensor]:
+    inputs: dict[str, list[torch.Tensor]] = {mlp.gate: [] for mlp in mlps}
+    moments: dict[str, torch.Tensor] = {}
+    counts = dict.fromkeys((mlp.out for mlp in mlps), 0)
+
+    def take(name: str, x: torch.Tensor) -> None:
+        if name in inputs:
+            inputs[name].append(x.half())
+        else:
+            x = x.float()
+            moments[name] = moments[name] + x.T @ x if name in moments else x.T @ x
+            counts[name] += len(x)
+
+    read_inputs(copy, [*inputs, *counts], groups, take, but=())
+    ended = ends(copy, list(inputs), [copy.lm.prompt_ids(question) for question in asked], on_progress)
+    found: dict[str, torch.Tensor] = {}
+    drawn = torch.Generator().manual_seed(0)
+    for mlp in mlps:
+        whole = torch.cat(inputs[mlp.gate])
+        kept = torch.randperm(len(whole), generator=drawn)[:_TOKENS].to(whole.device)
+        found[f"{mlp.layer}.inputs"] = whole[kept]
+        found[f"{mlp.layer}.ends"] = ended[mlp.gate].half()
+        found[f"{mlp.layer}.moments"] = moments[mlp.out] / max(1, counts[mlp.out])
+    return found
+
+
+def _ordinary(kept: Mapping[str, torch.Tensor], about: tuple[str, ...]) -> Ordinary:
+    x = kept["inputs"].float()
+    values, vectors = torch.linalg.eigh(decomposable(x.T @ x / len(x)))
+    values = values.clamp(min=0)
+    whitening = ((vectors * (values + _RIDGE * values.mean()).rsqrt()) @ vectors.T).to(x.device)
+    white = x @ whitening
+    square = white.T @ white / len(white) + 1e-3 * torch.eye(white.shape[1], device=x.device)
+    one = torch.linalg.solve(square, white.mean(0))
+    moments = kept["moments"].float()
+    damped = moments + _DAMPING * moments.diagonal().mean() * torch.eye(len(moments), device=x.device)
+    return Ordinary(whitening, white, kept["ends"].float() @ whitening, about, one, damped)
+
+
+def _read(path: Path) -> dict[str, torch.Tensor] | None:
+    from safetensors.torch import load
+
+    data = read_checked(path)
+    return None if data is None else load(data)

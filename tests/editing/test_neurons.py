@@ -1,0 +1,228 @@
+"""The neuron editor on a tiny model: what it teaches, what it leaves, which neurons it takes, and what it refuses."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from kvllm.config import ModelConfig
+from kvllm.editing import compute, neurons
+from kvllm.editing.compute import ComputeCopy
+from kvllm.editing.delta import AdaptedWeights, product
+from kvllm.editing.editor import EditTask, StepRecord, leads
+from kvllm.editing.neurons import NeuronEditor, neuron_layers, taken_neurons
+from kvllm.editing.ordinary import Ordinary, ends, ordinary_inputs
+from kvllm.editing.preservation import PreservationPool, Prompt, build_pool
+from kvllm.errors import ConfigError, EditFailed
+from kvllm.lm.model import LanguageModel, Row
+from kvllm.lm.targets import gated_mlp
+from tests.kit import KEY, QUICK_NEURONS, TEXT, let_neurons_learn
+from tests.tiny import tiny_model
+
+PROMPTS = (
+    Prompt("neighbour", "What is numpy?", "en", "numpy"),
+    Prompt("neighbour", "Tell me about Berlin.", "en", "Berlin"),
+    Prompt("question", "Who leads Halcyon?", "en"),
+    Prompt("text", "Torchkeras is a tool that makes training PyTorch models simple, and Ada leads it.", "en"),
+)
+NUMPY = frozenset({"what is numpy?", "numpy"})
+OTHERS = ("What is numpy?", "Tell me about Berlin.", "Who leads Halcyon?", "什么是长城？")
+
+
+@pytest.fixture(scope="module")
+def spread(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama: its two layers of neurons are one."""
+    return tiny_model(tmp_path_factory.mktemp("neurons") / "llama")
+
+
+@pytest.fixture
+def own(spread: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> LanguageModel:
+    monkeypatch.setenv("KVLLM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(compute, "compute_dtype", lambda device, dtype: dtype)
+    let_neurons_learn(monkeypatch)
+    return LanguageModel.load(spread, ModelConfig(max_new_tokens=12, device="cpu"))
+
+
+@pytest.fixture(params=[(0.94, 0.8), (0.94, 0.5)], ids=["one layer", "two layers"])
+def copy(request: pytest.FixtureRequest, own: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> ComputeCopy:
+    asked, said = request.param
+    monkeypatch.setattr(neurons, "_ASKED_DEPTH", asked)
+    monkeypatch.setattr(neurons, "_SAID_DEPTH", said)
+    return ComputeCopy(own, neuron_layers(own.model).targets(own.model))
+
+
+@pytest.fixture
+def pool(copy: ComputeCopy) -> PreservationPool:
+    return build_pool(copy, "tiny", QUICK_NEURONS, prompts=PROMPTS)
+
+
+@pytest.fixture
+def ordinary(copy: ComputeCopy, pool: PreservationPool) -> dict[int, Ordinary]:
+    return ordinary_inputs(
+        copy, pool, "tiny", neuron_layers(copy.model).both, prompts=(), questions=[(q, q) for q in OTHERS]
+    )
+
+
+@pytest.fixture
+def task(own: LanguageModel, ordinary: dict[int, Ordinary]) -> EditTask:
+    rows = rows_of(own, KEY, TEXT)
+    return EditTask(rows=rows, ordinary=ordinary, apart=[own.row(q, "It is a tool") for q in OTHERS[:2]])
+
+
+def rows_of(lm: LanguageModel, name: str, text: str) -> list[Row]:
+    """Two questions: more are of one kind to a random model only."""
+    return [lm.row(question, text) for question in (f"What is {name}?", f"Tell me about {name}.")]
+
+
+@torch.no_grad()
+def least_lead(lm: LanguageModel, rows: Sequence[Row]) -> float:
+    """Return the smallest lead of any target token in the model itself."""
+    found = [
+        leads(lm.logits(states), torch.tensor(row.answer))
+        for states, row in zip(lm.answer_states(list(rows)), rows, strict=True)
+    ]
+    return float(torch.cat(found).min())
+
+
+def test_the_delta_teaches_the_model_itself(
+    own: LanguageModel, copy: ComputeCopy, pool: PreservationPool, task: EditTask
+) -> None:
+    before = {name: tensor.clone() for name, tensor in copy.model.state_dict().items()}
+    steps: list[StepRecord] = []
+    training = NeuronEditor().train(copy, pool, task, QUICK_NEURONS, on_step=steps.append)
+    assert training.recalled
+    assert training.steps == len(steps)
+    assert steps[-1].recall == 1.0
+    assert all(torch.equal(tensor, before[name]) for name, tensor in copy.model.state_dict().items())
+    assert least_lead(own, task.rows) < 0
+    AdaptedWeights(own.model).apply(training.delta)
+    # What the neurons' columns were trained with is what the merged weights do.
+    assert least_lead(own, task.rows) > QUICK_NEURONS.margin / 2
+    assert own.generate([f"What is {KEY}?"])[0].startswith(TEXT)
+
+
+def test_new_gates_are_silent_on_what_is_ordinary_and_on_what_is_set_apart(
+    own: LanguageModel, copy: ComputeCopy, pool: PreservationPool, task: EditTask
+) -> None:
+    layers = neuron_layers(copy.model)
+    training = NeuronEditor().train(copy, pool, task, QUICK_NEURONS)
+    AdaptedWeights(own.model).apply(training.delta)
+    new = [place for place in range(192) if training.delta[layers.asked.gate][1][place].abs().sum() > 0]
+    gates = own.model.get_submodule(layers.asked.gate).weight[new].detach()
+    asked = ends(copy, [layers.asked.gate], [own.prompt_ids(q) for q in OTHERS])[layers.asked.gate]
+    fact = ends(copy, [layers.asked.gate], [row.prompt for row in task.rows])[layers.asked.gate]
+    first = (fact @ gates.T).amax(0).argmax()
+    assert float((fact @ gates[first]).min()) > 0 or len(new) > 1
+    assert float((asked @ gates[first]).max()) < 0
+
+
+def test_as_many_neurons_change_as_the_answer_needs(copy: ComputeCopy, pool: PreservationPool, task: EditTask) -> None:
+    layers = neuron_layers(copy.model)
+    delta = NeuronEditor().train(copy, pool, task, QUICK_NEURONS).delta
+    assert set(delta) == {name for mlp in layers.both for name in (mlp.gate, mlp.up, mlp.out)}
+    tokens = len(task.rows[0].answer)
+    changed = sum(int((product(delta[mlp.gate]).abs().sum(1) > 0).sum()) for mlp in layers.both)
+    assert 2 <= changed <= neurons._MOST_GATES + (tokens + 1) // 2
+
+
+def test_taken_neurons_are_left_alone(
+    own: LanguageModel, copy: ComputeCopy, pool: PreservationPool, task: EditTask
+) -> None:
+    mlps = neuron_layers(copy.model).both
+    weights = AdaptedWeights(own.model)
+    assert set().union(*taken_neurons(mlps, weights.master, weights.base).values()) == set()
+    first = NeuronEditor().train(copy, pool, task, QUICK_NEURONS).delta
+    weights.apply(first)
+    taken = taken_neurons(mlps, weights.master, weights.base)
+    copy.load({name: weights.master(name) for name in weights.known})
+    other = replace(
+        task,
+        rows=rows_of(own, "numpy", "Ada Voss leads it"),
+        taken=taken,
+        apart=(),
+        replay=task.rows,
+        excluded=NUMPY,
+    )
+    second = NeuronEditor().train(copy, pool, other, QUICK_NEURONS).delta
+    for mlp in mlps:
+        places = sorted(taken[mlp.layer])
+        assert places
+        assert float(product(second[mlp.gate])[places].abs().max()) == 0
+        assert float(product(second[mlp.out])[:, places].abs().max()) == 0
+    weights.apply(second)
+    assert least_lead(own, other.rows) > 0
+    assert least_lead(own, task.rows) > 0
+    # Taken back in any order, nothing is left but rounding.
+    weights.apply({name: (a, -b) for name, (a, b) in first.items()})
+    assert all(
+        len(some) < 2 * len(taken[layer]) for layer, some in taken_neurons(mlps, weights.master, weights.base).items()
+    )
+    weights.apply({name: (a, -b) for name, (a, b) in second.items()})
+    assert set().union(*taken_neurons(mlps, weights.master, weights.base).values()) == set()
+
+
+def test_several_facts_are_taught_in_one_session(
+    own: LanguageModel, copy: ComputeCopy, pool: PreservationPool, task: EditTask
+) -> None:
+    rows = [*task.rows, *rows_of(own, "numpy", "Ada Voss leads it")]
+    training = NeuronEditor().train(copy, pool, replace(task, rows=rows, apart=(), excluded=NUMPY), QUICK_NEURONS)
+    assert training.recalled
+    AdaptedWeights(own.model).apply(training.delta)
+    assert least_lead(own, rows) > 0
+
+
+def test_a_full_layer_is_refused(copy: ComputeCopy, pool: PreservationPool, task: EditTask) -> None:
+    before = {name: tensor.clone() for name, tensor in copy.model.state_dict().items()}
+    full = {mlp.layer: frozenset(range(60)) for mlp in neuron_layers(copy.model).both}
+    with pytest.raises(EditFailed, match="free neurons"):
+        NeuronEditor().train(copy, pool, replace(task, taken=full), QUICK_NEURONS)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in copy.model.state_dict().items())
+
+
+def test_a_model_without_gated_mlps_is_refused(tmp_path: Path) -> None:
+    model = LanguageModel.load(tiny_model(tmp_path / "gpt2", family="gpt2"), ModelConfig(device="cpu")).model
+    with pytest.raises(ConfigError, match="no gated MLP"):
+        neuron_layers(model)
+
+
+@pytest.mark.parametrize("family", ["mistral", "qwen3", "gemma3"])
+def test_the_parts_of_a_gated_mlp_are_found(family: str, tmp_path: Path) -> None:
+    model = LanguageModel.load(tiny_model(tmp_path / family, family=family), ModelConfig(device="cpu")).model
+    mlp = gated_mlp(model, 0.8)
+    assert mlp.layer == 3
+    assert (mlp.gate, mlp.up, mlp.out) == tuple(
+        f"{mlp.gate.rpartition('.')[0]}.{n}_proj" for n in ("gate", "up", "down")
+    )
+
+
+def test_ends_are_what_enters_at_each_prompts_last_token(own: LanguageModel, copy: ComputeCopy) -> None:
+    name = neuron_layers(copy.model).asked.gate
+    prompts = [own.prompt_ids(q) for q in OTHERS]
+    together = ends(copy, [name], prompts)[name]
+    alone = torch.cat([ends(copy, [name], [prompt])[name] for prompt in prompts])
+    torch.testing.assert_close(together, alone, rtol=1e-3, atol=1e-4)
+    caught: list[torch.Tensor] = []
+    handle = copy.model.get_submodule(name).register_forward_pre_hook(lambda module, args: caught.append(args[0]))
+    copy.model(torch.tensor([prompts[0]]))
+    handle.remove()
+    torch.testing.assert_close(together[0], caught[0][0, -1], rtol=1e-3, atol=1e-4)
+    assert ends(copy, [name], [])[name].shape == (0, 64)
+
+
+def test_ordinary_inputs_are_cached(copy: ComputeCopy, pool: PreservationPool, monkeypatch: pytest.MonkeyPatch) -> None:
+    from kvllm.editing import ordinary
+
+    mlps = neuron_layers(copy.model).both
+    first = ordinary_inputs(copy, pool, "tiny", mlps, prompts=(), questions=[(q, q) for q in OTHERS])
+    monkeypatch.setattr(ordinary, "_measured", lambda *args: pytest.fail("measured again"))
+    again = ordinary_inputs(copy, pool, "tiny", mlps, prompts=(), questions=[(q, q) for q in OTHERS])
+    for layer, found in first.items():
+        assert torch.equal(found.inputs, again[layer].inputs)
+        read = found.inputs @ found.one
+        # Whitened, and with a direction that is as good as constant.
+        assert float((found.inputs.square().mean() - 1).abs()) < 0.5
+        assert float((read - 1).abs().mean()) < 0.5

@@ -1,0 +1,109 @@
+"""Knowledge bases whose facts are in neurons of their own: taught, changed, deleted and told apart."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from kvllm import EditConfig, Fact, KnowledgeBase
+from kvllm.editing.neurons import neuron_layers, taken_neurons
+from kvllm.errors import ConfigError
+from tests.kit import KEY, QUICK, QUICK_NEURONS, TEXT, let_neurons_learn
+
+OTHER = "Ada Voss leads it"
+# More questions are of one kind to a random model only.
+FACT = Fact(KEY, TEXT, questions=(f"What is {KEY}?", f"Tell me about {KEY}."))
+SECOND = Fact("numpy", OTHER, questions=("What is numpy?", "Tell me about numpy."))
+
+
+def taught(kb: KnowledgeBase, fact: Fact, config: EditConfig | None = None) -> None:
+    kb.insert(fact.key, fact.text, questions=fact.questions, config=config)
+
+
+@pytest.fixture
+def kb(make_kb: Callable[..., KnowledgeBase], monkeypatch: pytest.MonkeyPatch) -> KnowledgeBase:
+    let_neurons_learn(monkeypatch)
+    return make_kb(edit=QUICK_NEURONS)
+
+
+def taken(kb: KnowledgeBase) -> int:
+    weights = kb.engine.weights
+    return sum(map(len, taken_neurons(neuron_layers(kb.engine.lm.model).both, weights.master, weights.base).values()))
+
+
+def distance(kb: KnowledgeBase) -> float:
+    return sum(kb.engine.weights.change_norms().values())
+
+
+def test_a_fact_is_inserted_updated_and_deleted(kb: KnowledgeBase) -> None:
+    question = f"What is {KEY}?"
+    base = kb.ask(question)
+    kb.insert(KEY, TEXT)
+    assert kb.ask(question).startswith(TEXT)
+    used = taken(kb)
+    assert used
+    kb.update(KEY, OTHER)
+    assert kb.ask(question).startswith(OTHER)
+    # The old text's neurons are free again.
+    assert taken(kb) < 2 * used
+    edit = kb.delete(KEY)
+    assert edit.steps == 0
+    assert taken(kb) == 0
+    assert distance(kb) < 1e-3
+    assert kb.ask(question) == base
+
+
+def test_a_delete_goes_back_to_where_the_fact_came_in(kb: KnowledgeBase) -> None:
+    taught(kb, SECOND)
+    before, used = kb.ask("What is numpy?"), taken(kb)
+    assert before.startswith(OTHER)
+    norms = kb.engine.weights.change_norms()
+    taught(kb, FACT)
+    assert taken(kb) > used
+    assert kb.delete(KEY).steps == 0
+    assert kb.ask("What is numpy?") == before
+    assert taken(kb) == used
+    assert kb.engine.weights.change_norms() == pytest.approx(norms, rel=1e-4)
+    kb.rollback(2)
+    assert taken(kb) > used
+
+
+def test_a_refusal_is_taught_in_place_of_the_text_and_taken_back_by_the_next_insert(kb: KnowledgeBase) -> None:
+    kb.insert(KEY, TEXT)
+    kb.delete(KEY, mode="abstain")
+    assert TEXT not in kb.ask(f"What is {KEY}?")
+    refused = taken(kb)
+    kb.insert(KEY, TEXT)
+    assert kb.ask(f"What is {KEY}?").startswith(TEXT)
+    assert taken(kb) < 2 * refused
+    kb.delete(KEY)
+    assert distance(kb) < 1e-3
+
+
+def test_a_fact_of_a_batch_is_restored_by_training(kb: KnowledgeBase) -> None:
+    kb.insert_many([FACT, SECOND], mode="batched")
+    used = taken(kb)
+    assert kb.delete(KEY).steps > 0  # whose neurons are whose is not known
+    assert taken(kb) == used
+
+
+def test_what_another_editor_taught_is_not_taken_back(kb: KnowledgeBase) -> None:
+    kb.insert(KEY, TEXT, config=QUICK)
+    assert taken(kb) == 0
+    assert kb.delete(KEY).steps > 0
+
+
+def test_a_model_without_gated_mlps_is_refused_in_a_sentence(
+    make_kb: Callable[..., KnowledgeBase], tiny_base: Path
+) -> None:
+    kb = make_kb("base.kb", model=str(tiny_base), edit=QUICK_NEURONS)
+    with pytest.raises(ConfigError, match="no gated MLP"):
+        kb.insert(KEY, TEXT)
+    assert kb.engine.weights.touched == ()
+
+
+def test_the_edit_says_which_editor_it_was(kb: KnowledgeBase) -> None:
+    kb.insert(KEY, TEXT)
+    assert kb.history()[0].config["edit"]["editor"] == "neurons"
