@@ -165,14 +165,21 @@ def test_taken_neurons_are_left_alone(
     assert set().union(*taken_neurons(mlps, weights.master, weights.base).values()) == set()
 
 
-def test_several_facts_are_taught_in_one_session(
+def test_several_facts_of_one_session_have_neurons_of_their_own(
     own: LanguageModel, copy: ComputeCopy, pool: PreservationPool, task: EditTask
 ) -> None:
-    rows = [*task.rows, *rows_of(own, "numpy", "Ada Voss leads it")]
+    last = rows_of(own, "numpy", "Ada Voss leads it")
+    rows = [*task.rows, *last]
+    alone = NeuronEditor().train(copy, pool, replace(task, apart=(), excluded=NUMPY), QUICK_NEURONS).delta
     training = NeuronEditor().train(copy, pool, replace(task, rows=rows, apart=(), excluded=NUMPY), QUICK_NEURONS)
-    assert training.recalled
     AdaptedWeights(own.model).apply(training.delta)
-    assert least_lead(own, rows) > 0
+    assert least_lead(own, last) > 0
+    gates = [mlp.gate for mlp in neuron_layers(copy.model).both]
+    changed = [
+        sum(int((product(delta[gate]).abs().sum(1) > 0).sum()) for gate in gates) for delta in (alone, training.delta)
+    ]
+    assert changed[1] >= changed[0] + 2
+    assert sum(training.delta[gate][0].shape[0] for gate in gates) == changed[1]  # none is written twice
 
 
 def test_a_full_layer_is_refused(copy: ComputeCopy, pool: PreservationPool, task: EditTask) -> None:
