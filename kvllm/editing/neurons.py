@@ -33,16 +33,15 @@ from kvllm.lm.targets import GatedMlp, Targets, decoder_layers, gated_mlp
 
 # Shares of the depth. Whether a question was about the key is seen best where its answer's first token is decided.
 _ASKED_DEPTH = 0.94
-_SAID_DEPTH = 0.67
+_SAID_DEPTH = 0.8
 _MOST_TAKEN = 0.25  # of a layer's neurons
-# Where the answer begins, and where it first leaves what the model would have said, the key is recognised or not: so
-# many of these turning points have gates of their own in the upper layer, which tells best what was asked; up to so
-# many each.
-_TURNS = 2
-_MOST_GATES = 2
-_TURN_MARGIN = 2.0  # nats more than they led by anyway: asked in other words they may lead by less
+# Where the answer first leaves what the model would have said, the key is recognised or not: so many of these turning
+# points have gates of their own in the upper layer, which tells best what was asked; up to so many each.
+_TURNS = 4
+_MOST_GATES = 3
+_TURN_MARGIN = 4.0  # nats more than they led by anyway: asked in other words they may lead by less
 _TOKENS_PER_NEURON = 2  # of an answer: written with opposite signs
-_SURE = 3.0  # nats: an answer's token that leads by so much on every row needs no neuron
+_SURE = 4.0  # nats: an answer's token that leads by so much on every row needs no neuron
 # What a gate is to read: at least that where it fires, at most minus that elsewhere.
 _MARGIN = 6.0
 _FIRES = 2.0  # a row whose question's end is read lower needs another gate
@@ -57,7 +56,7 @@ _APART_WEIGHT = 10.0
 _OWN_WEIGHT = 1.0
 # A gate reads another wording lower than those it was trained on: so much is taken off it, at most, in training.
 _LOWERED = 3.0
-_READ_HIGHER = 2.0  # the ends of a fact's questions than they were trained to be, for the same reason
+_READ_HIGHER = 1.5  # the ends of a fact's questions than they were trained to be, for the same reason
 _READ_RIDGE = 0.05  # of the neurons that tell tokens apart by sign
 _COLUMN_RATE = 0.3  # length of a step of a column, in units of the residual stream's length / 20
 _STREAM_SHARE = 0.05
@@ -320,9 +319,7 @@ def _teach(
     asked, said = ordinary[layers.asked.layer], ordinary[layers.said.layer]
     # Of the first token always: asked in other words the model may begin otherwise.
     needed = [i for i in range(read.leads.shape[1]) if i == 0 or bool((read.leads[:, i] < _SURE).any())]
-    left = [i for i in needed if i and float((read.leads[:, i] < 0).float().mean()) > 0.5]
-    turns = [0, *left[:_TURNS]]
-    carried = [i for i in needed if i not in turns]
+    turns, carried = needed[:_TURNS], needed[_TURNS:]
     gates = [
         _first_gates(read.asked[:, i], len(rows), asked, [*others.asked, read.before[layers.asked.layer]])
         for i in turns
