@@ -286,12 +286,14 @@ class _Read:
     """What the rows of a fact look like in the two layers.
 
     Attributes:
+        rows: Those of the fact, then the further ones.
         lower: What enters the lower layer, per row.
+        opening: What all of them begin with, run once; None where that is short.
         said, asked: What enters the MLPs before each token of the answer, white: (rows, answer, hidden).
         leads: By how much each token leads now, (rows, answer).
         before: What enters the MLPs at each row's earlier tokens, those that all rows begin with left out: (tokens,
             hidden), by layer.
-        lengths: Median length of the residual stream there, by layer.
+        length: Median length of the residual stream where the answers are given, in the lower layer.
     """
 
     rows: list[Row]
@@ -324,11 +326,9 @@ def _teach(
         _first_gates(read.asked[:, i], len(rows), asked, [*others.asked, read.before[layers.asked.layer]])
         for i in turns
     ]
-    jobs = []
-    if gates:
-        heard = torch.cat(gates)
-        places = work.take(layers.asked, len(heard))
-        jobs.append(_Job(layers.asked, places, heard, asked.one.expand(len(heard), -1), asked))
+    heard = torch.cat(gates)
+    places = work.take(layers.asked, len(heard))
+    jobs = [_Job(layers.asked, places, heard, asked.one.expand(len(heard), -1), asked)]
     if carried:
         parts = [carried[i : i + _TOKENS_PER_NEURON] for i in range(0, len(carried), _TOKENS_PER_NEURON)]
         places = work.take(layers.said, len(parts))
@@ -336,8 +336,6 @@ def _teach(
         outside = [(x, _OWN_WEIGHT) for x in (read.before[layers.said.layer], *others.said)]
         ups = torch.stack([_signs(read.said[:, part], said) for part in parts])
         jobs.append(_Job(layers.said, places, _gates(inside, said, outside), ups, said))
-    if not jobs:  # the model says it already
-        return True
     least = torch.full_like(read.leads[0], config.margin)
     for i in turns:
         least[i] += _TURN_MARGIN + read.leads[:, i].mean().clamp(min=0)
