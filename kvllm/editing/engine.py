@@ -450,10 +450,8 @@ class Engine:
             self._ordinary = (key, found)
         n = max(_APART, min(2 * len(facts), _MOST_APART)) if config.contrasts else 0
         asked = contrast_questions(facts, n, seed=config.seed, excluded=excluded)
-        ids = [tuple(self.lm.prompt_ids(question)) for question, _ in asked]
-        answers = copy.generate_ids(ids, _APART_TOKENS)
         return {
-            "apart": [Row(prompt, answer) for prompt, answer in zip(ids, answers, strict=True)],
+            "apart": self._answered_now(copy, [question for question, _ in asked], _APART_TOKENS),
             "ordinary": self._ordinary[1],
             "taken": taken_neurons(mlps, self.weights.master, self.weights.base),
         }
@@ -466,10 +464,13 @@ class Engine:
             return []
         n = max(_CONTRASTS, min(2 * len(facts), _MOST_CONTRASTS))
         asked = contrast_questions(facts, n, seed=config.seed, excluded=excluded)
-        ids = [tuple(self.lm.prompt_ids(question)) for question, _ in asked]
-        answers = copy.generate_ids(ids, config.preserve_tokens)
-        rows = [Row(prompt, answer) for prompt, answer in zip(ids, answers, strict=True)]
+        rows = self._answered_now(copy, [question for question, _ in asked], config.preserve_tokens)
         return prepare_items(copy, rows, [Prompt("neighbour", question, language) for question, language in asked])
+
+    def _answered_now(self, copy: ComputeCopy, questions: Sequence[str], tokens: int) -> list[Row]:
+        """Return questions with up to so many tokens of what the weights say to them now."""
+        ids = [tuple(self.lm.prompt_ids(question)) for question in questions]
+        return [Row(prompt, answer) for prompt, answer in zip(ids, copy.generate_ids(ids, tokens), strict=True)]
 
     def _recited(
         self,

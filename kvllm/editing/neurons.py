@@ -15,14 +15,14 @@ import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch.nn import functional as F
 
 from kvllm.config import EditConfig
 from kvllm.editing.compute import ComputeCopy
-from kvllm.editing.delta import Factors, check_finite, is_transposed
+from kvllm.editing.delta import Delta, check_finite, concatenate, is_transposed
 from kvllm.editing.editor import EditTask, StepRecord, Training, leads, training_errors
 from kvllm.editing.ordinary import Ordinary, answered
 from kvllm.editing.preservation import PreservationPool
@@ -129,6 +129,8 @@ class NeuronEditor:
         """
         if task.restore:
             raise ConfigError("The editor 'neurons' takes back what it taught, and restores nothing else.")
+        if not config.replay:
+            task = replace(task, replay=())
         with training_errors():
             torch.manual_seed(task.seed)
             with _work(copy, task) as work, torch.enable_grad():
@@ -139,7 +141,7 @@ class NeuronEditor:
                 for place, (rows, further) in enumerate(facts):
                     others = _Apart.joined([work.apart, *sides[:place], *sides[place + 1 :]])
                     recalled &= _teach(work, rows, further, others, config, records, on_step)
-                delta = work.delta()
+                delta = concatenate(work.changed)
         check_finite(delta)
         ranks = {name: a.shape[0] for name, (a, _) in delta.items()}
         return Training(delta=delta, steps=len(records), recalled=recalled, ranks=ranks, records=tuple(records))
@@ -185,7 +187,7 @@ class _Work:
     task: EditTask
     taken: dict[int, set[int]]
     apart: _Apart = field(init=False)
-    changed: dict[str, list[Factors]] = field(default_factory=dict)
+    changed: list[Delta] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         usual = self.task.ordinary[self.layers.asked.layer]
@@ -209,13 +211,7 @@ class _Work:
     def add(self, name: str, a: torch.Tensor, b: torch.Tensor) -> None:
         """Add B·A to a matrix of the copy, and remember it."""
         self.weight(name).data.add_((b @ a).to(self.weight(name)))
-        self.changed.setdefault(name, []).append((a.cpu(), b.cpu()))
-
-    def delta(self) -> dict[str, Factors]:
-        return {
-            name: (torch.cat([a for a, _ in parts]), torch.cat([b for _, b in parts], dim=1))
-            for name, parts in self.changed.items()
-        }
+        self.changed.append({name: (a.cpu(), b.cpu())})
 
     @torch.no_grad()
     def take(self, mlp: GatedMlp, n: int) -> list[int]:
@@ -369,32 +365,30 @@ def _read(work: _Work, rows: list[Row]) -> _Read:
     opening = copy.opening(rows[0].prompt[:shared]) if shared >= MIN_OPENING else None
     start = len(opening or ())
     n = len(rows[0].answer)
-    found: dict[str, list[torch.Tensor]] = {mlp.gate: [] for mlp in layers.both}
+    found = {mlp.gate: [torch.empty(0)] * len(rows) for mlp in layers.both}
     before: dict[int, list[torch.Tensor]] = {mlp.layer: [] for mlp in layers.both}
-    led = []
+    led = [torch.empty(0)] * len(rows)
     for batch in _batches(rows):
         caught: dict[str, torch.Tensor] = {}
         with _caught(copy, list(found), caught):
             states = copy.answer_states([(lower[i], rows[i]) for i in batch], opening)
         targets = torch.tensor([t for i in batch for t in rows[i].answer], device=states.device)
-        led.append(_leads(copy, states, targets).view(len(batch), n))
+        for i, mine in zip(batch, _leads(copy, states, targets).view(len(batch), n), strict=True):
+            led[i] = mine
         for mlp in layers.both:
             x = caught[mlp.gate].float() @ work.task.ordinary[mlp.layer].whitening
             for place, i in enumerate(batch):
                 end = len(rows[i].prompt) - 1 - start
-                found[mlp.gate].append(x[place, end : end + n])
+                found[mlp.gate][i] = x[place, end : end + n]
                 before[mlp.layer].append(x[place, :end])
-    order = [i for batch in _batches(rows) for i in batch]
-    back = torch.tensor(sorted(range(len(order)), key=order.__getitem__))
-    ordered = {name: torch.stack(some)[back.to(some[0].device)] for name, some in found.items()}
     lengths = torch.cat([states[-n:].float().norm(dim=-1).cpu() for states in lower])
     return _Read(
         rows,
         lower,
         opening,
-        ordered[layers.said.gate],
-        ordered[layers.asked.gate],
-        torch.cat(led)[back.to(led[0].device)],
+        torch.stack(found[layers.said.gate]),
+        torch.stack(found[layers.asked.gate]),
+        torch.stack(led),
         {layer: torch.cat(some) for layer, some in before.items()},
         float(lengths.median()),
     )

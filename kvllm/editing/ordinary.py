@@ -13,7 +13,6 @@ import hashlib
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -41,6 +40,7 @@ _NAMES = {"en": 400, "zh": 120}  # questions about packaged names, one each
 _BATCH = 32
 # Of the mean square: what the neurons' moments are made invertible with.
 _DAMPING = 1e-4
+_KEPT = ("inputs", "ends", "moments")  # of a layer in the cache
 
 
 @dataclass(frozen=True)
@@ -89,6 +89,8 @@ def ordinary_inputs(
     Returns:
         Layer → what enters its MLP.
     """
+    from safetensors.torch import load, save
+
     asked = list(questions) if questions is not None else wordings()
     groups = ordinary_sequences(copy, pool, prompts)
     names = [name for mlp in mlps for name in (mlp.gate, mlp.out)]
@@ -97,19 +99,15 @@ def ordinary_inputs(
     facts += [repr(ids) for group in groups for ids in group]
     digest = hashlib.sha256("\x00".join(facts).encode()).hexdigest()[:24]
     path = cache_folder() / "preservation" / f"ordinary-{digest}.safetensors"
-    tensors = _read(path)
-    if tensors is None:
-        from safetensors.torch import save
-
+    data = read_checked(path)
+    if data is None:
         tensors = _measured(copy, mlps, groups, [question for question, _ in asked], on_progress)
-        data = save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()})
-        write_checked(path, data)
+        write_checked(path, save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}))
+    else:
+        tensors = load(data)
     device = copy.lm.device
     about = tuple(name.casefold() for _, name in asked)
     return {mlp.layer: _ordinary({k: tensors[f"{mlp.layer}.{k}"].to(device) for k in _KEPT}, about) for mlp in mlps}
-
-
-_KEPT = ("inputs", "ends", "moments")
 
 
 def wordings() -> list[tuple[str, str]]:
@@ -218,10 +216,3 @@ def _ordinary(kept: Mapping[str, torch.Tensor], about: tuple[str, ...]) -> Ordin
     moments = kept["moments"].float()
     damped = moments + _DAMPING * moments.diagonal().mean() * torch.eye(len(moments), device=x.device)
     return Ordinary(whitening, white, kept["ends"].float() @ whitening, about, one, damped)
-
-
-def _read(path: Path) -> dict[str, torch.Tensor] | None:
-    from safetensors.torch import load
-
-    data = read_checked(path)
-    return None if data is None else load(data)
