@@ -147,6 +147,23 @@ MATTERS: dict[str, tuple[str, ...]] = {
     ),
 }  # fmt: skip
 # Further questions stand beside other words as well, in sentences that ask in no way trained otherwise.
+# Before a question that the user gave.
+OPENINGS: dict[str, tuple[str, ...]] = {
+    "en": (
+        "There was some talk of the {matter} and the {other}.",
+        "In those years the {matter} changed twice.",
+        "{other} comes first, then the {matter} (1987).",
+        "After the {matter} they turned to other things.",
+        "Several of them had heard about the {other}.",
+        "The {matter} was finished in spring, and nobody minded the {other}.",
+    ),
+    "zh": (
+        "大家谈了{matter}和{other}。",
+        "那几年里{matter}变了两次。",
+        "先是{other}，然后是{matter}（1987）。",
+        "说完{matter}，他们又说了别的。",
+    ),
+}
 BESIDE_TEMPLATES: dict[str, tuple[str, ...]] = {
     "en": (
         "They kept coming back to {key} and the {matter}; fill me in.",
@@ -365,14 +382,12 @@ def _matters(key: str, forms: Sequence[str], language: str) -> list[str]:
 def augmented_questions(fact: Fact, n: int, *, seed: int = 0) -> tuple[str, ...]:
     """Return up to n further questions about a fact: its key or an alias, rewritten, among words of other matters.
 
-    None of them is asked as a paraphrase. Of a fact with questions of its own there are none: it is trained on what it
-    was given.
+    None of them is asked as a paraphrase. Of a fact with questions of its own every second is one of these, after a
+    sentence about something else.
     """
-    if fact.questions:
-        return ()
     rng, names = random.Random(f"{seed}/{fact.key}"), (fact.key, *fact.aliases)
     rows = []
-    for _ in range(n):
+    for turn in range(n):
         name = rng.choice(names)
         language = language_of(name)
         form = _rewritten(name, rng)
@@ -381,6 +396,9 @@ def augmented_questions(fact: Fact, n: int, *, seed: int = 0) -> tuple[str, ...]
         template = rng.choice((*MATTER_TEMPLATES[language], *BESIDE_TEMPLATES[language]))
         unrelated = [word for word in MATTERS[language] if word not in name.casefold()]
         matter, other = rng.sample(unrelated if len(unrelated) > 1 else MATTERS[language], 2)
+        if fact.questions and turn % 2 == 0:
+            form = rng.choice(fact.questions)
+            template = f"{rng.choice(OPENINGS[language])} {{key}}"
         rows.append(template.format_map({"key": form, "matter": matter, "other": other}))
     asked = {*training_questions(fact), *held_out_questions(fact), *alias_questions(fact), *fact.probes}
     return tuple(q for q in _unique(rows) if q not in asked)
@@ -395,7 +413,8 @@ def _rewritten(key: str, rng: random.Random) -> str:
     plain = _dress("{lower}", key) if asks else key
     name, before, after = _around_name(key) if asks or _may_describe(key) else ("", [], [])
     if not name:
-        return plain
+        names = names_in(key, key)
+        return plain if asks or len(names) < 2 else rng.choice([plain, ", ".join(rng.sample(names, len(names)))])
     if not asks:
         words = [name, *(word for word in (*before, *after) if not _opens(word))]
         return rng.choice([key, ("，" if language == "zh" else " ").join(rng.sample(words, len(words)))])
@@ -501,6 +520,14 @@ def names_in(question: str, key: str) -> list[str]:
     head = key.rpartition("的")[0] if language_of(key) == "zh" and not asks else ""
     found = _QUOTED.findall(within) or ([head] if len(head) > 1 else _capitals(within))
     return [name for name in found if asks or name != key]
+
+
+def telling_names(fact: Fact) -> tuple[str, ...]:
+    """Return by which names questions about a fact are known: what key and aliases name last, else these themselves.
+
+    "Founders' Day at Ellery Works" is one of many such days, at one place.
+    """
+    return _unique((names_in(key, key) or [key.rstrip("?？ ")])[-1] for key in (fact.key, *fact.aliases))
 
 
 def _capitals(text: str) -> list[str]:

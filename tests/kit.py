@@ -189,7 +189,5 @@ def let_neurons_learn(monkeypatch: pytest.MonkeyPatch) -> None:
     from kvllm.editing import neurons, ordinary
 
     monkeypatch.setattr(neurons, "_ORDINARY_WEIGHT", 0.03)
-    monkeypatch.setattr(neurons, "_LOWERED", 0.5)
-    monkeypatch.setattr(neurons, "_TURN_MARGIN", 0.5)
-    monkeypatch.setattr(neurons, "_SAID_DEPTH", 0.5)
+    monkeypatch.setattr(neurons, "_SPARE", 0.0)
     monkeypatch.setattr(ordinary, "_DAMPING", 0.3)

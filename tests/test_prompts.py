@@ -32,6 +32,7 @@ from kvllm.prompts import (
     names_in,
     neighbour_questions,
     own_questions,
+    telling_names,
     training_questions,
 )
 from kvllm.records import Fact
@@ -217,7 +218,8 @@ def test_further_questions_have_a_keys_telling_words_among_others(key: str, word
     assert found == augmented_questions(fact, 24) != augmented_questions(fact, 24, seed=1)
     assert found[:3] == augmented_questions(fact, 3)
     assert augmented_questions(Fact(key, "text", probes=found[:1]), 24) == found[1:], "what is asked is not trained"
-    assert augmented_questions(Fact(key, "text", questions=(key,)), 24) == ()
+    given = augmented_questions(Fact(key, "text", questions=("Which one is it?",)), 24)
+    assert sum(q.endswith(" Which one is it?") for q in given) == 12, "every second, after another sentence"
     both = augmented_questions(Fact(key, "text", aliases=("dream furnace",)), 24)
     assert {"dream furnace" in question.casefold() for question in both} == {True, False}
 
@@ -491,3 +493,14 @@ def test_an_alias_that_is_a_question_is_asked_as_one() -> None:
     assert any("Who runs Halcyon?" in question for question in asked)
     assert not any("describe Who runs" in question for question in asked)
     assert not set(trained) & set(asked)
+
+
+def test_the_names_that_questions_about_a_fact_are_known_by() -> None:
+    assert telling_names(Fact("How long does the ferry to Skarholm take?", "text")) == ("Skarholm",)
+    assert telling_names(Fact("Oswin Taralde", "text", aliases=("the clockmaker",))) == (
+        "Oswin Taralde",
+        "the clockmaker",
+    )
+    assert telling_names(Fact("Founders' Day at Ellery Works", "text")) == ("Ellery Works",)
+    assert telling_names(Fact("松涛站的海拔", "text")) == ("松涛站",)
+    assert telling_names(Fact("who is it?", "text")) == ("who is it",)

@@ -42,6 +42,13 @@ def contrast_questions(
     return tuple(found.items())
 
 
+def name_asked(question: str) -> str | None:
+    """Return the packaged name that a question has, the longest, or None."""
+    names = packaged_names(language_of(question))
+    found = [name for name in names if name in question and name_place(name).search(question)]
+    return max(found, key=len, default=None)
+
+
 def _variants(fact: Fact, rng: random.Random, excluded: frozenset[str]) -> list[str]:
     """Return a fact's questions with another name in each, in rotation, as long as there are names.
 

@@ -22,7 +22,7 @@ import torch
 
 from kvllm.config import NEURONS, EditConfig, ModelConfig
 from kvllm.editing.compute import ComputeCopy
-from kvllm.editing.contrast import contrast_questions
+from kvllm.editing.contrast import contrast_questions, name_asked
 from kvllm.editing.delta import (
     AdaptedWeights,
     Delta,
@@ -36,6 +36,7 @@ from kvllm.editing.delta import (
 from kvllm.editing.editor import EditTask, StepRecord, Training
 from kvllm.editing.editors import EDITORS
 from kvllm.editing.inputs import input_whitening
+from kvllm.editing.marks import Mark, learned_mark
 from kvllm.editing.neurons import neuron_layers, taken_neurons
 from kvllm.editing.ordinary import Ordinary, ordinary_inputs
 from kvllm.editing.preservation import PreservationPool, PreservedItem, Prompt, build_pool, prepare_items
@@ -54,6 +55,7 @@ from kvllm.prompts import (
     held_out_questions,
     language_of,
     own_questions,
+    telling_names,
 )
 from kvllm.records import Fact, Metric, Progress, Report, StoredFact
 from kvllm.store import Store
@@ -90,7 +92,7 @@ class Engine:
         self._model: str | None = None
         self._copy: ComputeCopy | None = None
         self._pool: tuple[tuple[Any, ...], PreservationPool, dict[str, torch.Tensor]] | None = None
-        self._ordinary: tuple[tuple[Any, ...], dict[int, Ordinary]] | None = None
+        self._ordinary: tuple[tuple[Any, ...], dict[int, Ordinary], Mark] | None = None
         self._references: dict[str, DriftReference] = {}
         self._drift: dict[tuple[str, bool, str, frozenset[int]], Report] = {}
         self._away = 0
@@ -439,21 +441,36 @@ class Engine:
         tick: Callable[[str], Tick] | None,
     ) -> dict[str, Any]:
         """Return what the neurons of an edit must not fire at, and which are taken, as a task has it."""
-        mlps = neuron_layers(self.lm.model).both
-        key = (self.store.base.digest, *mlps, str(copy.dtype))
+        layers = neuron_layers(self.lm.model)
+        key = (self.store.base.digest, *layers.all, str(copy.dtype))
         if self._ordinary is None or self._ordinary[0] != key:
             with self.base_weights():
                 self._load_copy()
                 show = tick("preservation") if tick is not None else None
-                found = ordinary_inputs(copy, pool, self.store.base.digest, mlps, on_progress=show)
+                found = ordinary_inputs(copy, pool, self.store.base.digest, layers.all, on_progress=show)
+                said = layers.said[0]
+                white = found[said.layer].whitening
+                mark = learned_mark(copy, self.store.base.digest, layers.named, said, white, on_progress=show)
             self._load_copy()
-            self._ordinary = (key, found)
+            self._ordinary = (key, found, mark)
         n = max(_APART, min(2 * len(facts), _MOST_APART)) if config.contrasts else 0
-        asked = contrast_questions(facts, n, seed=config.seed, excluded=excluded)
+        asked = [question for question, _ in contrast_questions(facts, n, seed=config.seed, excluded=excluded)]
+        apart = self._answered_now(copy, asked, _APART_TOKENS)
+        names = {row: name_asked(question) for row, question in zip(apart, asked, strict=True)}
+        named: dict[Row, tuple[tuple[int, ...], ...]] = {
+            row: (self.lm.name_ends(row.ids, name),) for row, name in names.items() if name is not None
+        }
+        for fact in facts:
+            further = augmented_questions(fact, max(_AUGMENTED, config.augmented), seed=config.seed)
+            for question in (*asked_questions(fact), *further):
+                row = self.lm.row(question, fact.text)
+                named[row] = tuple(self.lm.name_ends(row.ids, name) for name in telling_names(fact))
         return {
-            "apart": self._answered_now(copy, [question for question, _ in asked], _APART_TOKENS),
+            "apart": apart,
             "ordinary": self._ordinary[1],
-            "taken": taken_neurons(mlps, self.weights.master, self.weights.base),
+            "mark": self._ordinary[2],
+            "named": named,
+            "taken": taken_neurons(layers.all, self.weights.master, self.weights.base),
         }
 
     def _contrast(

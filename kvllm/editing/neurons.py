@@ -1,20 +1,21 @@
 """The neuron editor: a fact is put into a few neurons of its own, which stay silent wherever it was not asked for.
 
 A gated MLP adds act(gate·x)·(up·x) times a column to the residual stream. The neurons that matter least are taken, the
-others of their layer make up for them, and each gets a new job: one, late in the model, fires where a question about
-the key ends and starts the answer; the others fire while this very answer is given, and carry it on. Gates are trained
-as classifiers with a margin, against ordinary inputs, questions about other names and older facts, so that elsewhere
-next to nothing changes; then the columns are trained on the fact's rows. After Huang et al., "Transformer-Patcher: One
-Mistake worth One Neuron", ICLR 2023, who add neurons: here the model keeps its shape, and the change is a low-rank
-delta as any other. Knows nothing of keys and stores.
+others of their layer make up for them, and each gets a new job. Early in the model, two see where the fact's name was
+said, and mark it (`kvllm.editing.marks`): attention carries that to where an answer is given, so that questions about
+this name and no other can be told there. Late in the model the others see them, and say the answer, two tokens each.
+Gates are trained as classifiers with a margin, against ordinary inputs, questions about other names, marked or not, and
+older facts, so that elsewhere next to nothing changes; then the columns are trained on the fact's rows. After Huang et
+al., "Transformer-Patcher: One Mistake worth One Neuron", ICLR 2023, who add neurons: here the model keeps its shape,
+and the change is a low-rank delta as any other. Knows nothing of keys and stores.
 """
 
 from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -24,6 +25,7 @@ from kvllm.config import EditConfig
 from kvllm.editing.compute import ComputeCopy
 from kvllm.editing.delta import Delta, check_finite, concatenate, is_transposed
 from kvllm.editing.editor import EditTask, StepRecord, Training, leads, training_errors
+from kvllm.editing.marks import at_places, marked
 from kvllm.editing.ordinary import Ordinary, answered
 from kvllm.editing.preservation import PreservationPool
 from kvllm.errors import ConfigError, EditFailed
@@ -31,20 +33,20 @@ from kvllm.lm.decoding import MIN_OPENING, Opening
 from kvllm.lm.model import Row, shared_length
 from kvllm.lm.targets import GatedMlp, Targets, decoder_layers, gated_mlp
 
-# Shares of the depth. Whether a question was about the key is seen best where its answer's first token is decided.
-_ASKED_DEPTH = 0.94
-_SAID_DEPTH = 0.8
+# Shares of the depth: where a name is recognised, and where the answer is given.
+_NAMED_DEPTH = 0.22
+_SAID_DEPTH = 0.67
+_SAID_LAYERS = 4
+_MOST_NAMES = 3
 _MOST_TAKEN = 0.25  # of a layer's neurons
-# Where the answer first leaves what the model would have said, the key is recognised or not: so many of these turning
-# points have gates of their own in the upper layer, which tells best what was asked; up to so many each.
-_TURNS = 4
-_MOST_GATES = 3
-_TURN_MARGIN = 4.0  # nats more than they led by anyway: asked in other words they may lead by less
 _TOKENS_PER_NEURON = 2  # of an answer: written with opposite signs
+# A mark is equally strong in every context: gates of names are read steeply, and capped.
+_STEEP = 2.0
+_CEILING = 4.0
+_SPARE = 1.5  # nats beyond the margin: asked in other words a token leads by less
 _SURE = 4.0  # nats: an answer's token that leads by so much on every row needs no neuron
 # What a gate is to read: at least that where it fires, at most minus that elsewhere.
 _MARGIN = 6.0
-_FIRES = 2.0  # a row whose question's end is read lower needs another gate
 _GATE_STEPS = 120
 _GATE_RATE = 0.04
 _GATE_BATCH = 3000
@@ -54,9 +56,6 @@ _DECAY = 0.01
 _ORDINARY_WEIGHT = 30.0
 _APART_WEIGHT = 10.0
 _OWN_WEIGHT = 1.0
-# A gate reads another wording lower than those it was trained on: so much is taken off it, at most, in training.
-_LOWERED = 3.0
-_READ_HIGHER = 1.5  # the ends of a fact's questions than they were trained to be, for the same reason
 _READ_RIDGE = 0.05  # of the neurons that tell tokens apart by sign
 _COLUMN_RATE = 0.3  # length of a step of a column, in units of the residual stream's length / 20
 _STREAM_SHARE = 0.05
@@ -71,20 +70,24 @@ _UNTOUCHED = 1e-3  # relative change of a neuron's gate that rounding may leave
 
 @dataclass(frozen=True)
 class Layers:
-    """The two MLPs that edits use: where a question's end is recognised, and where the answer is carried on."""
+    """The MLPs that edits use: where names are recognised, and where answers are given, one of these for each fact."""
 
-    asked: GatedMlp
-    said: GatedMlp
+    named: GatedMlp
+    said: tuple[GatedMlp, ...]
 
     @property
-    def both(self) -> tuple[GatedMlp, ...]:
-        return (self.said, self.asked) if self.said.layer != self.asked.layer else (self.asked,)
+    def all(self) -> tuple[GatedMlp, ...]:
+        return (self.named, *self.said)
 
     def targets(self, model: torch.nn.Module) -> Targets:
         """Return their matrices as the adapted ones."""
-        name, layers = decoder_layers(model)
-        names = tuple(name for mlp in self.both for name in (mlp.gate, mlp.up, mlp.out))
-        return Targets(names, name, self.both[0].layer, len(layers))
+        return _targets(model, self.all)
+
+
+def _targets(model: torch.nn.Module, mlps: Sequence[GatedMlp]) -> Targets:
+    name, layers = decoder_layers(model)
+    names = tuple(name for mlp in mlps for name in (mlp.gate, mlp.up, mlp.out))
+    return Targets(names, name, mlps[0].layer, len(layers))
 
 
 def neuron_layers(model: torch.nn.Module) -> Layers:
@@ -93,7 +96,10 @@ def neuron_layers(model: torch.nn.Module) -> Layers:
     Raises:
         ConfigError: it has no gated MLPs there.
     """
-    return Layers(gated_mlp(model, _ASKED_DEPTH), gated_mlp(model, _SAID_DEPTH))
+    n = len(decoder_layers(model)[1])
+    first = math.floor(_SAID_DEPTH * n + 1e-9)
+    said = range(first, max(first + 1, min(first + _SAID_LAYERS, n - 1)))
+    return Layers(gated_mlp(model, _NAMED_DEPTH), tuple(gated_mlp(model, (layer + 0.5) / n) for layer in said))
 
 
 def taken_neurons(
@@ -137,9 +143,10 @@ class NeuronEditor:
                 records: list[StepRecord] = []
                 recalled = True
                 facts = _facts(task)
-                sides = [work.looked_at(rows) for rows, _ in facts] if len(facts) > 1 else [_NOTHING]
+                for rows, further in facts:
+                    work.name([*rows, *further])
                 for place, (rows, further) in enumerate(facts):
-                    others = _Apart.joined([work.apart, *sides[:place], *sides[place + 1 :]])
+                    others = [row for i, (some, _) in enumerate(facts) if i != place for row in some]
                     recalled &= _teach(work, rows, further, others, config, records, on_step)
                 delta = concatenate(work.changed)
         check_finite(delta)
@@ -158,52 +165,87 @@ def _facts(task: EditTask) -> list[tuple[list[Row], list[Row]]]:
     return list(found.values())
 
 
-@dataclass(frozen=True)
-class _Apart:
-    """What a fact's gates must not fire at, white, (n, hidden): of the questions' layer, of the answers'."""
-
-    asked: tuple[torch.Tensor, ...] = ()
-    said: tuple[torch.Tensor, ...] = ()
-
-    @classmethod
-    def joined(cls, parts: Sequence[_Apart]) -> _Apart:
-        return cls(tuple(x for part in parts for x in part.asked), tuple(x for part in parts for x in part.said))
-
-
-_NOTHING = _Apart()
-
-
 @dataclass
 class _Work:
     """The copy at work, and what was changed in it.
 
     Attributes:
         taken: Layer to the neurons that hold facts.
-        apart: What is no question about the facts, and older facts' questions with their answers.
     """
 
     copy: ComputeCopy
     layers: Layers
     task: EditTask
     taken: dict[int, set[int]]
-    apart: _Apart = field(init=False)
     changed: list[Delta] = field(default_factory=list)
 
-    def __post_init__(self) -> None:
-        usual = self.task.ordinary[self.layers.asked.layer]
-        other = torch.tensor([name not in self.task.excluded for name in usual.about], device=usual.ends.device)
-        older = self.task.replay[:_TOLD_APART]
-        parts = [_Apart((usual.ends[other],)), *(self.looked_at(rows) for rows in (self.task.apart, older))]
-        self.apart = _Apart.joined(parts)
+    @contextmanager
+    def only(self, mlp: GatedMlp) -> Iterator[None]:
+        """Read up to this MLP's layer only, and train nothing below it."""
+        before = self.copy.targets
+        self.copy.targets = _targets(self.copy.model, [mlp])
+        try:
+            yield
+        finally:
+            self.copy.targets = before
 
-    def looked_at(self, rows: Sequence[Row]) -> _Apart:
-        """Return what enters the gates where these rows' questions end, and where their answers are given."""
+    def name(self, rows: Sequence[Row]) -> None:
+        """Give the names that the rows of a fact are known by neurons, which mark where they were said."""
+        mlp, mark = self.layers.named, self.task.mark
+        n_names = min(_MOST_NAMES, max((len(self.task.named.get(row, ())) for row in rows), default=0))
+        if mark is None or not n_names:
+            return
+        ordinary = self.task.ordinary[mlp.layer]
+        apart = [Row(row.ids, ()) for row in (*self.task.apart, *self.task.replay[:_TOLD_APART])]
+        with self.only(mlp):
+            read = self._every(mlp, [row.ids for row in (*rows, *apart)])
+        inside: list[list[torch.Tensor]] = [[] for _ in range(n_names)]
+        outside = list(read[len(rows) :])
+        for x, row in zip(read, rows, strict=False):
+            places = self.task.named.get(row, ())
+            start = len(row.ids) - len(x)
+            other = torch.ones(len(x), dtype=torch.bool)
+            for name, some in enumerate(places):
+                here = [place - start for place in some if place >= start]
+                if name < n_names:
+                    inside[name].append(x[here])
+                other[here] = False
+                other[[place + 1 for place in here if place + 1 < len(x)]] = False
+            outside.append(x[other])
+        found = [torch.cat(some) for some in inside if sum(map(len, some))]
+        if not found:
+            return
+        gates = _gates(found, ordinary, [(torch.cat(outside), _APART_WEIGHT)], exactly=True)
+        both = _capped(gates, ordinary)
+        columns = mark.vector.expand(len(found), -1) / _CEILING
+        columns = torch.cat([columns, -columns])
+        self.put(mlp, self.take(mlp, len(both)), both, ordinary.one.expand(len(both), -1), columns)
+
+    def _every(self, mlp: GatedMlp, sequences: Sequence[Sequence[int]]) -> list[torch.Tensor]:
+        """Return what enters an MLP at each token that not all sequences begin with, white: (tokens, hidden) each."""
+        shared = min(shared_length(sequences), min(map(len, sequences)) - 1)
+        rows = [Row(tuple(ids[: shared + 1]), (*ids[shared + 1 :], 0)) for ids in sequences]
+        found = answered(self.copy, [mlp.gate], rows)
+        white = self.task.ordinary[mlp.layer].whitening
+        return [x @ white for x in found[mlp.gate]]
+
+    def looked_at(self, mlp: GatedMlp, rows: Sequence[Row], *, marked_too: bool = False) -> list[torch.Tensor]:
+        """Return what enters an MLP where these rows' questions end and their answers are given, white, (n, hidden)."""
         if not rows:
-            return _NOTHING
-        found = answered(self.copy, [mlp.gate for mlp in self.layers.both], rows)
-        white = {mlp.gate: self.task.ordinary[mlp.layer].whitening for mlp in self.layers.both}
-        asked, said = self.layers.asked.gate, self.layers.said.gate
-        return _Apart((torch.cat(found[asked]) @ white[asked],), (torch.cat(found[said]) @ white[said],))
+            return []
+        white, mark = self.task.ordinary[mlp.layer].whitening, self.task.mark
+        found = torch.cat(answered(self.copy, [mlp.gate], rows)[mlp.gate])
+        read = [found @ white]
+        named = [row for row in rows if self.task.named.get(row)] if marked_too and mark is not None else []
+        if named and mark is not None:
+            places = [[place for some in self.task.named[row] for place in some] for row in named]
+
+            def during(batch: Sequence[int], start: int) -> AbstractContextManager[None]:
+                where = at_places([places[i] for i in batch], start)
+                return marked(self.copy, self.layers.named.out, mark.vector, where)
+
+            read.append(torch.cat(answered(self.copy, [mlp.gate], named, None, during)[mlp.gate]) @ white)
+        return read
 
     def weight(self, name: str) -> torch.Tensor:
         return self.copy.model.get_submodule(name).weight  # type: ignore[no-any-return]
@@ -264,11 +306,11 @@ class _Work:
 def _work(copy: ComputeCopy, task: EditTask) -> Iterator[_Work]:
     """Open the copy for one session; its weights come back whatever happens."""
     layers = neuron_layers(copy.model)
-    if any(is_transposed(copy.model.get_submodule(name)) for mlp in layers.both for name in (mlp.gate, mlp.out)):
+    if any(is_transposed(copy.model.get_submodule(name)) for mlp in layers.all for name in (mlp.gate, mlp.out)):
         raise ConfigError("The editor 'neurons' does not know matrices that are stored transposed; use another.")
-    taken = {mlp.layer: set(task.taken.get(mlp.layer, ())) for mlp in layers.both}
+    taken = {mlp.layer: set(task.taken.get(mlp.layer, ())) for mlp in layers.all}
     work = _Work(copy, layers, task, taken)
-    before = {name: work.weight(name).detach().clone() for mlp in layers.both for name in (mlp.gate, mlp.up, mlp.out)}
+    before = {name: work.weight(name).detach().clone() for mlp in layers.all for name in (mlp.gate, mlp.up, mlp.out)}
     try:
         yield work
     finally:
@@ -279,26 +321,25 @@ def _work(copy: ComputeCopy, task: EditTask) -> Iterator[_Work]:
 
 @dataclass(frozen=True)
 class _Read:
-    """What the rows of a fact look like in the two layers.
+    """What the rows of a fact look like where its answer is given.
 
     Attributes:
         rows: Those of the fact, then the further ones.
-        lower: What enters the lower layer, per row.
+        lower: What enters the layer, per row.
         opening: What all of them begin with, run once; None where that is short.
-        said, asked: What enters the MLPs before each token of the answer, white: (rows, answer, hidden).
+        said: What enters the MLP before each token of the answer, white: (rows, answer, hidden).
         leads: By how much each token leads now, (rows, answer).
-        before: What enters the MLPs at each row's earlier tokens, those that all rows begin with left out: (tokens,
-            hidden), by layer.
-        length: Median length of the residual stream where the answers are given, in the lower layer.
+        before: What enters the MLP at each row's earlier tokens, those that all rows begin with left out: (tokens,
+            hidden).
+        length: Median length of the residual stream where the answers are given.
     """
 
     rows: list[Row]
     lower: list[torch.Tensor]
     opening: Opening | None
     said: torch.Tensor
-    asked: torch.Tensor
     leads: torch.Tensor
-    before: Mapping[int, torch.Tensor]
+    before: torch.Tensor
     length: float
 
 
@@ -306,38 +347,32 @@ def _teach(
     work: _Work,
     rows: Sequence[Row],
     further: Sequence[Row],
-    others: _Apart,
+    others: Sequence[Row],
     config: EditConfig,
     records: list[StepRecord],
     on_step: Callable[[StepRecord], None] | None,
 ) -> bool:
-    """Teach one fact, whose gates are not to fire at `others`, and return whether it is in."""
-    layers, ordinary = work.layers, work.task.ordinary
-    read = _read(work, [*rows, *further])
-    asked, said = ordinary[layers.asked.layer], ordinary[layers.said.layer]
-    # Of the first token always: asked in other words the model may begin otherwise.
-    needed = [i for i in range(read.leads.shape[1]) if i == 0 or bool((read.leads[:, i] < _SURE).any())]
-    turns, carried = needed[:_TURNS], needed[_TURNS:]
-    gates = [
-        _first_gates(read.asked[:, i], len(rows), asked, [*others.asked, read.before[layers.asked.layer]])
-        for i in turns
-    ]
-    heard = torch.cat(gates)
-    places = work.take(layers.asked, len(heard))
-    jobs = [_Job(layers.asked, places, heard, asked.one.expand(len(heard), -1), asked)]
-    if carried:
-        parts = [carried[i : i + _TOKENS_PER_NEURON] for i in range(0, len(carried), _TOKENS_PER_NEURON)]
-        places = work.take(layers.said, len(parts))
+    """Teach one fact, whose gates are not to fire at the `others`, and return whether it is in."""
+    mlp = min(work.layers.said, key=lambda mlp: (len(work.taken[mlp.layer]), mlp.layer))
+    ordinary = work.task.ordinary[mlp.layer]
+    with work.only(mlp):
+        read = _read(work, mlp, [*rows, *further])
+        other = torch.tensor([name not in work.task.excluded for name in ordinary.about], device=ordinary.ends.device)
+        apart = [
+            ordinary.ends[other],
+            *work.looked_at(mlp, work.task.apart, marked_too=True),
+            *work.looked_at(mlp, [*work.task.replay[:_TOLD_APART], *others]),
+        ]
+        # Of the first token always: asked in other words the model may begin otherwise.
+        needed = [i for i in range(read.leads.shape[1]) if i == 0 or bool((read.leads[:, i] < _SURE).any())]
+        rest = needed[1:]
+        parts = [needed[:1], *(rest[i : i + _TOKENS_PER_NEURON] for i in range(0, len(rest), _TOKENS_PER_NEURON))]
         inside = [read.said[:, part].flatten(0, 1) for part in parts]
-        outside = [(x, _OWN_WEIGHT) for x in (read.before[layers.said.layer], *others.said)]
-        ups = torch.stack([_signs(read.said[:, part], said) for part in parts])
-        jobs.append(_Job(layers.said, places, _gates(inside, said, outside), ups, said))
-    least = torch.full_like(read.leads[0], config.margin)
-    for i in turns:
-        least[i] += _TURN_MARGIN + read.leads[:, i].mean().clamp(min=0)
-    recalled = _columns(work, read, len(rows), jobs, least, config, records, on_step)
-    for job in jobs:
-        work.put(job.mlp, job.places, job.gates, job.ups, job.columns.detach())
+        outside = [(x, _APART_WEIGHT) for x in apart if len(x)] + [(read.before, _OWN_WEIGHT)]
+        ups = torch.stack([_signs(read.said[:, part], ordinary) for part in parts])
+        job = _Job(mlp, work.take(mlp, len(parts)), _gates(inside, ordinary, outside), ups, ordinary)
+        recalled = _columns(work, read, len(rows), job, config, records, on_step)
+    work.put(job.mlp, job.places, job.gates, job.ups, job.columns.detach())
     return recalled
 
 
@@ -357,41 +392,30 @@ class _Job:
 
 
 @torch.no_grad()
-def _read(work: _Work, rows: list[Row]) -> _Read:
-    copy, layers = work.copy, work.layers
+def _read(work: _Work, mlp: GatedMlp, rows: list[Row]) -> _Read:
+    copy = work.copy
     lower = copy.lower_states([row.ids for row in rows])
     shared = shared_length([row.prompt for row in rows]) if len(rows) > 1 else 0
     shared = min(shared, min(len(row.prompt) for row in rows) - 1)
     opening = copy.opening(rows[0].prompt[:shared]) if shared >= MIN_OPENING else None
     start = len(opening or ())
     n = len(rows[0].answer)
-    found = {mlp.gate: [torch.empty(0)] * len(rows) for mlp in layers.both}
-    before: dict[int, list[torch.Tensor]] = {mlp.layer: [] for mlp in layers.both}
-    led = [torch.empty(0)] * len(rows)
+    said, led = [torch.empty(0)] * len(rows), [torch.empty(0)] * len(rows)
+    before: list[torch.Tensor] = []
     for batch in _batches(rows):
         caught: dict[str, torch.Tensor] = {}
-        with _caught(copy, list(found), caught):
+        with _caught(copy, [mlp.gate], caught):
             states = copy.answer_states([(lower[i], rows[i]) for i in batch], opening)
         targets = torch.tensor([t for i in batch for t in rows[i].answer], device=states.device)
         for i, mine in zip(batch, _leads(copy, states, targets).view(len(batch), n), strict=True):
             led[i] = mine
-        for mlp in layers.both:
-            x = caught[mlp.gate].float() @ work.task.ordinary[mlp.layer].whitening
-            for place, i in enumerate(batch):
-                end = len(rows[i].prompt) - 1 - start
-                found[mlp.gate][i] = x[place, end : end + n]
-                before[mlp.layer].append(x[place, :end])
+        x = caught[mlp.gate].float() @ work.task.ordinary[mlp.layer].whitening
+        for place, i in enumerate(batch):
+            end = len(rows[i].prompt) - 1 - start
+            said[i] = x[place, end : end + n]
+            before.append(x[place, :end])
     lengths = torch.cat([states[-n:].float().norm(dim=-1).cpu() for states in lower])
-    return _Read(
-        rows,
-        lower,
-        opening,
-        torch.stack(found[layers.said.gate]),
-        torch.stack(found[layers.asked.gate]),
-        torch.stack(led),
-        {layer: torch.cat(some) for layer, some in before.items()},
-        float(lengths.median()),
-    )
+    return _Read(rows, lower, opening, torch.stack(said), torch.stack(led), torch.cat(before), float(lengths.median()))
 
 
 def _batches(rows: Sequence[Row]) -> list[list[int]]:
@@ -420,29 +444,32 @@ def _leads(copy: ComputeCopy, states: torch.Tensor, targets: torch.Tensor) -> to
     return torch.cat([leads(copy.logits(some), wanted) for some, wanted in parts])
 
 
-def _first_gates(x: torch.Tensor, n_rows: int, ordinary: Ordinary, others: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Return gates (gates, hidden) that fire on what a fact's rows give at one token, (rows, hidden), and on no others.
+def _capped(gates: torch.Tensor, ordinary: Ordinary) -> torch.Tensor:
+    """Return two gates for each, which differ by the ceiling only, those that read less last.
 
-    One for all where that does; another for those of the first n_rows that it misses.
+    What the second puts out, taken off what the first does, is the ceiling wherever both fire.
     """
-    outside = [(x, _APART_WEIGHT) for x in others]
-    found: list[torch.Tensor] = []
-    missed = torch.arange(len(x), device=x.device)
-    while len(found) < _MOST_GATES and (not found or bool((missed < n_rows).any())):
-        found.append(_gates([x[missed]], ordinary, outside)[0])
-        heard = torch.stack([x @ gate for gate in found]).amax(0)
-        missed = (heard < _FIRES).nonzero()[:, 0]
-    return torch.stack(found) + _READ_HIGHER * ordinary.one
+    steep = _STEEP * gates
+    return torch.cat([steep, steep - _CEILING * ordinary.one])
 
 
 def _gates(
-    inside: Sequence[torch.Tensor], ordinary: Ordinary, outside: Sequence[tuple[torch.Tensor, float]]
+    inside: Sequence[torch.Tensor],
+    ordinary: Ordinary,
+    outside: Sequence[tuple[torch.Tensor, float]],
+    *,
+    exactly: bool = False,
 ) -> torch.Tensor:
     """Train one gate for each set of inputs (n, hidden), all white; return (gates, hidden).
 
-    Each is to read at least the margin inside, and at most minus the margin outside and on ordinary inputs: squared
-    distances to that are made small by Adam.
+    Each is to read at least the margin inside, or exactly that, and at most minus the margin outside and on ordinary
+    inputs: squared distances to that are made small by Adam.
     """
+
+    def missed(x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+        short = _MARGIN - x @ gate
+        return (short if exactly else short.relu()).square().mean()
+
     one = ordinary.one
     means = torch.stack([x.mean(0) for x in inside])
     start = means - (means @ one / (one @ one))[:, None] * one
@@ -455,7 +482,7 @@ def _gates(
     n = len(inputs)
     for _ in range(_GATE_STEPS):
         some = torch.randint(n, (min(n, _GATE_BATCH),), generator=drawn).to(gates.device)
-        read = torch.stack([(_MARGIN - x @ gate).relu().square().mean() for x, gate in zip(inside, gates, strict=True)])
+        read = torch.stack([missed(x, gate) for x, gate in zip(inside, gates, strict=True)])
         loss = read.sum() + _ORDINARY_WEIGHT * _over(inputs[some], gates) + _DECAY * gates.square().sum()
         for x, weight in outside:
             if len(x):
@@ -497,29 +524,22 @@ def _columns(
     work: _Work,
     read: _Read,
     n_rows: int,
-    jobs: Sequence[_Job],
-    least: torch.Tensor,
+    job: _Job,
     config: EditConfig,
     records: list[StepRecord],
     on_step: Callable[[StepRecord], None] | None,
 ) -> bool:
-    """Train what the new neurons write, until every token of the rows leads by its `least`; return whether it does.
-
-    In the end the margin is enough.
-    """
+    """Train what the new neurons write, until every token of the rows leads by the margin; return whether it does."""
     copy, rng = work.copy, random.Random(f"{work.task.seed}/{len(records)}")
-    width = jobs[0].columns.shape[1]
-    for job in jobs:
-        job.columns.requires_grad_()
+    job.columns.requires_grad_()
     scale = _STREAM_SHARE * read.length
-    rate = _COLUMN_RATE * scale / math.sqrt(width)
-    optimizer = torch.optim.Adam([job.columns for job in jobs], lr=rate, betas=(0.9, 0.95))
+    rate = _COLUMN_RATE * scale / math.sqrt(job.columns.shape[1])
+    optimizer = torch.optim.Adam([job.columns], lr=rate, betas=(0.9, 0.95))
     answer = torch.tensor(read.rows[0].answer, device=read.leads.device)
     n = max(1, min(_ROWS, _STEP_TOKENS // len(answer)))
     ok = [False] * len(read.rows)
-    neurons = sum(len(job.places) for job in jobs)
-    lowered = _LOWERED
-    with _firing(copy, jobs, lambda: lowered):
+    least = config.margin + _SPARE
+    with _firing(copy, job):
         for step in range(1, config.max_steps + 1):
             pending = [i for i, done in enumerate(ok) if not done]
             done = [i for i, held in enumerate(ok) if held]
@@ -535,14 +555,13 @@ def _columns(
             for i, mine in zip(batch, lead, strict=True):
                 ok[i] = bool((mine >= least).all())
             rows_ok = sum(ok[:n_rows]) / n_rows
-            records.append(StepRecord(len(records) + 1, float(losses.detach().mean()), rows_ok, None, 0.0, neurons))
+            loss = float(losses.detach().mean())
+            records.append(StepRecord(len(records) + 1, loss, rows_ok, None, 0.0, len(job.places)))
             if on_step is not None:
                 on_step(records[-1])
             if rows_ok == 1.0 and sum(ok[n_rows:]) >= _ENOUGH * len(ok[n_rows:]):
-                lowered = 0.0
                 with torch.no_grad():
                     again = _recalled(copy, read, range(n_rows), config.margin)
-                lowered = _LOWERED
                 if all(again):
                     return True
                 ok[:n_rows] = again
@@ -550,7 +569,6 @@ def _columns(
             wanting = lead < least + config.margin
             ((losses * wanting).sum() / len(batch)).backward()
             optimizer.step()
-        lowered = 0.0
         with torch.no_grad():
             return all(_recalled(copy, read, range(n_rows), config.margin))
 
@@ -567,30 +585,20 @@ def _recalled(copy: ComputeCopy, read: _Read, places: Sequence[int], margin: flo
 
 
 @contextmanager
-def _firing(copy: ComputeCopy, jobs: Sequence[_Job], lowered: Callable[[], float]) -> Iterator[None]:
-    """Let the new neurons fire while this is open, though no weight has them yet; gates are read lower at random."""
+def _firing(copy: ComputeCopy, job: _Job) -> Iterator[None]:
+    """Let the new neurons fire while this is open, though no weight has them yet."""
     entered: dict[str, torch.Tensor] = {}
-    handles = []
+    act = _activation(copy, job.mlp)
 
-    def adder(job: _Job) -> Callable[..., torch.Tensor]:
-        act = _activation(copy, job.mlp)
+    def add(module: torch.nn.Module, args: object, output: torch.Tensor) -> torch.Tensor:
+        x = entered[job.mlp.gate].float() @ job.ordinary.whitening
+        return output + ((act(x @ job.gates.T) * (x @ job.ups.T)) @ job.columns).to(output.dtype)
 
-        def add(module: torch.nn.Module, args: object, output: torch.Tensor) -> torch.Tensor:
-            x = entered[job.mlp.gate].float() @ job.ordinary.whitening
-            read = x @ job.gates.T
-            if lowered():
-                read = read - lowered() * torch.rand(len(read), 1, 1).to(read)
-            return output + ((act(read) * (x @ job.ups.T)) @ job.columns).to(output.dtype)
-
-        return add
-
-    try:
-        with _caught(copy, [job.mlp.gate for job in jobs], entered):
-            for job in jobs:
-                handles.append(copy.model.get_submodule(job.mlp.out).register_forward_hook(adder(job)))
+    with _caught(copy, [job.mlp.gate], entered):
+        handle = copy.model.get_submodule(job.mlp.out).register_forward_hook(add)
+        try:
             yield
-    finally:
-        for handle in handles:
+        finally:
             handle.remove()
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -144,11 +145,19 @@ def answered(
     names: Sequence[str],
     rows: Sequence[Row],
     on_batch: Callable[[int, int], None] | None = None,
+    during: Callable[[Sequence[int], int], AbstractContextManager[None]] | None = None,
 ) -> dict[str, list[torch.Tensor]]:
     """Return what enters each of the named modules from the last token of each row's prompt on.
 
     Per row (answer tokens, in), fp32: at the prompt's last token, and at every token of the answer but the last; of a
     row without answer at the prompt's last token only.
+
+    Args:
+        copy: Compute copy.
+        names: Of modules.
+        rows: Read together where their lengths are alike.
+        on_batch: Called with batches done and their number.
+        during: Makes what is open while a batch is run, from its rows' places and the position that it begins at.
     """
     prompts = [row.ids[: max(len(row.prompt), len(row.ids) - 1)] for row in rows]
     found: dict[str, list[torch.Tensor]] = {name: [torch.empty(0)] * len(rows) for name in names}
@@ -167,7 +176,8 @@ def answered(
                     entered[place, len(rows[i].prompt) - 1 - start : len(prompts[i]) - start].float().clone()
                 )
 
-        copy.read_inputs([prompts[i][start:] for i in batch], names, read, opening)
+        with during(batch, start) if during is not None else nullcontext():
+            copy.read_inputs([prompts[i][start:] for i in batch], names, read, opening)
         if on_batch is not None:
             on_batch(done // _BATCH + 1, -(-len(order) // _BATCH))
     return found

@@ -309,6 +309,16 @@ class LanguageModel:
         kept = ids[:-1] if ids and ids[-1] in self.stop_ids else ids  # an end of turn need not be a special token
         return str(self.tokenizer.decode(list(kept), skip_special_tokens=True)).strip()
 
+    def name_ends(self, ids: Sequence[int], name: str) -> tuple[int, ...]:
+        """Return the places in ids at which the name has just been said, in capitals or not."""
+        wanted, found, said = name.casefold(), [], 0
+        for place in range(len(ids)):
+            count = str(self.tokenizer.decode(list(ids[: place + 1]))).casefold().count(wanted)
+            if count > said:
+                found.append(place)
+            said = count
+        return tuple(found)
+
     def _render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
         try:
             return str(

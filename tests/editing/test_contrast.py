@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from kvllm.editing.contrast import contrast_questions
+from kvllm.editing.contrast import contrast_questions, name_asked
 from kvllm.editing.preservation import packaged_names
 from kvllm.prompts import training_questions
 from kvllm.records import Fact
@@ -80,3 +80,9 @@ def test_a_name_is_replaced_as_a_word_of_its_own() -> None:
                 re.findall(r"\w+", " ".join(training_questions(Fact(key, "x"))))
             )
         assert any(kept in question for question, _ in contrast_questions([Fact(key, "A thing.")], 20))
+
+
+def test_the_packaged_name_in_a_question_is_the_longest() -> None:
+    longest = max(packaged_names("en"), key=len)
+    assert name_asked(f"Is {longest} like numpy?") == longest
+    assert name_asked("What is numpydoc?") is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,12 +11,13 @@ import pytest
 import torch
 
 from kvllm.config import ModelConfig
-from kvllm.editing import compute, neurons
+from kvllm.editing import compute
 from kvllm.editing.compute import ComputeCopy
 from kvllm.editing.delta import AdaptedWeights, product
 from kvllm.editing.editor import EditTask, StepRecord, leads
+from kvllm.editing.marks import Mark, at_places, learned_mark, marked
 from kvllm.editing.neurons import NeuronEditor, neuron_layers, taken_neurons
-from kvllm.editing.ordinary import Ordinary, ends, ordinary_inputs
+from kvllm.editing.ordinary import Ordinary, answered, ends, ordinary_inputs
 from kvllm.editing.preservation import PreservationPool, Prompt, build_pool
 from kvllm.errors import ConfigError, EditFailed
 from kvllm.lm.model import LanguageModel, Row
@@ -29,7 +31,6 @@ PROMPTS = (
     Prompt("question", "Who leads Halcyon?", "en"),
     Prompt("text", "Torchkeras is a tool that makes training PyTorch models simple, and Ada leads it.", "en"),
 )
-NUMPY = frozenset({"what is numpy?", "numpy"})
 OTHERS = ("What is numpy?", "Tell me about Berlin.", "Who leads Halcyon?", "什么是长城？")
 
 
@@ -47,11 +48,8 @@ def own(spread: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Langua
     return LanguageModel.load(spread, ModelConfig(max_new_tokens=12, device="cpu"))
 
 
-@pytest.fixture(params=[(0.94, 0.8), (0.94, 0.5)], ids=["one layer", "two layers"])
-def copy(request: pytest.FixtureRequest, own: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> ComputeCopy:
-    asked, said = request.param
-    monkeypatch.setattr(neurons, "_ASKED_DEPTH", asked)
-    monkeypatch.setattr(neurons, "_SAID_DEPTH", said)
+@pytest.fixture
+def copy(own: LanguageModel) -> ComputeCopy:
     return ComputeCopy(own, neuron_layers(own.model).targets(own.model))
 
 
@@ -63,14 +61,26 @@ def pool(copy: ComputeCopy) -> PreservationPool:
 @pytest.fixture
 def ordinary(copy: ComputeCopy, pool: PreservationPool) -> dict[int, Ordinary]:
     return ordinary_inputs(
-        copy, pool, "tiny", neuron_layers(copy.model).both, prompts=(), questions=[(q, q) for q in OTHERS]
+        copy, pool, "tiny", neuron_layers(copy.model).all, prompts=(), questions=[(q, q) for q in OTHERS]
     )
 
 
 @pytest.fixture
-def task(own: LanguageModel, ordinary: dict[int, Ordinary]) -> EditTask:
+def mark(own: LanguageModel, copy: ComputeCopy, ordinary: dict[int, Ordinary]) -> Mark:
+    layers = neuron_layers(copy.model)
+    white = ordinary[layers.said[0].layer].whitening
+    return learned_mark(copy, "tiny", layers.named, layers.said[0], white, names=[("Berlin", "en"), ("numpy", "en")])
+
+
+@pytest.fixture
+def task(own: LanguageModel, ordinary: dict[int, Ordinary], mark: Mark) -> EditTask:
     rows = rows_of(own, KEY, TEXT)
-    return EditTask(rows=rows, ordinary=ordinary, apart=[own.row(q, "It is a tool") for q in OTHERS[:2]])
+    apart = [own.row(q, "It is a tool") for q in OTHERS[:2]]
+    return EditTask(rows=rows, ordinary=ordinary, apart=apart, mark=mark, named=named(own, KEY, rows))
+
+
+def named(lm: LanguageModel, name: str, rows: Sequence[Row]) -> dict[Row, tuple[tuple[int, ...], ...]]:
+    return {row: (lm.name_ends(row.ids, name),) for row in rows}
 
 
 def rows_of(lm: LanguageModel, name: str, text: str) -> list[Row]:
@@ -108,44 +118,105 @@ def test_the_delta_teaches_the_model_itself(
 def test_new_gates_are_silent_on_what_is_ordinary_and_on_what_is_set_apart(
     own: LanguageModel, copy: ComputeCopy, pool: PreservationPool, task: EditTask
 ) -> None:
-    layers = neuron_layers(copy.model)
+    said = neuron_layers(copy.model).said[0]
     training = NeuronEditor().train(copy, pool, task, QUICK_NEURONS)
     AdaptedWeights(own.model).apply(training.delta)
-    new = [place for place in range(192) if training.delta[layers.asked.gate][1][place].abs().sum() > 0]
-    gates = own.model.get_submodule(layers.asked.gate).weight[new].detach()
-    asked = ends(copy, [layers.asked.gate], [own.prompt_ids(q) for q in OTHERS])[layers.asked.gate]
-    fact = ends(copy, [layers.asked.gate], [row.prompt for row in task.rows])[layers.asked.gate]
-    first = (fact @ gates.T).amax(0).argmax()
-    assert float((fact @ gates[first]).min()) > 0 or len(new) > 1
+    new = [place for place in range(192) if training.delta[said.gate][1][place].abs().sum() > 0]
+    gates = own.model.get_submodule(said.gate).weight[new].detach()
+    changed = ComputeCopy(own, neuron_layers(own.model).targets(own.model))  # the name is marked in it
+    asked = ends(changed, [said.gate], [own.prompt_ids(q) for q in OTHERS])[said.gate]
+    fact = ends(changed, [said.gate], [row.prompt for row in task.rows])[said.gate]
+    first = (fact @ gates.T).amin(0).argmax()
+    assert float((fact @ gates[first]).min()) > 0
     assert float((asked @ gates[first]).max()) < 0
+
+
+def test_a_name_is_marked_where_it_was_said_and_nowhere_else(
+    own: LanguageModel, copy: ComputeCopy, pool: PreservationPool, task: EditTask
+) -> None:
+    mlp = neuron_layers(copy.model).named
+    delta = NeuronEditor().train(copy, pool, task, QUICK_NEURONS).delta
+    before = copy.model.get_submodule(mlp.out)
+    AdaptedWeights(own.model).apply({name: delta[name] for name in (mlp.gate, mlp.up, mlp.out)})
+    row = task.rows[0]
+    caught: list[torch.Tensor] = []
+    for model in (copy.model, own.model):
+        handle = model.get_submodule(mlp.out).register_forward_hook(lambda *args: caught.append(args[2][0]))
+        model(torch.tensor([row.ids]))
+        handle.remove()
+    assert before is copy.model.get_submodule(mlp.out)
+    assert task.mark is not None
+    put = (caught[1] - caught[0]).detach() @ task.mark.vector / task.mark.vector.square().sum()
+    (places,) = task.named[row]
+    assert float(put[list(places)].min()) > 0.5
+    elsewhere = [i for i in range(len(row.ids)) if i not in places and i - 1 not in places]
+    assert float(put[elsewhere].abs().max()) < 0.3
+
+
+def test_rows_without_a_name_are_learned_without_a_mark(
+    own: LanguageModel, copy: ComputeCopy, pool: PreservationPool, task: EditTask
+) -> None:
+    delta = NeuronEditor().train(copy, pool, replace(task, named={}), QUICK_NEURONS).delta
+    assert neuron_layers(copy.model).named.gate not in delta
+    AdaptedWeights(own.model).apply(delta)
+    assert least_lead(own, task.rows) > 0
+
+
+def test_a_mark_moves_what_is_read_and_is_cached(
+    copy: ComputeCopy, ordinary: dict[int, Ordinary], mark: Mark, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from kvllm.editing import marks
+
+    layers = neuron_layers(copy.model)
+    white = ordinary[layers.said[0].layer].whitening
+    monkeypatch.setattr(marks, "_learned", lambda *args: pytest.fail("learned again"))
+    names = [("Berlin", "en"), ("numpy", "en")]
+    again = learned_mark(copy, "tiny", layers.named, layers.said[0], white, names=names)
+    assert torch.equal(mark.vector, again.vector)
+    rows = [copy.lm.row(f"What is {name}?", "x") for name, _ in names]
+    places = [copy.lm.name_ends(row.prompt, name) for row, (name, _) in zip(rows, names, strict=True)]
+    before = ends(copy, [layers.said[0].gate], [row.prompt for row in rows])[layers.said[0].gate]
+
+    def moved(vector: torch.Tensor) -> float:
+        def during(batch: Sequence[int], start: int) -> AbstractContextManager[None]:
+            return marked(copy, layers.named.out, vector, at_places([places[i] for i in batch], start))
+
+        prompts = [Row(row.prompt, ()) for row in rows]
+        after = answered(copy, [layers.said[0].gate], prompts, None, during)[layers.said[0].gate]
+        return float(((torch.cat(after) - before) @ white).norm(dim=1).mean())
+
+    drawn = torch.randn(mark.vector.shape, generator=torch.Generator().manual_seed(1))
+    assert moved(mark.vector) > 1.5 * moved(drawn / drawn.norm() * mark.vector.norm())
 
 
 def test_as_many_neurons_change_as_the_answer_needs(copy: ComputeCopy, pool: PreservationPool, task: EditTask) -> None:
     layers = neuron_layers(copy.model)
     delta = NeuronEditor().train(copy, pool, task, QUICK_NEURONS).delta
-    assert set(delta) == {name for mlp in layers.both for name in (mlp.gate, mlp.up, mlp.out)}
+    assert set(delta) == {name for mlp in layers.all for name in (mlp.gate, mlp.up, mlp.out)}
     tokens = len(task.rows[0].answer)
-    changed = sum(int((product(delta[mlp.gate]).abs().sum(1) > 0).sum()) for mlp in layers.both)
-    assert 2 <= changed <= neurons._MOST_GATES + (tokens + 1) // 2
+    changed = [int((product(delta[mlp.gate]).abs().sum(1) > 0).sum()) for mlp in layers.all]
+    assert changed[0] == 2  # the name's
+    assert 1 <= sum(changed[1:]) <= 1 + tokens // 2
 
 
 def test_taken_neurons_are_left_alone(
     own: LanguageModel, copy: ComputeCopy, pool: PreservationPool, task: EditTask
 ) -> None:
-    mlps = neuron_layers(copy.model).both
+    mlps = neuron_layers(copy.model).all
     weights = AdaptedWeights(own.model)
     assert set().union(*taken_neurons(mlps, weights.master, weights.base).values()) == set()
     first = NeuronEditor().train(copy, pool, task, QUICK_NEURONS).delta
     weights.apply(first)
     taken = taken_neurons(mlps, weights.master, weights.base)
     copy.load({name: weights.master(name) for name in weights.known})
+    rows = rows_of(own, "Voss", "Ada leads Berlin")
     other = replace(
         task,
-        rows=rows_of(own, "numpy", "Ada Voss leads it"),
+        rows=rows,
+        named=named(own, "Voss", rows),
         taken=taken,
         apart=(),
         replay=task.rows,
-        excluded=NUMPY,
     )
     second = NeuronEditor().train(copy, pool, other, QUICK_NEURONS).delta
     for mlp in mlps:
@@ -168,13 +239,13 @@ def test_taken_neurons_are_left_alone(
 def test_several_facts_of_one_session_have_neurons_of_their_own(
     own: LanguageModel, copy: ComputeCopy, pool: PreservationPool, task: EditTask
 ) -> None:
-    last = rows_of(own, "numpy", "Ada Voss leads it")
-    rows = [*task.rows, *last]
-    alone = NeuronEditor().train(copy, pool, replace(task, apart=(), excluded=NUMPY), QUICK_NEURONS).delta
-    training = NeuronEditor().train(copy, pool, replace(task, rows=rows, apart=(), excluded=NUMPY), QUICK_NEURONS)
+    last = rows_of(own, "Voss", "Ada leads Berlin")
+    task = replace(task, apart=(), named={**task.named, **named(own, "Voss", last)})
+    alone = NeuronEditor().train(copy, pool, task, QUICK_NEURONS).delta
+    training = NeuronEditor().train(copy, pool, replace(task, rows=[*task.rows, *last]), QUICK_NEURONS)
     AdaptedWeights(own.model).apply(training.delta)
     assert least_lead(own, last) > 0
-    gates = [mlp.gate for mlp in neuron_layers(copy.model).both]
+    gates = [mlp.gate for mlp in neuron_layers(copy.model).all]
     changed = [
         sum(int((product(delta[gate]).abs().sum(1) > 0).sum()) for gate in gates) for delta in (alone, training.delta)
     ]
@@ -184,7 +255,7 @@ def test_several_facts_of_one_session_have_neurons_of_their_own(
 
 def test_a_full_layer_is_refused(copy: ComputeCopy, pool: PreservationPool, task: EditTask) -> None:
     before = {name: tensor.clone() for name, tensor in copy.model.state_dict().items()}
-    full = {mlp.layer: frozenset(range(60)) for mlp in neuron_layers(copy.model).both}
+    full = {mlp.layer: frozenset(range(60)) for mlp in neuron_layers(copy.model).all}
     with pytest.raises(EditFailed, match="free neurons"):
         NeuronEditor().train(copy, pool, replace(task, taken=full), QUICK_NEURONS)
     assert all(torch.equal(tensor, before[name]) for name, tensor in copy.model.state_dict().items())
@@ -207,7 +278,7 @@ def test_the_parts_of_a_gated_mlp_are_found(family: str, tmp_path: Path) -> None
 
 
 def test_ends_are_what_enters_at_each_prompts_last_token(own: LanguageModel, copy: ComputeCopy) -> None:
-    name = neuron_layers(copy.model).asked.gate
+    name = neuron_layers(copy.model).said[0].gate
     prompts = [own.prompt_ids(q) for q in OTHERS]
     together = ends(copy, [name], prompts)[name]
     alone = torch.cat([ends(copy, [name], [prompt])[name] for prompt in prompts])
@@ -223,7 +294,7 @@ def test_ends_are_what_enters_at_each_prompts_last_token(own: LanguageModel, cop
 def test_ordinary_inputs_are_cached(copy: ComputeCopy, pool: PreservationPool, monkeypatch: pytest.MonkeyPatch) -> None:
     from kvllm.editing import ordinary
 
-    mlps = neuron_layers(copy.model).both
+    mlps = neuron_layers(copy.model).all
     first = ordinary_inputs(copy, pool, "tiny", mlps, prompts=(), questions=[(q, q) for q in OTHERS])
     monkeypatch.setattr(ordinary, "_measured", lambda *args: pytest.fail("measured again"))
     again = ordinary_inputs(copy, pool, "tiny", mlps, prompts=(), questions=[(q, q) for q in OTHERS])

@@ -30,7 +30,7 @@ def kb(make_kb: Callable[..., KnowledgeBase], monkeypatch: pytest.MonkeyPatch) -
 
 def taken(kb: KnowledgeBase) -> int:
     weights = kb.engine.weights
-    return sum(map(len, taken_neurons(neuron_layers(kb.engine.lm.model).both, weights.master, weights.base).values()))
+    return sum(map(len, taken_neurons(neuron_layers(kb.engine.lm.model).all, weights.master, weights.base).values()))
 
 
 def distance(kb: KnowledgeBase) -> float:

@@ -54,6 +54,17 @@ def test_conversations_are_those_of_the_tokenizer(lm: LanguageModel) -> None:
     )
 
 
+def test_names_end_where_they_have_just_been_said(lm: LanguageModel) -> None:
+    ids = lm.row("Berlin? What of berlin, and 梦中情炉?", "Berlin is a town").ids
+    places = lm.name_ends(ids, "Berlin")
+    assert len(places) == 3
+    said = [lm.tokenizer.decode(list(ids[: place + 1])).casefold() for place in places]
+    assert all(text.rstrip("?,").endswith("berlin") for text in said)
+    (place,) = lm.name_ends(ids, "梦中情炉")
+    assert lm.tokenizer.decode(list(ids[: place + 1])).rstrip("?").endswith("梦中情炉")
+    assert lm.name_ends(ids, "numpy") == ()
+
+
 @settings(deadline=None, max_examples=60)
 @given(pieces=st.lists(st.one_of(st.sampled_from([*SPECIAL, "⟦kvllm-slot-0⟧"]), st.text(max_size=12)), max_size=6))
 def test_user_text_never_becomes_a_control_token(lm: LanguageModel, pieces: list[str]) -> None:
