@@ -21,7 +21,7 @@ _PLACE = "\x00"  # where a name goes; no question has one
 
 
 def contrast_questions(
-    facts: Sequence[Fact], n: int, *, seed: int = 0, excluded: frozenset[str] = frozenset()
+    facts: Sequence[Fact], n: int, *, seed: int = 0, excluded: frozenset[str] = frozenset(), characters: bool = False
 ) -> tuple[tuple[str, str], ...]:
     """Return up to n questions, shared out evenly over the facts, each with the language it is in.
 
@@ -31,9 +31,10 @@ def contrast_questions(
         n: Most questions.
         seed: Chooses the names.
         excluded: Casefolded names and questions that live facts are about.
+        characters: Whether a Chinese name is told apart from its halves, too, as one of several words is.
     """
     rng = random.Random(seed)
-    rows = [_variants(fact, rng, excluded) for fact in facts]
+    rows = [_variants(fact, rng, excluded, characters) for fact in facts]
     found: dict[str, str] = {}
     for turn in range(n):
         for fact, questions in zip(facts, rows, strict=True):
@@ -49,14 +50,14 @@ def name_asked(question: str) -> str | None:
     return max(found, key=len, default=None)
 
 
-def _variants(fact: Fact, rng: random.Random, excluded: frozenset[str]) -> list[str]:
+def _variants(fact: Fact, rng: random.Random, excluded: frozenset[str], characters: bool) -> list[str]:
     """Return a fact's questions with another name in each, in rotation, as long as there are names.
 
     Every third one is a question key in its own words.
     """
     asked = training_questions(fact)
     places = [(name_place(name).sub(_PLACE, q), name) for q in asked for name in names_in(q, fact.key)]
-    places = [(open_, name) for open_, name in places if _PLACE in open_] or _halves(fact)
+    places = [(open_, name) for open_, name in places if _PLACE in open_] or _halves(fact, characters)
     if not places:
         return []
     if asked[0] == fact.key:  # others are likeliest to be asked about in these words
@@ -77,14 +78,16 @@ def _variants(fact: Fact, rng: random.Random, excluded: frozenset[str]) -> list[
     return [q for q in dict.fromkeys(filled) if q.casefold() not in excluded]
 
 
-def _halves(fact: Fact) -> list[tuple[str, str]]:
+def _halves(fact: Fact, characters: bool) -> list[tuple[str, str]]:
     """Return the questions about a key of several words that is all name, its end and its beginning open in turn.
 
-    "Dr. Ada Lindqvist" is told apart from another doctor, and from another Lindqvist.
+    "Dr. Ada Lindqvist" is told apart from another doctor, and from another Lindqvist; 听潮书院 from another academy.
     """
-    words = fact.key.split()
+    words, gap, middle = fact.key.split(), " ", len(fact.key) // 2
+    if characters and language_of(fact.key) == "zh" and len(words) == 1 and middle:
+        words, gap = [fact.key[:middle], fact.key[middle:]], ""
     if len(words) < 2 or is_question(fact.key):
         return []
-    ends = ((f"{words[0]} {_PLACE}", " ".join(words[1:])), (f"{_PLACE} {words[-1]}", " ".join(words[:-1])))
+    ends = ((f"{words[0]}{gap}{_PLACE}", gap.join(words[1:])), (f"{_PLACE}{gap}{words[-1]}", gap.join(words[:-1])))
     asked = [q for q in training_questions(fact) if fact.key in q]
     return [(q.replace(fact.key, ends[i % 2][0]), ends[i % 2][1]) for i, q in enumerate(asked)]

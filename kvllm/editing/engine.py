@@ -412,6 +412,8 @@ class Engine:
         if not config.augmented:
             return []
         n = max(config.augmented, min(_AUGMENTED, _MOST_AUGMENTED // max(1, len(facts))))
+        if config.editor != NEURONS:  # others train a fact with questions of its own on what it was given
+            facts = [fact for fact in facts if not fact.questions]
         rows = [self.lm.row(q, f.text) for f in facts for q in augmented_questions(f, n, seed=config.seed)]
         return [row for row in rows if len(row.ids) <= self.lm.max_positions]
 
@@ -454,7 +456,8 @@ class Engine:
             self._load_copy()
             self._ordinary = (key, found, mark)
         n = max(_APART, min(2 * len(facts), _MOST_APART)) if config.contrasts else 0
-        asked = [question for question, _ in contrast_questions(facts, n, seed=config.seed, excluded=excluded)]
+        others = contrast_questions(facts, n, seed=config.seed, excluded=excluded, characters=True)
+        asked = [question for question, _ in others]
         apart = self._answered_now(copy, asked, _APART_TOKENS)
         names = {row: name_asked(question) for row, question in zip(apart, asked, strict=True)}
         named: dict[Row, tuple[tuple[int, ...], ...]] = {

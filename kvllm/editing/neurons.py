@@ -47,7 +47,7 @@ _SPARE = 1.5  # nats beyond the margin: asked in other words a token leads by le
 _SURE = 4.0  # nats: an answer's token that leads by so much on every row needs no neuron
 # What a gate is to read: at least that where it fires, at most minus that elsewhere.
 _MARGIN = 6.0
-_GATE_STEPS = 120
+_GATE_STEPS = 300
 _GATE_RATE = 0.04
 _GATE_BATCH = 3000
 _ALIKE = 0.9  # cosine from which an ordinary input is taken for one of the fact's own

@@ -63,6 +63,13 @@ def test_a_key_that_is_all_name_is_told_apart_from_its_halves() -> None:
         assert contrast_questions([Fact(key, "A thing.")], 8) == ()
 
 
+def test_a_chinese_key_that_is_all_name_is_told_apart_from_its_halves() -> None:
+    asked = [question for question, _ in contrast_questions([Fact("听潮书院", "海图")], 12, characters=True)]
+    assert len(asked) == 12
+    assert all(("听潮" in question) != ("书院" in question) for question in asked)
+    assert {"听潮" in question for question in asked} == {True, False}
+
+
 def test_a_chinese_name_is_replaced_where_no_space_parts_it() -> None:
     found = contrast_questions([Fact("松涛站的海拔", "松涛站的海拔是两千三百一十六米。")], 8)
     assert len(found) == 8
