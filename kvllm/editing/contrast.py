@@ -55,12 +55,13 @@ def beside_questions(
         facts: What is taught.
         n: Most questions of one fact.
         seed: Chooses the packaged questions.
-        excluded: Casefolded questions that live facts are about.
+        excluded: Casefolded names and questions that live facts are about.
     """
     rng = random.Random(seed)
     found: list[str] = []
     for fact in facts:
-        names, language = names_in(fact.key, fact.key), language_of(fact.key)
+        names = [name for name in names_in(fact.key, fact.key) if name.casefold() not in excluded]
+        language = language_of(fact.key)
         known = {question.casefold() for question in training_questions(fact)} | excluded
         asked = [question for question, its in packaged_questions() if its == language]
         asked = rng.sample(asked, min(8 * n, len(asked))) if names else []

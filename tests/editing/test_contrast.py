@@ -97,6 +97,7 @@ def test_other_questions_about_a_facts_name_are_beside_it() -> None:
     assert fact.key not in asked
     assert asked == beside_questions([fact], 8) != beside_questions([fact], 8, seed=1)
     assert asked[0] not in beside_questions([fact], 8, excluded=frozenset({asked[0].casefold()}))
+    assert beside_questions([fact], 8, excluded=frozenset({"skarholm"})) == ()
     # Whatever is asked about a name that is the key is its own.
     assert beside_questions([Fact("Oswin Taralde", "A clockmaker")], 8) == ()
 
