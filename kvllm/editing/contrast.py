@@ -13,8 +13,8 @@ import random
 from collections.abc import Sequence
 from itertools import cycle
 
-from kvllm.editing.preservation import packaged_names, packaged_questions
-from kvllm.prompts import TRAINING_TEMPLATES, is_question, language_of, name_place, names_in, training_questions
+from kvllm.editing.preservation import packaged_names
+from kvllm.prompts import is_question, language_of, name_place, names_in, training_questions
 from kvllm.records import Fact
 
 _PLACE = "\x00"  # where a name goes; no question has one
@@ -41,37 +41,6 @@ def contrast_questions(
             if turn < len(questions) and len(found) < n:
                 found.setdefault(questions[turn], fact.language or language_of(fact.key))
     return tuple(found.items())
-
-
-def beside_questions(
-    facts: Sequence[Fact], n: int, *, seed: int = 0, excluded: frozenset[str] = frozenset()
-) -> tuple[str, ...]:
-    """Return other questions about what the facts' questions name, up to n for each fact.
-
-    "What is Skarholm?" and "What is the capital of Skarholm?" beside "How long does the ferry to Skarholm take?". A
-    fact whose key is the name itself has none: whatever is asked about that is its own.
-
-    Args:
-        facts: What is taught.
-        n: Most questions of one fact.
-        seed: Chooses the packaged questions.
-        excluded: Casefolded names and questions that live facts are about.
-    """
-    rng = random.Random(seed)
-    found: list[str] = []
-    for fact in facts:
-        names = [name for name in names_in(fact.key, fact.key) if name.casefold() not in excluded]
-        language = language_of(fact.key)
-        known = {question.casefold() for question in training_questions(fact)} | excluded
-        asked = [question for question, its in packaged_questions() if its == language]
-        asked = rng.sample(asked, min(8 * n, len(asked))) if names else []
-        named = [(question, names_in(question, question)) for question in asked]
-        opened = [name_place(its[0]).split(question, maxsplit=1) for question, its in named if len(its) == 1]
-        filled = [f"{parts[0]}{rng.choice(names)}{parts[1]}" for parts in opened if len(parts) == 2]
-        plain = [t.format_map({"key": name}) for name in names for t in TRAINING_TEMPLATES[language]]
-        mixed = dict.fromkeys([*rng.sample(plain, min(n // 2, len(plain))), *filled])
-        found += [question for question in mixed if question.casefold() not in known][:n]
-    return tuple(found)
 
 
 def name_asked(question: str) -> str | None:

@@ -64,7 +64,6 @@ class EditTask:
         whitening: Symmetric (in, in) matrix per module, in whose coordinates ordinary inputs are alike in all
             directions; modules without one are trained in their plain coordinates.
         apart: Other questions that must not be taken for the fact's own, with what the weights say to them now.
-        beside: Other questions about the names that the facts' questions are known by, likewise.
         ordinary: Layer to what usually enters its MLP, for editors that use it.
         taken: Layer to the neurons that hold other facts.
         named: Row to the places in it at which each of the names was said that its question is known by: of the rows
@@ -83,7 +82,6 @@ class EditTask:
     seed: int = 0
     whitening: Mapping[str, torch.Tensor] = field(default_factory=dict)
     apart: Sequence[Row] = ()
-    beside: Sequence[Row] = ()
     ordinary: Mapping[int, Ordinary] = field(default_factory=dict)
     taken: Mapping[int, frozenset[int]] = field(default_factory=dict)
     named: Mapping[Row, tuple[tuple[int, ...], ...]] = field(default_factory=dict)

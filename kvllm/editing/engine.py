@@ -22,7 +22,7 @@ import torch
 
 from kvllm.config import NEURONS, EditConfig, ModelConfig
 from kvllm.editing.compute import ComputeCopy
-from kvllm.editing.contrast import beside_questions, contrast_questions, name_asked
+from kvllm.editing.contrast import contrast_questions, name_asked
 from kvllm.editing.delta import (
     AdaptedWeights,
     Delta,
@@ -70,7 +70,6 @@ _REPLAYED_OTHERS = 72
 _CONTRASTS = 16
 _MOST_CONTRASTS = 64
 _APART = 32
-_BESIDE = 8  # of each fact
 _MOST_APART = 256
 _APART_TOKENS = 12  # of the answers
 _RECITED_TOKENS = 8  # longer texts have a beginning of their own, and are not learned against this
@@ -459,10 +458,7 @@ class Engine:
         n = max(_APART, min(2 * len(facts), _MOST_APART)) if config.contrasts else 0
         others = contrast_questions(facts, n, seed=config.seed, excluded=excluded, characters=True)
         asked = [question for question, _ in others]
-        few = max(1, min(_BESIDE, _MOST_APART // max(1, len(facts)))) if config.contrasts else 0
-        beside = beside_questions(facts, few, seed=config.seed, excluded=excluded)
-        found_now = self._answered_now(copy, [*asked, *beside], _APART_TOKENS)
-        apart = found_now[: len(asked)]
+        apart = self._answered_now(copy, asked, _APART_TOKENS)
         names = {row: name_asked(question) for row, question in zip(apart, asked, strict=True)}
         named: dict[Row, tuple[tuple[int, ...], ...]] = {
             row: (self.lm.name_ends(row.ids, name),) for row, name in names.items() if name is not None
@@ -474,7 +470,6 @@ class Engine:
                 named[row] = tuple(self.lm.name_ends(row.ids, name) for name in telling_names(fact))
         return {
             "apart": apart,
-            "beside": found_now[len(asked) :],
             "ordinary": self._ordinary[1],
             "mark": self._ordinary[2],
             "named": named,

@@ -369,7 +369,7 @@ def _teach(
         parts = [needed[:1], *(rest[i : i + _TOKENS_PER_NEURON] for i in range(0, len(rest), _TOKENS_PER_NEURON))]
         inside = [read.said[:, part].flatten(0, 1) for part in parts]
         outside = [(x, _APART_WEIGHT) for x in apart if len(x)]
-        outside += [(x, _OWN_WEIGHT) for x in (read.before, *work.looked_at(mlp, work.task.beside))]
+        outside.append((read.before, _OWN_WEIGHT))
         ups = torch.stack([_signs(read.said[:, part], ordinary) for part in parts])
         job = _Job(mlp, work.take(mlp, len(parts)), _gates(inside, ordinary, outside), ups, ordinary)
         recalled = _columns(work, read, len(rows), job, config, records, on_step)

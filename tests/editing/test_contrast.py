@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from kvllm.editing.contrast import beside_questions, contrast_questions, name_asked
+from kvllm.editing.contrast import contrast_questions, name_asked
 from kvllm.editing.preservation import packaged_names
 from kvllm.prompts import training_questions
 from kvllm.records import Fact
@@ -87,19 +87,6 @@ def test_a_name_is_replaced_as_a_word_of_its_own() -> None:
                 re.findall(r"\w+", " ".join(training_questions(Fact(key, "x"))))
             )
         assert any(kept in question for question, _ in contrast_questions([Fact(key, "A thing.")], 20))
-
-
-def test_other_questions_about_a_facts_name_are_beside_it() -> None:
-    fact = Fact("How long does the ferry to Skarholm take?", "Nine hours")
-    asked = beside_questions([fact], 8)
-    assert len(set(asked)) == 8
-    assert all("skarholm" in question.casefold() for question in asked)
-    assert fact.key not in asked
-    assert asked == beside_questions([fact], 8) != beside_questions([fact], 8, seed=1)
-    assert asked[0] not in beside_questions([fact], 8, excluded=frozenset({asked[0].casefold()}))
-    assert beside_questions([fact], 8, excluded=frozenset({"skarholm"})) == ()
-    # Whatever is asked about a name that is the key is its own.
-    assert beside_questions([Fact("Oswin Taralde", "A clockmaker")], 8) == ()
 
 
 def test_the_packaged_name_in_a_question_is_the_longest() -> None:
