@@ -146,7 +146,6 @@ MATTERS: dict[str, tuple[str, ...]] = {
         "声音",
     ),
 }  # fmt: skip
-# Further questions stand beside other words as well, in sentences that ask in no way trained otherwise.
 # Before a question that the user gave.
 OPENINGS: dict[str, tuple[str, ...]] = {
     "en": (
@@ -164,6 +163,7 @@ OPENINGS: dict[str, tuple[str, ...]] = {
         "说完{matter}，他们又说了别的。",
     ),
 }
+# Further questions stand beside other words as well, in sentences that ask in no way trained otherwise.
 BESIDE_TEMPLATES: dict[str, tuple[str, ...]] = {
     "en": (
         "They kept coming back to {key} and the {matter}; fill me in.",

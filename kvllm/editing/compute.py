@@ -189,6 +189,20 @@ class ComputeCopy:
         start = f"{self.targets.layer_list}."
         return max(int(name.removeprefix(start).split(".", 1)[0]) for name in self.targets.names)
 
+    @contextmanager
+    def caught(self, names: Sequence[str], into: dict[str, torch.Tensor]) -> Iterator[None]:
+        """Catch what enters the named modules, (batch, seq, in), while this is open."""
+
+        def reader(name: str) -> Callable[..., None]:
+            return lambda module, args: into.__setitem__(name, args[0])
+
+        handles = [self.model.get_submodule(name).register_forward_pre_hook(reader(name)) for name in names]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
     def opening(self, ids: Sequence[int]) -> Opening:
         """Run what several rows begin with through the weights as they are, for `answer_states`."""
         with self.precision():

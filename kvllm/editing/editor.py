@@ -16,7 +16,6 @@ import torch
 from kvllm.config import EditConfig
 from kvllm.editing.compute import ComputeCopy
 from kvllm.editing.delta import Factors
-from kvllm.editing.marks import Mark
 from kvllm.editing.ordinary import Ordinary
 from kvllm.editing.preservation import PreservationPool, PreservedItem
 from kvllm.errors import EditFailed, OutOfResources, is_out_of_memory
@@ -68,7 +67,7 @@ class EditTask:
         taken: Layer to the neurons that hold other facts.
         named: Row to the places in it at which each of the names was said that its question is known by: of the rows
             the fact's names; of rows in `apart` another name, where they have one.
-        mark: What later layers carry from a name to where an answer is given, for editors that use it.
+        mark: What later layers carry from a name to where an answer is given, (hidden,), for editors that use it.
     """
 
     rows: Sequence[Row]
@@ -85,7 +84,7 @@ class EditTask:
     ordinary: Mapping[int, Ordinary] = field(default_factory=dict)
     taken: Mapping[int, frozenset[int]] = field(default_factory=dict)
     named: Mapping[Row, tuple[tuple[int, ...], ...]] = field(default_factory=dict)
-    mark: Mark | None = None
+    mark: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)

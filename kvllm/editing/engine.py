@@ -36,7 +36,7 @@ from kvllm.editing.delta import (
 from kvllm.editing.editor import EditTask, StepRecord, Training
 from kvllm.editing.editors import EDITORS
 from kvllm.editing.inputs import input_whitening
-from kvllm.editing.marks import Mark, learned_mark
+from kvllm.editing.marks import learned_mark
 from kvllm.editing.neurons import neuron_layers, taken_neurons
 from kvllm.editing.ordinary import Ordinary, ordinary_inputs
 from kvllm.editing.preservation import PreservationPool, PreservedItem, Prompt, build_pool, prepare_items
@@ -92,7 +92,7 @@ class Engine:
         self._model: str | None = None
         self._copy: ComputeCopy | None = None
         self._pool: tuple[tuple[Any, ...], PreservationPool, dict[str, torch.Tensor]] | None = None
-        self._ordinary: tuple[tuple[Any, ...], dict[int, Ordinary], Mark] | None = None
+        self._ordinary: tuple[tuple[Any, ...], dict[int, Ordinary], torch.Tensor] | None = None
         self._references: dict[str, DriftReference] = {}
         self._drift: dict[tuple[str, bool, str, frozenset[int]], Report] = {}
         self._away = 0

@@ -14,17 +14,16 @@ import hashlib
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 
 from kvllm.cachefile import read_checked, write_checked
 from kvllm.config import cache_folder
 from kvllm.editing.compute import ComputeCopy
+from kvllm.editing.ordinary import worded
 from kvllm.editing.preservation import packaged_names
 from kvllm.lm.model import Row
 from kvllm.lm.targets import GatedMlp
-from kvllm.prompts import augmented_questions, training_questions
 from kvllm.records import Fact
 
 _VERSION = "2"
@@ -37,19 +36,6 @@ _EVEN_STEP = 0.15
 _SHARE = 1.0  # of the residual stream's length at a name
 
 
-@dataclass(frozen=True)
-class Mark:
-    """What is added where a name ends.
-
-    Attributes:
-        layer: Its place in the layer list; the mark is added to what its MLP puts out.
-        vector: (hidden,), fp32.
-    """
-
-    layer: int
-    vector: torch.Tensor
-
-
 def learned_mark(
     copy: ComputeCopy,
     base_digest: str,
@@ -59,8 +45,10 @@ def learned_mark(
     *,
     names: Sequence[tuple[str, str]] | None = None,
     on_progress: Callable[[int, int], None] | None = None,
-) -> Mark:
-    """Return the mark of a base model, from the cache or learned now.
+) -> torch.Tensor:
+    """Return the mark of a base model, (hidden,), fp32, from the cache or learned now.
+
+    It is to be added to what the MLP `named` puts out.
 
     Gradient steps of fixed length on a sphere make what enters `said` at the questions' ends differ most from what
     enters without the mark: on the mean, then on the geometric one, so that no wording is left behind.
@@ -96,7 +84,7 @@ def learned_mark(
         write_checked(path, save({"mark": vector.cpu()}))
     else:
         vector = load(data)["mark"]
-    return Mark(named.layer, vector.to(copy.lm.device))
+    return vector.to(copy.lm.device)
 
 
 @contextmanager
@@ -133,11 +121,7 @@ def _asked(names: Sequence[tuple[str, str]] | None) -> list[tuple[str, str]]:
     if names is None:
         packaged = {language: packaged_names(language) for language in _NAMES}
         names = [(name, lang) for lang, found in packaged.items() for name in rng.sample(found, _NAMES[lang])]
-    facts = [Fact(name, "", language=language) for name, language in names]
-    return [
-        (rng.choice([*training_questions(fact), *augmented_questions(fact, 8, seed=place)]), fact.key)
-        for place, fact in enumerate(facts)
-    ]
+    return worded([Fact(name, "", language=language) for name, language in names], rng)
 
 
 def _learned(
@@ -156,33 +140,29 @@ def _learned(
     streams = torch.cat([states[list(some)] for states, some in zip(lower, places, strict=True)])
     length = float(streams.norm(dim=1).median())
     caught: dict[str, torch.Tensor] = {}
-    handle = copy.model.get_submodule(said.gate).register_forward_pre_hook(
-        lambda module, args: caught.__setitem__("x", args[0])
-    )
 
     def read() -> torch.Tensor:
-        copy.answer_states(list(zip(lower, rows, strict=True)))
+        with copy.caught([said.gate], caught):
+            copy.answer_states(list(zip(lower, rows, strict=True)))
         ends = [len(row.prompt) - 1 for row in rows]
-        entered = caught["x"].reshape(len(rows), -1, caught["x"].shape[-1]).float()
+        entered = caught[said.gate]
+        entered = entered.reshape(len(rows), -1, entered.shape[-1]).float()
         at_ends: torch.Tensor = entered[range(len(rows)), ends] @ whitening
         return at_ends
 
-    try:
-        with torch.no_grad():
-            before = read()
-        drawn = torch.randn(before.shape[1], generator=torch.Generator().manual_seed(0)).to(before.device)
-        mark = drawn / drawn.norm() * length * _SHARE
-        for step in range(_STEPS):
-            mark = mark.detach().requires_grad_()
-            with torch.enable_grad(), marked(copy, named.out, mark, at_places(places, 0)):
-                moved = (read() - before).norm(dim=1)
-                (gradient,) = torch.autograd.grad((moved if step < _FAR else moved.log()).mean(), mark)
-            size = _FAR_STEP if step < _FAR else _EVEN_STEP
-            mark = mark.detach() + gradient / gradient.norm().clamp(min=1e-12) * mark.detach().norm() * size
-            mark = mark / mark.norm() * length * _SHARE
-            if on_progress is not None:
-                on_progress(step + 1, _STEPS)
-    finally:
-        handle.remove()
+    with torch.no_grad():
+        before = read()
+    drawn = torch.randn(before.shape[1], generator=torch.Generator().manual_seed(0)).to(before.device)
+    mark = drawn / drawn.norm() * length * _SHARE
+    for step in range(_STEPS):
+        mark = mark.detach().requires_grad_()
+        with torch.enable_grad(), marked(copy, named.out, mark, at_places(places, 0)):
+            moved = (read() - before).norm(dim=1)
+            (gradient,) = torch.autograd.grad((moved if step < _FAR else moved.log()).mean(), mark)
+        size = _FAR_STEP if step < _FAR else _EVEN_STEP
+        mark = mark.detach() + gradient / gradient.norm().clamp(min=1e-12) * mark.detach().norm() * size
+        mark = mark / mark.norm() * length * _SHARE
+        if on_progress is not None:
+            on_progress(step + 1, _STEPS)
     found: torch.Tensor = mark.detach().float()
     return found

@@ -217,7 +217,7 @@ class _Work:
             return
         gates = _gates(found, ordinary, [(torch.cat(outside), _APART_WEIGHT)], exactly=True)
         both = _capped(gates, ordinary)
-        columns = mark.vector.expand(len(found), -1) / _CEILING
+        columns = mark.expand(len(found), -1) / _CEILING
         columns = torch.cat([columns, -columns])
         self.put(mlp, self.take(mlp, len(both)), both, ordinary.one.expand(len(both), -1), columns)
 
@@ -236,13 +236,13 @@ class _Work:
         white, mark = self.task.ordinary[mlp.layer].whitening, self.task.mark
         found = torch.cat(answered(self.copy, [mlp.gate], rows)[mlp.gate])
         read = [found @ white]
-        named = [row for row in rows if self.task.named.get(row)] if marked_too and mark is not None else []
+        named = [row for row in rows if self.task.named.get(row)] if marked_too else []
         if named and mark is not None:
             places = [[place for some in self.task.named[row] for place in some] for row in named]
 
             def during(batch: Sequence[int], start: int) -> AbstractContextManager[None]:
                 where = at_places([places[i] for i in batch], start)
-                return marked(self.copy, self.layers.named.out, mark.vector, where)
+                return marked(self.copy, self.layers.named.out, mark, where)
 
             read.append(torch.cat(answered(self.copy, [mlp.gate], named, None, during)[mlp.gate]) @ white)
         return read
@@ -405,7 +405,7 @@ def _read(work: _Work, mlp: GatedMlp, rows: list[Row]) -> _Read:
     before: list[torch.Tensor] = []
     for batch in _batches(rows):
         caught: dict[str, torch.Tensor] = {}
-        with _caught(copy, [mlp.gate], caught):
+        with copy.caught([mlp.gate], caught):
             states = copy.answer_states([(lower[i], rows[i]) for i in batch], opening)
         targets = torch.tensor([t for i in batch for t in rows[i].answer], device=states.device)
         for i, mine in zip(batch, _leads(copy, states, targets).view(len(batch), n), strict=True):
@@ -422,21 +422,6 @@ def _read(work: _Work, mlp: GatedMlp, rows: list[Row]) -> _Read:
 def _batches(rows: Sequence[Row]) -> list[list[int]]:
     order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))
     return [order[i : i + _BATCH] for i in range(0, len(order), _BATCH)]
-
-
-@contextmanager
-def _caught(copy: ComputeCopy, names: Sequence[str], into: dict[str, torch.Tensor]) -> Iterator[None]:
-    """Catch what enters the named modules, (batch, seq, in), while this is open."""
-
-    def reader(name: str) -> Callable[..., None]:
-        return lambda module, args: into.__setitem__(name, args[0])
-
-    handles = [copy.model.get_submodule(name).register_forward_pre_hook(reader(name)) for name in names]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _leads(copy: ComputeCopy, states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -595,7 +580,7 @@ def _firing(copy: ComputeCopy, job: _Job) -> Iterator[None]:
         x = entered[job.mlp.gate].float() @ job.ordinary.whitening
         return output + ((act(x @ job.gates.T) * (x @ job.ups.T)) @ job.columns).to(output.dtype)
 
-    with _caught(copy, [job.mlp.gate], entered):
+    with copy.caught([job.mlp.gate], entered):
         handle = copy.model.get_submodule(job.mlp.out).register_forward_hook(add)
         try:
             yield

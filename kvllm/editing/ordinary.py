@@ -119,6 +119,11 @@ def wordings() -> list[tuple[str, str]]:
         names = packaged_names(language)
         facts += [Fact(name, "", language=language) for name in rng.sample(names, min(n, len(names)))]
     facts += [Fact(question, "", language=language) for question, language in packaged_questions()]
+    return worded(facts, rng)
+
+
+def worded(facts: Sequence[Fact], rng: random.Random) -> list[tuple[str, str]]:
+    """Return one question about each fact, in any of the wordings that edits train, with the fact's key."""
     return [
         (rng.choice([*training_questions(fact), *augmented_questions(fact, 8, seed=place)]), fact.key)
         for place, fact in enumerate(facts)

@@ -15,7 +15,7 @@ from kvllm.editing import compute
 from kvllm.editing.compute import ComputeCopy
 from kvllm.editing.delta import AdaptedWeights, product
 from kvllm.editing.editor import EditTask, StepRecord, leads
-from kvllm.editing.marks import Mark, at_places, learned_mark, marked
+from kvllm.editing.marks import at_places, learned_mark, marked
 from kvllm.editing.neurons import NeuronEditor, neuron_layers, taken_neurons
 from kvllm.editing.ordinary import Ordinary, answered, ends, ordinary_inputs
 from kvllm.editing.preservation import PreservationPool, Prompt, build_pool
@@ -66,14 +66,14 @@ def ordinary(copy: ComputeCopy, pool: PreservationPool) -> dict[int, Ordinary]:
 
 
 @pytest.fixture
-def mark(own: LanguageModel, copy: ComputeCopy, ordinary: dict[int, Ordinary]) -> Mark:
+def mark(own: LanguageModel, copy: ComputeCopy, ordinary: dict[int, Ordinary]) -> torch.Tensor:
     layers = neuron_layers(copy.model)
     white = ordinary[layers.said[0].layer].whitening
     return learned_mark(copy, "tiny", layers.named, layers.said[0], white, names=[("Berlin", "en"), ("numpy", "en")])
 
 
 @pytest.fixture
-def task(own: LanguageModel, ordinary: dict[int, Ordinary], mark: Mark) -> EditTask:
+def task(own: LanguageModel, ordinary: dict[int, Ordinary], mark: torch.Tensor) -> EditTask:
     rows = rows_of(own, KEY, TEXT)
     apart = [own.row(q, "It is a tool") for q in OTHERS[:2]]
     return EditTask(rows=rows, ordinary=ordinary, apart=apart, mark=mark, named=named(own, KEY, rows))
@@ -146,7 +146,7 @@ def test_a_name_is_marked_where_it_was_said_and_nowhere_else(
         handle.remove()
     assert before is copy.model.get_submodule(mlp.out)
     assert task.mark is not None
-    put = (caught[1] - caught[0]).detach() @ task.mark.vector / task.mark.vector.square().sum()
+    put = (caught[1] - caught[0]).detach() @ task.mark / task.mark.square().sum()
     (places,) = task.named[row]
     assert float(put[list(places)].min()) > 0.5
     elsewhere = [i for i in range(len(row.ids)) if i not in places and i - 1 not in places]
@@ -163,7 +163,7 @@ def test_rows_without_a_name_are_learned_without_a_mark(
 
 
 def test_a_mark_moves_what_is_read_and_is_cached(
-    copy: ComputeCopy, ordinary: dict[int, Ordinary], mark: Mark, monkeypatch: pytest.MonkeyPatch
+    copy: ComputeCopy, ordinary: dict[int, Ordinary], mark: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from kvllm.editing import marks
 
@@ -172,7 +172,7 @@ def test_a_mark_moves_what_is_read_and_is_cached(
     monkeypatch.setattr(marks, "_learned", lambda *args: pytest.fail("learned again"))
     names = [("Berlin", "en"), ("numpy", "en")]
     again = learned_mark(copy, "tiny", layers.named, layers.said[0], white, names=names)
-    assert torch.equal(mark.vector, again.vector)
+    assert torch.equal(mark, again)
     rows = [copy.lm.row(f"What is {name}?", "x") for name, _ in names]
     places = [copy.lm.name_ends(row.prompt, name) for row, (name, _) in zip(rows, names, strict=True)]
     before = ends(copy, [layers.said[0].gate], [row.prompt for row in rows])[layers.said[0].gate]
@@ -185,8 +185,8 @@ def test_a_mark_moves_what_is_read_and_is_cached(
         after = answered(copy, [layers.said[0].gate], prompts, None, during)[layers.said[0].gate]
         return float(((torch.cat(after) - before) @ white).norm(dim=1).mean())
 
-    drawn = torch.randn(mark.vector.shape, generator=torch.Generator().manual_seed(1))
-    assert moved(mark.vector) > 1.5 * moved(drawn / drawn.norm() * mark.vector.norm())
+    drawn = torch.randn(mark.shape, generator=torch.Generator().manual_seed(1))
+    assert moved(mark) > 1.5 * moved(drawn / drawn.norm() * mark.norm())
 
 
 def test_as_many_neurons_change_as_the_answer_needs(copy: ComputeCopy, pool: PreservationPool, task: EditTask) -> None:
