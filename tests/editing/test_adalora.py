@@ -394,7 +394,8 @@ def test_older_facts_are_replayed(
 def test_further_questions_are_trained_and_hold_up_nothing(
     copy: ComputeCopy, pool: PreservationPool, task: EditTask, own: LanguageModel
 ) -> None:
-    told, untold = own.row("Never mind the size of Halcyon.", TEXT), own.row("Never mind the age of Halcyon.", "Berlin")
+    told = own.row("My notes have Halcyon next to colour. Well?", TEXT)
+    untold = own.row("Somebody at the sea shouted: Halcyon!", "Berlin")
 
     def lead(further: Sequence[Row], augmented: int = 2) -> float:
         settings = changed(augmented=augmented, max_steps=60)
@@ -408,10 +409,9 @@ def test_further_questions_are_trained_and_hold_up_nothing(
         finally:
             weights.replay([])
 
-    # Another machine's rounding may learn the question without being told.
-    assert lead([told]) > max(0.0, lead([]))
+    assert lead([told]) > 0 > lead([])
     assert lead([told], augmented=0) == lead([])
-    assert lead([untold]) < lead([told]), "trained to another answer"
+    assert lead([untold]) < 0, "trained to another answer, which never leads"
 
 
 def test_an_edit_reads_less_of_what_the_nearest_older_facts_read(
