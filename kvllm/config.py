@@ -23,7 +23,8 @@ DEFAULT_ENCODER = "minilm-l6"
 DTYPES = ("float32", "bfloat16", "float16")
 _FACTS_OF_MAX_STEPS = 4
 _FACTS_OF_RANK = 8
-NEURONS = "neurons"  # the editor that puts a fact into neurons of its own
+# Editors: what the model allows; a few neurons of a fact's own; low-rank training.
+AUTO, NEURONS, ADALORA = "auto", "neurons", "adalora"
 _WIDTHS_PER_RANK = 4  # a matrix's smaller side is at least so many times the rank that many facts ask for
 
 
@@ -78,9 +79,11 @@ class EditConfig(_Validated):
     """How one edit is trained.
 
     Attributes:
-        editor: Name of the editor: "adalora", "lora", "full" (fine-tuning of the adapted matrices), or "neurons" (a few
-            neurons of the fact's own, in gated MLPs). That one looks at `max_steps`, `margin`, `augmented`,
-            `contrasts`, `replay` (each on or off), `max_text_tokens`, `preserve_tokens` and `seed` only.
+        editor: Name of the editor: "neurons" (a few neurons of the fact's own, in gated MLPs), "adalora", "lora", or
+            "full" (fine-tuning of the adapted matrices). "auto" is "neurons" where the base model has spare neurons
+            (`kvllm.lm.widening`), else "adalora"; an edit records which it was. "neurons" looks at `max_steps`,
+            `margin`, `augmented`, `contrasts`, `replay` (each on or off), `max_text_tokens`, `preserve_tokens` and
+            `seed` only, and where it may choose no spare neuron, it takes those that the model needs least.
         depth: The adapted band of decoder layers, as shares of the depth.
         modules: Which matrices of those layers; see `kvllm.lm.targets.MODULE_KINDS`.
         init_rank, target_rank: AdaLoRA's rank per matrix before and (on average) after allocation; LoRA's is
@@ -118,7 +121,7 @@ class EditConfig(_Validated):
         seed: Of every random choice; recorded with the edit.
     """
 
-    editor: str = "adalora"
+    editor: str = AUTO
     depth: tuple[float, float] = (0.3, 0.55)
     modules: str = "mlp-out"
     init_rank: int = 12

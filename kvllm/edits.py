@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from kvllm.config import NEURONS, EditConfig, GateConfig
+from kvllm.config import ADALORA, NEURONS, EditConfig, GateConfig
 from kvllm.errors import EditFailed, EditRejected
 from kvllm.metrics import RECALLED_SHARE, RESTORED_KL, first_sentence
 from kvllm.prompts import REFUSALS, alias_questions, asked_questions, held_out_questions, language_of, names_of
@@ -204,6 +204,7 @@ class Edits:
         """
         session = self._session
         engine = session.engine
+        settings = engine.settled(settings)
         touched = {fact.key for fact in facts}
         live = session.live() if replay else []
         others = [f for f in live if f.key not in touched]
@@ -329,6 +330,7 @@ class Edits:
         session = self._session
         with session.all_or_nothing() as parent:
             started = time.perf_counter()
+            config = session.engine.settled(config)
             away, report, refused = self._unlearned(fact, mode, config, gate, live=live)
             if refused:
                 raise _rejected(f"The delete of {fact.key!r}", report, refused)
@@ -360,7 +362,7 @@ class Edits:
     ) -> tuple[_TrainedAway, Report, list[str]]:
         session = self._session
         versions = [*session.versions(fact.key)[:-1], fact] if live else [fact]
-        away = self._train_away(versions, mode, config, held_out=gate.measure)
+        away = self._train_away(versions, mode, session.engine.settled(config), held_out=gate.measure)
         session.engine.weights.apply(away.training.delta)
         return away, *self._measure_unlearned(versions, away, gate, live=live)
 
@@ -401,7 +403,7 @@ class Edits:
                 other = settings.editor == NEURONS
                 training = engine.train(
                     left,
-                    replace(settings, editor=EditConfig().editor) if other else settings,
+                    replace(settings, editor=ADALORA) if other else settings,
                     restore=items[: len(questions)],
                     replay=nearest,
                     live=names_of(others) | _refused_names(refused),
@@ -409,7 +411,7 @@ class Edits:
                     tick=session.ticker,
                 )
                 if other:
-                    training = replace(training, in_force={**training.in_force, "editor": EditConfig().editor})
+                    training = replace(training, in_force={**training.in_force, "editor": ADALORA})
             targets = {**dict(zip(asked, base_answers, strict=True)), **kept}
             return _TrainedAway(training, targets, tuple(items), kept, warnings)
         refusal = REFUSALS[language]

@@ -1269,11 +1269,14 @@ def _absolute_model(name: str) -> str:
     A registered name is no path, as for `resolve`, whatever folder lies here; `./name` is one.
     """
     from kvllm.lm.registry import MODELS
+    from kvllm.lm.sources import without_spare
 
-    if name in MODELS:
+    of, spare = without_spare(name)
+    if of in MODELS:
         return name
-    path = Path(name).expanduser()
-    return str(path.resolve()) if path.exists() and (path.is_dir() or path.suffix.lower() == ".gguf") else name
+    path = Path(of).expanduser()
+    is_model = path.exists() and (path.is_dir() or path.suffix.lower() == ".gguf")
+    return f"{path.resolve()}{spare}" if is_model else name
 
 
 def _base_record(files: ModelFiles, name: str) -> Any:

@@ -12,6 +12,7 @@ import math
 import os
 import platform
 import random
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -20,7 +21,7 @@ from typing import Any
 
 import torch
 
-from kvllm.config import NEURONS, EditConfig, ModelConfig
+from kvllm.config import ADALORA, AUTO, NEURONS, EditConfig, ModelConfig
 from kvllm.editing.compute import ComputeCopy
 from kvllm.editing.contrast import contrast_questions, name_asked
 from kvllm.editing.delta import (
@@ -37,11 +38,12 @@ from kvllm.editing.editor import EditTask, StepRecord, Training
 from kvllm.editing.editors import EDITORS
 from kvllm.editing.inputs import input_whitening
 from kvllm.editing.marks import learned_mark
-from kvllm.editing.neurons import neuron_layers, taken_neurons
+from kvllm.editing.neurons import has_spare, neuron_layers, taken_neurons
 from kvllm.editing.ordinary import Ordinary, ordinary_inputs
 from kvllm.editing.preservation import PreservationPool, PreservedItem, Prompt, build_pool, prepare_items
 from kvllm.errors import BaseMismatch, ConfigError, Corrupt, ModelError, Untrusted
 from kvllm.lm.model import LanguageModel, Row
+from kvllm.lm.registry import MODELS
 from kvllm.lm.sources import ModelFiles, resolve
 from kvllm.lm.targets import find_targets
 from kvllm.probing.drift import DriftReference, base_reference, measure_drift
@@ -340,6 +342,12 @@ class Engine:
                     f"takes {self.lm.max_positions}; nothing was changed."
                 )
 
+    def settled(self, config: EditConfig) -> EditConfig:
+        """Return a configuration that names its editor: where it is "auto", what the base model allows."""
+        if config.editor != AUTO:
+            return config
+        return replace(config, editor=NEURONS if has_spare(self.lm.model, self.weights.base) else ADALORA)
+
     def train(
         self,
         facts: Sequence[Fact],
@@ -362,6 +370,7 @@ class Engine:
             language: Of the key; by default that of the first fact.
             tick: Makes a progress function for a stage.
         """
+        config = self.settled(config)
         pool, whitening = self.pool(config, tick)
         copy = self._prepare(config)
         neurons = config.editor == NEURONS
@@ -560,6 +569,7 @@ class Engine:
         self, config: EditConfig, tick: Callable[[str], Tick] | None = None
     ) -> tuple[PreservationPool, dict[str, torch.Tensor]]:
         """Return this base model's preservation pool and input whitening, from the cache or made now."""
+        config = self.settled(config)
         copy = self._copy_for(config)
         key = (copy.targets.names, config.preserve_tokens, config.input_ridge, str(copy.dtype))
         if self._pool is None or self._pool[0] != key:
@@ -574,6 +584,7 @@ class Engine:
 
     def _copy_for(self, config: EditConfig) -> ComputeCopy:
         """Return the compute copy with this configuration's targets, holding whatever weights it held."""
+        config = self.settled(config)
         if config.editor == NEURONS:
             targets = neuron_layers(self.lm.model).targets(self.lm.model)
         else:
@@ -691,9 +702,12 @@ def resolve_pinned(
     base = store.base
     moved = model is not None and model != base.name
     name = model if model is not None else base.name
-    revision = base.revision if base.source.startswith("hub:") and not moved else None
+    from_hub = re.match(r"(spare\d+:)?hub:", base.source) is not None
+    revision = base.revision if from_hub and not moved else None
     try:
         files = resolve(name, revision=revision, progress=progress, verify=verify)
+        if files.digest != base.digest and name in MODELS:  # made before registered models had spare neurons
+            files = resolve(f"{name}+0", revision=revision, progress=progress, verify=verify)
     except ModelError as error:
         raise ModelError(f"{error} The knowledge base at {store.path} needs it and is unchanged.") from error
     if files.digest != base.digest:

@@ -28,7 +28,7 @@ from kvllm.editing.editor import EditTask, StepRecord, Training, leads, training
 from kvllm.editing.marks import at_places, marked
 from kvllm.editing.ordinary import Ordinary, answered
 from kvllm.editing.preservation import PreservationPool
-from kvllm.errors import ConfigError, EditFailed
+from kvllm.errors import ConfigError, EditFailed, ModelError
 from kvllm.lm.decoding import MIN_OPENING, Opening
 from kvllm.lm.model import Row, shared_length
 from kvllm.lm.targets import GatedMlp, Targets, decoder_layers, gated_mlp
@@ -36,7 +36,7 @@ from kvllm.lm.targets import GatedMlp, Targets, decoder_layers, gated_mlp
 # Shares of the depth: where a name is recognised, and where the answer is given.
 _NAMED_DEPTH = 0.22
 _SAID_DEPTH = 0.67
-_SAID_LAYERS = 4
+_SAID_LAYERS = 8
 _MOST_NAMES = 3
 _MOST_TAKEN = 0.25  # of a layer's neurons
 _TOKENS_PER_NEURON = 2  # of an answer: written with opposite signs
@@ -66,6 +66,7 @@ _ENOUGH = 0.9  # of the further questions
 _BATCH = 16
 _TOLD_APART = 32  # older rows
 _UNTOUCHED = 1e-3  # relative change of a neuron's gate that rounding may leave
+_SILENT = 1e-6  # of a layer's largest weight: what rounding may leave of a column that was taken back
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,15 @@ def neuron_layers(model: torch.nn.Module) -> Layers:
     return Layers(gated_mlp(model, _NAMED_DEPTH), tuple(gated_mlp(model, (layer + 0.5) / n) for layer in said))
 
 
+def has_spare(model: torch.nn.Module, base: Callable[[str], torch.Tensor]) -> bool:
+    """Say whether a base model has neurons of zeros wherever edits use some."""
+    try:
+        mlps = neuron_layers(model).all
+    except (ConfigError, ModelError):
+        return False
+    return all(bool((base(mlp.gate).abs().amax(1) == 0).any()) for mlp in mlps)
+
+
 def taken_neurons(
     mlps: Sequence[GatedMlp], now: Callable[[str], torch.Tensor], base: Callable[[str], torch.Tensor]
 ) -> dict[int, frozenset[int]]:
@@ -109,7 +119,8 @@ def taken_neurons(
     found = {}
     for mlp in mlps:
         before, after = base(mlp.gate).float(), now(mlp.gate).float()
-        changed = (after - before).norm(dim=1) > _UNTOUCHED * before.norm(dim=1).clamp(min=1e-12)
+        usual = before.norm(dim=1).median()  # spare ones have no gate yet
+        changed = (after - before).norm(dim=1) > _UNTOUCHED * before.norm(dim=1).clamp(min=usual)
         found[mlp.layer] = frozenset(changed.nonzero()[:, 0].tolist())
     return found
 
@@ -257,10 +268,10 @@ class _Work:
 
     @torch.no_grad()
     def take(self, mlp: GatedMlp, n: int) -> list[int]:
-        """Silence the n neurons that the layer's output needs least, and let the free ones make up for them.
+        """Return n neurons that say nothing: spare ones, else those that the layer's output needs least.
 
-        Which and how: Hassibi and Stork, "Second order derivatives for network pruning: Optimal Brain Surgeon", 1992,
-        with the outputs' own squared error.
+        These are silenced, and the free ones make up for them. Which and how: Hassibi and Stork, "Second order
+        derivatives for network pruning: Optimal Brain Surgeon", 1992, with the outputs' own squared error.
 
         Raises:
             EditFailed: so many are not free.
@@ -273,6 +284,11 @@ class _Work:
                 f"Layer {mlp.layer} has no {n} free neurons left for this fact: {len(taken)} of {len(moments)} hold "
                 "others; nothing was changed. Delete facts, or use the editor 'adalora'."
             )
+        silent = free[out[:, free].abs().amax(0) <= _SILENT * out.abs().max()]
+        if len(silent) >= n:
+            chosen = silent[:n].tolist()
+            self.taken[mlp.layer] |= set(chosen)
+            return chosen
         among = moments[free][:, free].double()
         inverse = torch.linalg.inv(among.cpu()).to(among.device)
         lost = out[:, free].double().square().sum(0) / inverse.diagonal()

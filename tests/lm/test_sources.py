@@ -629,7 +629,9 @@ def test_default_model_resolves_to_a_chat_model() -> None:
         "chat_template.jinja",
         "generation_config.json",
     } <= set(files.files)
-    assert files.files["model.safetensors"] == "a672150fb4f99d7c8f4168cecdd464069c0ef3a37d8113f22ddb9d48031d03cd"
+    assert files.files["model.safetensors"] == "599ccdec1144b710d621493dc6ce646461a7e5946b1dd4bc6a71e1eec0c6e2fa"
+    plain = sources.resolve("smollm2-135m-instruct+0")
+    assert plain.files["model.safetensors"] == "a672150fb4f99d7c8f4168cecdd464069c0ef3a37d8113f22ddb9d48031d03cd"
     assert sources.resolve("smollm2-135m-instruct", verify=True, offline=True) == files
     config = AutoConfig.from_pretrained(files.path)
     assert (config.model_type, config.num_hidden_layers, config.tie_word_embeddings) == ("llama", 30, True)
