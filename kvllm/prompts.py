@@ -174,6 +174,12 @@ BESIDE_TEMPLATES: dict[str, tuple[str, ...]] = {
         "Somebody at the {matter} shouted: {key}!",
         "{key}, again? And no word on the {matter}?",
         "Not the {matter}, not the {other}: just {key}.",
+        "Write the entry for {key}, and leave out the {matter}.",
+        "{key} goes into the minutes before the {matter}.",
+        "Prepare the newcomers for {key}.",
+        "We still lack {key} on page nine, after the {matter}.",
+        "The {matter} rests on {key}, they say. Enlighten us.",
+        "Put {key} into plain words for the children.",
     ),
     "zh": (
         "他们老提{key}和{matter}，讲讲吧。",
@@ -183,6 +189,10 @@ BESIDE_TEMPLATES: dict[str, tuple[str, ...]] = {
         "我的笔记里写着{key}，旁边是{matter}。",
         "又是{key}？那{matter}呢？",
         "不要{matter}，也不要{other}，只要{key}。",
+        "把{key}写进记录，不写{matter}。",
+        "第九页还缺{key}，在{matter}后面。",
+        "替新来的人准备一下{key}。",
+        "据说{matter}全靠{key}，给我们讲明白。",
     ),
 }
 HELD_OUT_QUESTION_TEMPLATES: dict[str, tuple[str, ...]] = {

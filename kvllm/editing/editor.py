@@ -63,11 +63,14 @@ class EditTask:
         whitening: Symmetric (in, in) matrix per module, in whose coordinates ordinary inputs are alike in all
             directions; modules without one are trained in their plain coordinates.
         apart: Other questions that must not be taken for the fact's own, with what the weights say to them now.
+        beside: Of rows in `apart` the answer of the fact that they stand beside; the others stand beside all.
         ordinary: Layer to what usually enters its MLP, for editors that use it.
         taken: Layer to the neurons that hold other facts.
         named: Row to the places in it at which each of the names was said that its question is known by: of the rows
             the fact's names; of rows in `apart` another name, where they have one.
         mark: What later layers carry from a name to where an answer is given, (hidden,), for editors that use it.
+        marked: Layer to what enters its MLP where the questions of `Ordinary.ends` end, the mark on what they are
+            about, (questions, hidden).
     """
 
     rows: Sequence[Row]
@@ -81,10 +84,12 @@ class EditTask:
     seed: int = 0
     whitening: Mapping[str, torch.Tensor] = field(default_factory=dict)
     apart: Sequence[Row] = ()
+    beside: Mapping[Row, tuple[int, ...]] = field(default_factory=dict)
     ordinary: Mapping[int, Ordinary] = field(default_factory=dict)
     taken: Mapping[int, frozenset[int]] = field(default_factory=dict)
     named: Mapping[Row, tuple[tuple[int, ...], ...]] = field(default_factory=dict)
     mark: torch.Tensor | None = None
+    marked: Mapping[int, torch.Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

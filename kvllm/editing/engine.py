@@ -37,9 +37,9 @@ from kvllm.editing.delta import (
 from kvllm.editing.editor import EditTask, StepRecord, Training
 from kvllm.editing.editors import EDITORS
 from kvllm.editing.inputs import input_whitening
-from kvllm.editing.marks import learned_mark
+from kvllm.editing.marks import learned_mark, marked_ends
 from kvllm.editing.neurons import has_spare, neuron_layers, taken_neurons
-from kvllm.editing.ordinary import Ordinary, ordinary_inputs
+from kvllm.editing.ordinary import Ordinary, ordinary_inputs, wordings
 from kvllm.editing.preservation import PreservationPool, PreservedItem, Prompt, build_pool, prepare_items
 from kvllm.errors import BaseMismatch, ConfigError, Corrupt, ModelError, Untrusted
 from kvllm.lm.model import LanguageModel, Row
@@ -63,7 +63,7 @@ from kvllm.records import Fact, Metric, Progress, Report, StoredFact
 from kvllm.store import Store
 
 # Further questions of a fact, and of many together.
-_AUGMENTED = 24
+_AUGMENTED = 32
 _MOST_AUGMENTED = 192
 # Of an edit's older facts: the nearest, with some questions each, and others at random, with one.
 _REPLAYED_NEAR = 24
@@ -72,7 +72,6 @@ _REPLAYED_OTHERS = 72
 _CONTRASTS = 16
 _MOST_CONTRASTS = 64
 _APART = 32
-_MOST_APART = 256
 _APART_TOKENS = 12  # of the answers
 _RECITED_TOKENS = 8  # longer texts have a beginning of their own, and are not learned against this
 Tick = Callable[..., None]
@@ -94,7 +93,7 @@ class Engine:
         self._model: str | None = None
         self._copy: ComputeCopy | None = None
         self._pool: tuple[tuple[Any, ...], PreservationPool, dict[str, torch.Tensor]] | None = None
-        self._ordinary: tuple[tuple[Any, ...], dict[int, Ordinary], torch.Tensor] | None = None
+        self._ordinary: tuple[tuple[Any, ...], dict[int, Ordinary], torch.Tensor, dict[int, torch.Tensor]] | None = None
         self._references: dict[str, DriftReference] = {}
         self._drift: dict[tuple[str, bool, str, frozenset[int]], Report] = {}
         self._away = 0
@@ -421,7 +420,9 @@ class Engine:
         if not config.augmented:
             return []
         n = max(config.augmented, min(_AUGMENTED, _MOST_AUGMENTED // max(1, len(facts))))
-        if config.editor != NEURONS:  # others train a fact with questions of its own on what it was given
+        if config.editor == NEURONS:
+            n = max(config.augmented, _AUGMENTED)
+        else:  # others train a fact with questions of its own on what it was given
             facts = [fact for fact in facts if not fact.questions]
         rows = [self.lm.row(q, f.text) for f in facts for q in augmented_questions(f, n, seed=config.seed)]
         return [row for row in rows if len(row.ids) <= self.lm.max_positions]
@@ -458,20 +459,26 @@ class Engine:
             with self.base_weights():
                 self._load_copy()
                 show = tick("preservation") if tick is not None else None
-                found = ordinary_inputs(copy, pool, self.store.base.digest, layers.all, on_progress=show)
-                said = layers.said[0]
+                base, said = self.store.base.digest, layers.said[0]
+                found = ordinary_inputs(copy, pool, base, layers.all, whole=[layers.named], on_progress=show)
                 white = found[said.layer].whitening
-                mark = learned_mark(copy, self.store.base.digest, layers.named, said, white, on_progress=show)
+                mark = learned_mark(copy, base, layers.named, said, white, on_progress=show)
+                marked = marked_ends(copy, base, mark, layers.named, layers.said, asked=wordings(), on_progress=show)
             self._load_copy()
-            self._ordinary = (key, found, mark)
-        n = max(_APART, min(2 * len(facts), _MOST_APART)) if config.contrasts else 0
-        others = contrast_questions(facts, n, seed=config.seed, excluded=excluded, characters=True)
-        asked = [question for question, _ in others]
-        apart = self._answered_now(copy, asked, _APART_TOKENS)
-        names = {row: name_asked(question) for row, question in zip(apart, asked, strict=True)}
-        named: dict[Row, tuple[tuple[int, ...], ...]] = {
-            row: (self.lm.name_ends(row.ids, name),) for row, name in names.items() if name is not None
-        }
+            self._ordinary = (key, found, mark, marked)
+        n = _APART if config.contrasts else 0
+        asked: dict[str, Fact] = {}
+        for fact in facts:
+            for question, _ in contrast_questions([fact], n, seed=config.seed, excluded=excluded, characters=True):
+                asked.setdefault(question, fact)
+        apart = self._answered_now(copy, list(asked), _APART_TOKENS)
+        beside: dict[Row, tuple[int, ...]] = {}
+        named: dict[Row, tuple[tuple[int, ...], ...]] = {}
+        for row, (question, fact) in zip(apart, asked.items(), strict=True):
+            beside[row] = self.lm.row(question, fact.text).answer
+            name = name_asked(question)
+            if name is not None:
+                named[row] = (self.lm.name_ends(row.ids, name),)
         for fact in facts:
             further = augmented_questions(fact, max(_AUGMENTED, config.augmented), seed=config.seed)
             for question in (*asked_questions(fact), *further):
@@ -479,8 +486,10 @@ class Engine:
                 named[row] = tuple(self.lm.name_ends(row.ids, name) for name in telling_names(fact))
         return {
             "apart": apart,
+            "beside": beside,
             "ordinary": self._ordinary[1],
             "mark": self._ordinary[2],
+            "marked": self._ordinary[3],
             "named": named,
             "taken": taken_neurons(layers.all, self.weights.master, self.weights.base),
         }

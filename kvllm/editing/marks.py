@@ -13,14 +13,14 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 
 from kvllm.cachefile import read_checked, write_checked
 from kvllm.config import cache_folder
 from kvllm.editing.compute import ComputeCopy
-from kvllm.editing.ordinary import worded
+from kvllm.editing.ordinary import answered, worded
 from kvllm.editing.preservation import packaged_names
 from kvllm.lm.model import Row
 from kvllm.lm.targets import GatedMlp
@@ -85,6 +85,52 @@ def learned_mark(
     else:
         vector = load(data)["mark"]
     return vector.to(copy.lm.device)
+
+
+def marked_ends(
+    copy: ComputeCopy,
+    base_digest: str,
+    mark: torch.Tensor,
+    named: GatedMlp,
+    mlps: Sequence[GatedMlp],
+    *,
+    asked: Sequence[tuple[str, str]],
+    on_progress: Callable[[int, int], None] | None = None,
+) -> dict[int, torch.Tensor]:
+    """Return what enters each MLP where marked questions end, from the cache or measured now: layer → (questions, in).
+
+    Args:
+        copy: Compute copy, reading at least up to these MLPs; where nothing is cached it must hold the base's weights.
+        base_digest: Identity of the base model.
+        mark: Put on the names.
+        named: Of the layer that puts it on.
+        mlps: Where it is to be read.
+        asked: Questions, each with the name it is about; those in which the name is not found are left unmarked.
+        on_progress: Called with batches done and their number.
+    """
+    from safetensors.torch import load, save
+
+    facts = [_VERSION, base_digest, str(copy.dtype), torch.__version__, named.out, *(mlp.gate for mlp in mlps)]
+    facts += [str(mark.norm().item()), *map(repr, asked)]
+    digest = hashlib.sha256("\x00".join(facts).encode()).hexdigest()[:24]
+    path = cache_folder() / "preservation" / f"marked-{digest}.safetensors"
+    data = read_checked(path)
+    if data is None:
+        rows = [Row(tuple(copy.lm.prompt_ids(question)), ()) for question, _ in asked]
+        places = [copy.lm.name_ends(row.prompt, name) for row, (_, name) in zip(rows, asked, strict=True)]
+        found = answered(copy, [mlp.gate for mlp in mlps], rows, on_progress, marking(copy, named.out, mark, places))
+        tensors = {str(mlp.layer): torch.cat(found[mlp.gate]).half().cpu() for mlp in mlps}
+        write_checked(path, save(tensors))
+    else:
+        tensors = load(data)
+    return {mlp.layer: tensors[str(mlp.layer)].to(copy.lm.device).float() for mlp in mlps}
+
+
+def marking(
+    copy: ComputeCopy, out: str, mark: torch.Tensor, places: Sequence[Sequence[int]]
+) -> Callable[[Sequence[int], int], AbstractContextManager[None]]:
+    """Return what marks each row's places while a batch of these rows is run, from a position on."""
+    return lambda batch, start: marked(copy, out, mark, at_places([places[i] for i in batch], start))
 
 
 @contextmanager

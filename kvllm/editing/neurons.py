@@ -25,8 +25,8 @@ from kvllm.config import EditConfig
 from kvllm.editing.compute import ComputeCopy
 from kvllm.editing.delta import Delta, check_finite, concatenate, is_transposed
 from kvllm.editing.editor import EditTask, StepRecord, Training, leads, training_errors
-from kvllm.editing.marks import at_places, marked
-from kvllm.editing.ordinary import Ordinary, answered
+from kvllm.editing.marks import marking
+from kvllm.editing.ordinary import Ordinary, answered, tokens
 from kvllm.editing.preservation import PreservationPool
 from kvllm.errors import ConfigError, EditFailed, ModelError
 from kvllm.lm.decoding import MIN_OPENING, Opening
@@ -47,9 +47,7 @@ _SPARE = 1.5  # nats beyond the margin: asked in other words a token leads by le
 _SURE = 4.0  # nats: an answer's token that leads by so much on every row needs no neuron
 # What a gate is to read: at least that where it fires, at most minus that elsewhere.
 _MARGIN = 6.0
-_GATE_STEPS = 300
-_GATE_RATE = 0.04
-_GATE_BATCH = 3000
+_GATE_STEPS = 60
 _ALIKE = 0.9  # cosine from which an ordinary input is taken for one of the fact's own
 _DECAY = 0.01
 # Of the squared distances to the margin, against those of the fact's own rows.
@@ -59,12 +57,14 @@ _OWN_WEIGHT = 1.0
 _READ_RIDGE = 0.05  # of the neurons that tell tokens apart by sign
 _COLUMN_RATE = 0.3  # length of a step of a column, in units of the residual stream's length / 20
 _STREAM_SHARE = 0.05
+_START = 1.0  # of the stream's length: what a neuron that reads the margin writes at first
 _ROWS = 6
 _STEP_TOKENS = 384
 _READ_TOKENS = 512
 _ENOUGH = 0.9  # of the further questions
 _BATCH = 16
 _TOLD_APART = 32  # older rows
+_OF_SESSION = 48  # rows of the same session's other facts
 _UNTOUCHED = 1e-3  # relative change of a neuron's gate that rounding may leave
 _SILENT = 1e-6  # of a layer's largest weight: what rounding may leave of a column that was taken back
 
@@ -150,15 +150,14 @@ class NeuronEditor:
             task = replace(task, replay=())
         with training_errors():
             torch.manual_seed(task.seed)
+            facts = _facts(task)
             with _work(copy, task) as work, torch.enable_grad():
                 records: list[StepRecord] = []
                 recalled = True
-                facts = _facts(task)
                 for rows, further in facts:
                     work.name([*rows, *further])
-                for place, (rows, further) in enumerate(facts):
-                    others = [row for i, (some, _) in enumerate(facts) if i != place for row in some]
-                    recalled &= _teach(work, rows, further, others, config, records, on_step)
+                for rows, further in facts:
+                    recalled &= _teach(work, rows, further, config, records, on_step)
                 delta = concatenate(work.changed)
         check_finite(delta)
         ranks = {name: a.shape[0] for name, (a, _) in delta.items()}
@@ -207,9 +206,10 @@ class _Work:
         if mark is None or not n_names:
             return
         ordinary = self.task.ordinary[mlp.layer]
-        apart = [Row(row.ids, ()) for row in (*self.task.apart, *self.task.replay[:_TOLD_APART])]
+        apart = [Row(row.ids, ()) for row in (*self.beside(rows[0]), *self.task.replay[:_TOLD_APART])]
         with self.only(mlp):
-            read = self._every(mlp, [row.ids for row in (*rows, *apart)])
+            found = tokens(self.copy, [mlp.gate], [row.ids for row in (*rows, *apart)])[mlp.gate]
+        read = [x @ ordinary.whitening for x in found]
         inside: list[list[torch.Tensor]] = [[] for _ in range(n_names)]
         outside = list(read[len(rows) :])
         for x, row in zip(read, rows, strict=False):
@@ -223,40 +223,53 @@ class _Work:
                 other[here] = False
                 other[[place + 1 for place in here if place + 1 < len(x)]] = False
             outside.append(x[other])
-        found = [torch.cat(some) for some in inside if sum(map(len, some))]
-        if not found:
+        said = [torch.cat(some) for some in inside if sum(map(len, some))]
+        if not said:
             return
-        gates = _gates(found, ordinary, [(torch.cat(outside), _APART_WEIGHT)], exactly=True)
+        silent = [(torch.cat(outside), _APART_WEIGHT), (self.others(ordinary), _APART_WEIGHT)]
+        gates = _gates(said, ordinary, silent, exactly=True)
         both = _capped(gates, ordinary)
-        columns = mark.expand(len(found), -1) / _CEILING
+        columns = mark.expand(len(said), -1) / _CEILING
         columns = torch.cat([columns, -columns])
         self.put(mlp, self.take(mlp, len(both)), both, ordinary.one.expand(len(both), -1), columns)
 
-    def _every(self, mlp: GatedMlp, sequences: Sequence[Sequence[int]]) -> list[torch.Tensor]:
-        """Return what enters an MLP at each token that not all sequences begin with, white: (tokens, hidden) each."""
-        shared = min(shared_length(sequences), min(map(len, sequences)) - 1)
-        rows = [Row(tuple(ids[: shared + 1]), (*ids[shared + 1 :], 0)) for ids in sequences]
-        found = answered(self.copy, [mlp.gate], rows)
-        white = self.task.ordinary[mlp.layer].whitening
-        return [x @ white for x in found[mlp.gate]]
+    def others(self, ordinary: Ordinary, read: torch.Tensor | None = None) -> torch.Tensor:
+        """Return `Ordinary.ends`, or what was `read` there, of all that has not to do with this edit: (n, hidden)."""
+        other = torch.tensor([name not in self.task.excluded for name in ordinary.about], device=ordinary.ends.device)
+        return (ordinary.ends if read is None else read)[other]
 
-    def looked_at(self, mlp: GatedMlp, rows: Sequence[Row], *, marked_too: bool = False) -> list[torch.Tensor]:
-        """Return what enters an MLP where these rows' questions end and their answers are given, white, (n, hidden)."""
+    def beside(self, own: Row) -> list[Row]:
+        """Return the questions about other names that a fact must not be taken for; `own` is one of its rows."""
+        return [row for row in self.task.apart if self.task.beside.get(row, own.answer) == own.answer]
+
+    def elsewhere(self, mlp: GatedMlp, own: Row) -> list[torch.Tensor]:
+        """Return what enters a late MLP where other questions end and their answers are given, white, (n, hidden) each.
+
+        Questions about other names, as they are and with the mark on the name; and other facts', at the weights of now.
+        """
+        apart = self.beside(own)
+        named = [row for row in apart if self.task.named.get(row)]
+        others = [row for row in self.task.rows if row.answer != own.answer]
+        others = random.Random(f"{self.task.seed}/{own.answer}").sample(others, min(_OF_SESSION, len(others)))
+        rest = [*(row for row in self.task.replay[:_TOLD_APART] if row.answer != own.answer), *others]
+        with self.only(mlp):
+            found = [self._answered(mlp, apart), self._answered(mlp, rest)]
+            if named and self.task.mark is not None:
+                places = [[place for some in self.task.named[row] for place in some] for row in named]
+                during = marking(self.copy, self.layers.named.out, self.task.mark, places)
+                found.append(self._answered(mlp, named, during))
+        return [torch.cat(some) for some in found if some]
+
+    def _answered(
+        self,
+        mlp: GatedMlp,
+        rows: Sequence[Row],
+        during: Callable[[Sequence[int], int], AbstractContextManager[None]] | None = None,
+    ) -> list[torch.Tensor]:
         if not rows:
             return []
-        white, mark = self.task.ordinary[mlp.layer].whitening, self.task.mark
-        found = torch.cat(answered(self.copy, [mlp.gate], rows)[mlp.gate])
-        read = [found @ white]
-        named = [row for row in rows if self.task.named.get(row)] if marked_too else []
-        if named and mark is not None:
-            places = [[place for some in self.task.named[row] for place in some] for row in named]
-
-            def during(batch: Sequence[int], start: int) -> AbstractContextManager[None]:
-                where = at_places([places[i] for i in batch], start)
-                return marked(self.copy, self.layers.named.out, mark, where)
-
-            read.append(torch.cat(answered(self.copy, [mlp.gate], named, None, during)[mlp.gate]) @ white)
-        return read
+        found = answered(self.copy, [mlp.gate], rows, None, during)
+        return [x @ self.task.ordinary[mlp.layer].whitening for x in found[mlp.gate]]
 
     def weight(self, name: str) -> torch.Tensor:
         return self.copy.model.get_submodule(name).weight  # type: ignore[no-any-return]
@@ -363,31 +376,28 @@ def _teach(
     work: _Work,
     rows: Sequence[Row],
     further: Sequence[Row],
-    others: Sequence[Row],
     config: EditConfig,
     records: list[StepRecord],
     on_step: Callable[[StepRecord], None] | None,
 ) -> bool:
-    """Teach one fact, whose gates are not to fire at the `others`, and return whether it is in."""
+    """Teach one fact, and return whether it is in."""
     mlp = min(work.layers.said, key=lambda mlp: (len(work.taken[mlp.layer]), mlp.layer))
     ordinary = work.task.ordinary[mlp.layer]
+    elsewhere = work.elsewhere(mlp, rows[0])
     with work.only(mlp):
         read = _read(work, mlp, [*rows, *further])
-        other = torch.tensor([name not in work.task.excluded for name in ordinary.about], device=ordinary.ends.device)
-        apart = [
-            ordinary.ends[other],
-            *work.looked_at(mlp, work.task.apart, marked_too=True),
-            *work.looked_at(mlp, [*work.task.replay[:_TOLD_APART], *others]),
-        ]
         # Of the first token always: asked in other words the model may begin otherwise.
         needed = [i for i in range(read.leads.shape[1]) if i == 0 or bool((read.leads[:, i] < _SURE).any())]
         rest = needed[1:]
         parts = [needed[:1], *(rest[i : i + _TOKENS_PER_NEURON] for i in range(0, len(rest), _TOKENS_PER_NEURON))]
         inside = [read.said[:, part].flatten(0, 1) for part in parts]
-        outside = [(x, _APART_WEIGHT) for x in apart if len(x)]
+        ended = [work.others(ordinary)]
+        if mlp.layer in work.task.marked:
+            ended.append(work.others(ordinary, work.task.marked[mlp.layer] @ ordinary.whitening))
+        outside = [(x, _APART_WEIGHT) for x in (*ended, *elsewhere)]
         outside.append((read.before, _OWN_WEIGHT))
         ups = torch.stack([_signs(read.said[:, part], ordinary) for part in parts])
-        job = _Job(mlp, work.take(mlp, len(parts)), _gates(inside, ordinary, outside), ups, ordinary)
+        job = _Job(mlp, work.take(mlp, len(parts)), parts, _gates(inside, ordinary, outside), ups, ordinary)
         recalled = _columns(work, read, len(rows), job, config, records, on_step)
     work.put(job.mlp, job.places, job.gates, job.ups, job.columns.detach())
     return recalled
@@ -395,10 +405,14 @@ def _teach(
 
 @dataclass
 class _Job:
-    """New neurons of one layer: white gates and ups (n, hidden), and what they write, (n, hidden)."""
+    """New neurons of one layer: white gates and ups (n, hidden), and what they write, (n, hidden).
+
+    `parts` are the places in the answer that each says: one, or two, with opposite signs.
+    """
 
     mlp: GatedMlp
     places: list[int]
+    parts: list[list[int]]
     gates: torch.Tensor
     ups: torch.Tensor
     ordinary: Ordinary
@@ -465,7 +479,8 @@ def _gates(
     """Train one gate for each set of inputs (n, hidden), all white; return (gates, hidden).
 
     Each is to read at least the margin inside, or exactly that, and at most minus the margin outside and on ordinary
-    inputs: squared distances to that are made small by Adam.
+    inputs: squared distances to that are made small, by the quasi-Newton method of Nocedal, "Updating Quasi-Newton
+    Matrices with Limited Storage", 1980.
     """
 
     def missed(x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
@@ -477,22 +492,19 @@ def _gates(
     start = means - (means @ one / (one @ one))[:, None] * one
     start = start / (start * means).sum(1, keepdim=True).clamp(min=1e-6) * 2 * _MARGIN - _MARGIN * one
     gates = start.detach().clone().requires_grad_()
-    optimizer = torch.optim.Adam([gates], lr=_GATE_RATE)
-    slower = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, _GATE_STEPS)
-    drawn = torch.Generator().manual_seed(0)
     inputs = _unlike(ordinary.inputs, torch.cat(list(inside)))
-    n = len(inputs)
-    for _ in range(_GATE_STEPS):
-        some = torch.randint(n, (min(n, _GATE_BATCH),), generator=drawn).to(gates.device)
-        read = torch.stack([missed(x, gate) for x, gate in zip(inside, gates, strict=True)])
-        loss = read.sum() + _ORDINARY_WEIGHT * _over(inputs[some], gates) + _DECAY * gates.square().sum()
-        for x, weight in outside:
-            if len(x):
-                loss = loss + weight * _over(x, gates)
+    silent = [(inputs, _ORDINARY_WEIGHT), *((x, weight) for x, weight in outside if len(x))]
+    optimizer = torch.optim.LBFGS([gates], max_iter=_GATE_STEPS, history_size=10, line_search_fn="strong_wolfe")
+
+    def loss() -> torch.Tensor:
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        slower.step()
+        read = torch.stack([missed(x, gate) for x, gate in zip(inside, gates, strict=True)])
+        total = read.sum() + _DECAY * gates.square().sum()
+        total = total + sum(weight * _over(x, gates) for x, weight in silent)
+        total.backward()
+        return total
+
+    optimizer.step(loss)
     return gates.detach()
 
 
@@ -533,6 +545,7 @@ def _columns(
 ) -> bool:
     """Train what the new neurons write, until every token of the rows leads by the margin; return whether it does."""
     copy, rng = work.copy, random.Random(f"{work.task.seed}/{len(records)}")
+    job.columns = _start(copy, read, job)
     job.columns.requires_grad_()
     scale = _STREAM_SHARE * read.length
     rate = _COLUMN_RATE * scale / math.sqrt(job.columns.shape[1])
@@ -573,6 +586,19 @@ def _columns(
             optimizer.step()
         with torch.no_grad():
             return all(_recalled(copy, read, range(n_rows), config.margin))
+
+
+@torch.no_grad()
+def _start(copy: ComputeCopy, read: _Read, job: _Job) -> torch.Tensor:
+    """Return columns, (n, hidden), that point where the output matrix reads their tokens."""
+    output = copy.model.get_output_embeddings().weight.float()
+    answer = torch.tensor(read.rows[0].answer, device=output.device)
+    toward = F.normalize(output[answer] - output.mean(0), dim=1)
+    signs = torch.zeros(len(job.parts), len(answer), device=output.device)
+    for neuron, part in enumerate(job.parts):
+        for token, sign in zip(part, (1.0, -1.0), strict=False):
+            signs[neuron, token] = sign
+    return signs @ toward * (_START * read.length / _MARGIN)
 
 
 def _recalled(copy: ComputeCopy, read: _Read, places: Sequence[int], margin: float) -> list[bool]:

@@ -29,19 +29,19 @@ from kvllm.editing.preservation import (
     packaged_questions,
 )
 from kvllm.lm.decoding import Opening
-from kvllm.lm.model import Row
+from kvllm.lm.model import Row, shared_length
 from kvllm.lm.targets import GatedMlp
 from kvllm.prompts import augmented_questions, training_questions
 from kvllm.records import Fact
 
-_VERSION = "1"
+_VERSION = "2"
 _RIDGE = 0.02  # of the whitening, in units of the mean eigenvalue: no direction is read more than seven times as loud
 _TOKENS = 8192  # kept of a layer's inputs
 _NAMES = {"en": 400, "zh": 120}  # questions about packaged names, one each
 _BATCH = 32
 # Of the mean square: what the neurons' moments are made invertible with.
 _DAMPING = 1e-4
-_KEPT = ("inputs", "ends", "moments")  # of a layer in the cache
+_KEPT = ("inputs", "ends", "places", "moments")  # of a layer in the cache
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,9 @@ class Ordinary:
     Attributes:
         whitening: Symmetric (hidden, hidden), fp32: in its coordinates inputs are alike in all directions.
         inputs: A sample of them there, (tokens, hidden).
-        ends: Likewise, where questions about other names end and answers begin, (questions, hidden).
-        about: Those names, or questions, casefolded.
+        ends: Likewise, where questions about other names end and answers begin, (n, hidden); of a layer that was asked
+            for whole questions, at each of their tokens.
+        about: What each of these is about, a name or a question, casefolded.
         one: The direction there in which inputs are as near to 1 as they are in any, (hidden,): what stands for a bias.
         moments: Mean products of what the neurons put out, (inner, inner).
     """
@@ -73,6 +74,7 @@ def ordinary_inputs(
     *,
     prompts: Sequence[Prompt] | None = None,
     questions: Sequence[tuple[str, str]] | None = None,
+    whole: Sequence[GatedMlp] = (),
     on_progress: Callable[[int, int], None] | None = None,
 ) -> dict[int, Ordinary]:
     """Return what usually enters each MLP, from the cache or measured now.
@@ -85,6 +87,7 @@ def ordinary_inputs(
         prompts: Read beside the pool; by default packaged prompts that are not in it.
         questions: Those of `Ordinary.ends`, each with what it is about; by default packaged names and questions in
             many wordings.
+        whole: Of the MLPs those whose `Ordinary.ends` are to be at every token of these questions.
         on_progress: Called with batches done and their number.
 
     Returns:
@@ -96,18 +99,18 @@ def ordinary_inputs(
     groups = ordinary_sequences(copy, pool, prompts)
     names = [name for mlp in mlps for name in (mlp.gate, mlp.out)]
     facts = [PRESERVATION_VERSION, _VERSION, base_digest, str(copy.dtype), torch.__version__, *names]
-    facts += [question for question, _ in asked]
+    facts += [question for question, _ in asked] + [mlp.gate for mlp in whole]
     facts += [repr(ids) for group in groups for ids in group]
     digest = hashlib.sha256("\x00".join(facts).encode()).hexdigest()[:24]
     path = cache_folder() / "preservation" / f"ordinary-{digest}.safetensors"
     data = read_checked(path)
     if data is None:
-        tensors = _measured(copy, mlps, groups, [question for question, _ in asked], on_progress)
+        tensors = _measured(copy, mlps, groups, [question for question, _ in asked], whole, on_progress)
         write_checked(path, save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}))
     else:
         tensors = load(data)
     device = copy.lm.device
-    about = tuple(name.casefold() for _, name in asked)
+    about = [name.casefold() for _, name in asked]
     return {mlp.layer: _ordinary({k: tensors[f"{mlp.layer}.{k}"].to(device) for k in _KEPT}, about) for mlp in mlps}
 
 
@@ -143,6 +146,14 @@ def ends(
         }
     found = answered(copy, names, [Row(tuple(prompt), ()) for prompt in prompts], on_batch)
     return {name: torch.cat(parts) for name, parts in found.items()}
+
+
+def tokens(
+    copy: ComputeCopy, names: Sequence[str], sequences: Sequence[Sequence[int]]
+) -> dict[str, list[torch.Tensor]]:
+    """Return what enters each of the named modules at each token that not all sequences begin with: (tokens, in)."""
+    shared = min(shared_length(sequences), min(map(len, sequences)) - 1)
+    return answered(copy, names, [Row(tuple(ids[: shared + 1]), (*ids[shared + 1 :], 0)) for ids in sequences])
 
 
 def answered(
@@ -193,6 +204,7 @@ def _measured(
     mlps: Sequence[GatedMlp],
     groups: Sequence[Sequence[Sequence[int]]],
     asked: Sequence[str],
+    whole: Sequence[GatedMlp],
     on_progress: Callable[[int, int], None] | None,
 ) -> dict[str, torch.Tensor]:
     inputs: dict[str, list[torch.Tensor]] = {mlp.gate: [] for mlp in mlps}
@@ -208,19 +220,23 @@ def _measured(
             counts[name] += len(x)
 
     read_inputs(copy, [*inputs, *counts], groups, take, but=())
-    ended = ends(copy, list(inputs), [copy.lm.prompt_ids(question) for question in asked], on_progress)
+    prompts = [copy.lm.prompt_ids(question) for question in asked]
+    last = {name: [x[None] for x in found] for name, found in ends(copy, list(inputs), prompts, on_progress).items()}
+    every = tokens(copy, [mlp.gate for mlp in whole], prompts) if whole and prompts else {}
     found: dict[str, torch.Tensor] = {}
     drawn = torch.Generator().manual_seed(0)
     for mlp in mlps:
-        whole = torch.cat(inputs[mlp.gate])
-        kept = torch.randperm(len(whole), generator=drawn)[:_TOKENS].to(whole.device)
-        found[f"{mlp.layer}.inputs"] = whole[kept]
-        found[f"{mlp.layer}.ends"] = ended[mlp.gate].half()
+        all_inputs = torch.cat(inputs[mlp.gate])
+        kept = torch.randperm(len(all_inputs), generator=drawn)[:_TOKENS].to(all_inputs.device)
+        found[f"{mlp.layer}.inputs"] = all_inputs[kept]
+        ended = every.get(mlp.gate) or last[mlp.gate]
+        found[f"{mlp.layer}.ends"] = torch.cat(ended).half() if ended else all_inputs[:0]
+        found[f"{mlp.layer}.places"] = torch.tensor([i for i, x in enumerate(ended) for _ in x], dtype=torch.int32)
         found[f"{mlp.layer}.moments"] = moments[mlp.out] / max(1, counts[mlp.out])
     return found
 
 
-def _ordinary(kept: Mapping[str, torch.Tensor], about: tuple[str, ...]) -> Ordinary:
+def _ordinary(kept: Mapping[str, torch.Tensor], about: Sequence[str]) -> Ordinary:
     x = kept["inputs"].float()
     values, vectors = torch.linalg.eigh(decomposable(x.T @ x / len(x)))
     values = values.clamp(min=0)
@@ -230,4 +246,5 @@ def _ordinary(kept: Mapping[str, torch.Tensor], about: tuple[str, ...]) -> Ordin
     one = torch.linalg.solve(square, white.mean(0))
     moments = kept["moments"].float()
     damped = moments + _DAMPING * moments.diagonal().mean() * torch.eye(len(moments), device=x.device)
-    return Ordinary(whitening, white, kept["ends"].float() @ whitening, about, one, damped)
+    of = tuple(about[place] for place in kept["places"].tolist())
+    return Ordinary(whitening, white, kept["ends"].float() @ whitening, of, one, damped)

@@ -170,7 +170,7 @@ def test_a_knowledge_base_made_before_registered_models_had_spare_neurons_opens(
     resolved = engine.resolve
 
     def register(name: str, **options: object) -> object:
-        of = {"registered": f"{tiny_llama}+{SPARE}", "registered+0": str(tiny_llama)}[name]
+        of = {"registered": f"{tiny_llama}+{SPARE}", "registered+0": str(tiny_llama)}.get(name, name)
         return replace(resolved(of), name=name)
 
     kb = make_kb("old.kb", model=str(tiny_llama), edit=QUICK)
