@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from kvllm.editing.editor import Training
     from kvllm.editing.preservation import PreservedItem
 
+_Part = tuple[str, Mapping[str, Sequence[int]] | None]  # a delta's sha256, and of which neurons: layer to places
+
 GATE_NEIGHBOURS = 6
 _RESTORE_TOKENS = 32
 _MOST_NAMED = 10  # keys in one sentence
@@ -218,7 +220,7 @@ class Edits:
         refused = [f for f in self.refusals() if f.key not in touched] if replay else []
         nearest = [*alone, *self._nearest_first(facts, [*others, *_replayable(refused)])]
         names = session.live_names() | _refused_names(refused)
-        own = self._own_deltas(facts[0].key) if settings.editor == NEURONS and len(facts) == 1 and replay else []
+        own = self._own_parts(facts[0].key) if settings.editor == NEURONS and len(facts) == 1 and replay else []
         with self._without(own) as former:
             training = engine.train(asked, settings, replay=nearest, live=names, tick=session.ticker)
         training = _joined(former, training)
@@ -392,7 +394,7 @@ class Edits:
         untrained = [q for q in untrained if q not in kept]
         refused = [f for f in self.refusals() if f.key != newest.key]
         nearest, asked = self._nearest_first([newest], [*others, *_replayable(refused)]), [*questions, *untrained]
-        own = self._own_deltas(newest.key)
+        own = self._own_parts(newest.key)
         if mode == "restore":
             items, base_answers = (
                 engine.base_items(questions, untrained, _RESTORE_TOKENS, settings) if asked else ([], [])
@@ -422,22 +424,27 @@ class Edits:
         training = _joined(former, training)
         return _TrainedAway(training, {**dict.fromkeys(asked, refusal), **kept}, (), kept, warnings)
 
-    def _own_deltas(self, key: str) -> list[str]:
-        """Return the deltas (sha256) that hold a key in neurons of its own; none where others are in them, too."""
+    def _own_parts(self, key: str) -> list[_Part]:
+        """Return what holds a key in neurons of its own: deltas (sha256), of edits with other facts a part of them.
+
+        None where it was taught in another way as well.
+        """
         session, found = self._session, []
         for edit in session.lineage():
             if key not in edit.keys:
                 continue
             if edit.op == "delete" and edit.mode == "restore":
                 break
-            settings = session.store.edit(edit.id).config.get("edit", {})
-            if edit.keys != (key,) or settings.get("editor") != NEURONS:
+            config = session.store.edit(edit.id).config
+            places = config.get("training", {}).get("neurons", {}).get(key)
+            alone = edit.keys == (key,)
+            if config.get("edit", {}).get("editor") != NEURONS or not (alone or places):
                 return []
-            found += [edit.delta.sha256] if edit.delta is not None else []
+            found += [(edit.delta.sha256, None if alone else places)] if edit.delta is not None else []
         return found
 
     @contextmanager
-    def _without(self, deltas: Sequence[str]) -> Iterator[dict[str, Factors]]:
+    def _without(self, deltas: Sequence[_Part]) -> Iterator[dict[str, Factors]]:
         """Hold the weights without some deltas while this is open; give what takes them out."""
         if not deltas:
             yield {}
@@ -448,7 +455,7 @@ class Edits:
             engine.weights.apply(former)
             yield former
 
-    def _taken_back(self, deltas: Sequence[str]) -> Training:
+    def _taken_back(self, deltas: Sequence[_Part]) -> Training:
         """Return, as a training without steps, what takes deltas out of the weights again."""
         from kvllm.editing.editor import Training
 

@@ -105,6 +105,8 @@ class Training:
         scale: What the trained delta was multiplied with in the end.
         in_force: Settings that differed from those asked for, because several facts shared them.
         kept: For editors whose outcome cannot be merged: the tensors of the adapter; then `delta` is empty.
+        places: For editors that give each answer neurons of its own: answer to layer to these.
+        neurons: The same by the keys of facts, as the ledger keeps it.
     """
 
     delta: Mapping[str, Factors]
@@ -115,10 +117,14 @@ class Training:
     scale: float = 1.0
     in_force: Mapping[str, Any] = field(default_factory=dict)
     kept: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    places: Mapping[tuple[int, ...], Mapping[int, Sequence[int]]] = field(default_factory=dict)
+    neurons: Mapping[str, Mapping[str, Sequence[int]]] = field(default_factory=dict)
 
     def summary(self) -> dict[str, Any]:
         """Return what the ledger keeps of a training."""
+        own = {key: {layer: list(some) for layer, some in found.items()} for key, found in self.neurons.items()}
         return {
+            **({"neurons": own} if own else {}),
             "steps": self.steps,
             "recalled": self.recalled,
             "ranks": dict(self.ranks),

@@ -38,7 +38,7 @@ from kvllm.editing.editor import EditTask, StepRecord, Training
 from kvllm.editing.editors import EDITORS
 from kvllm.editing.inputs import input_whitening
 from kvllm.editing.marks import learned_mark, marked_ends
-from kvllm.editing.neurons import has_spare, neuron_layers, taken_neurons
+from kvllm.editing.neurons import has_spare, neuron_layers, part_of, taken_neurons
 from kvllm.editing.ordinary import Ordinary, ordinary_inputs, wordings
 from kvllm.editing.preservation import PreservationPool, PreservedItem, Prompt, build_pool, prepare_items
 from kvllm.errors import BaseMismatch, ConfigError, Corrupt, ModelError, Untrusted
@@ -205,10 +205,20 @@ class Engine:
         """Return the exact sum of an edit's history as one delta, ranks concatenated."""
         return concatenate([self._delta(sha) for sha in self.store.chain(edit_id)])
 
-    def taken_back(self, deltas: Sequence[str]) -> dict[str, Factors]:
-        """Return the change that takes stored deltas (sha256) out of the weights again."""
-        found = [self._delta(sha) for sha in deltas]
-        return concatenate([{name: (a, -b) for name, (a, b) in delta.items()} for delta in found])
+    def taken_back(self, parts: Sequence[tuple[str, Mapping[str, Sequence[int]] | None]]) -> dict[str, Factors]:
+        """Return the change that takes stored deltas out of the weights again.
+
+        Args:
+            parts: Each delta's sha256, and of which neurons its change is meant (layer to their places); None for all.
+        """
+        found: list[Delta] = []
+        for sha, places in parts:
+            delta = self._delta(sha)
+            if places is not None:
+                own = {int(layer): some for layer, some in places.items()}
+                delta = part_of(delta, neuron_layers(self.lm.model).all, own)
+            found.append({name: (a, -b) for name, (a, b) in delta.items()})
+        return concatenate(found)
 
     def snapshot_if_due(self, every: int) -> None:
         """Write a snapshot of the head's changed matrices where opening would replay more than `every` deltas."""
@@ -408,7 +418,22 @@ class Engine:
         check_finite(training.delta)
         check_norm(training.delta)
         asked = config.to_dict()
-        return replace(training, in_force={k: v for k, v in shared_out.to_dict().items() if v != asked[k]})
+        return replace(
+            training,
+            in_force={k: v for k, v in shared_out.to_dict().items() if v != asked[k]},
+            neurons=self._by_key(facts, training),
+        )
+
+    def _by_key(self, facts: Sequence[Fact], training: Training) -> dict[str, dict[str, Sequence[int]]]:
+        """Return which neurons are whose; facts with the same text share theirs, and have none of their own."""
+        found: dict[tuple[int, ...], list[str]] = {}
+        for fact in facts:
+            found.setdefault(self.lm.row(asked_questions(fact)[0], fact.text).answer, []).append(fact.key)
+        return {
+            keys[0]: {str(layer): some for layer, some in training.places[answer].items()}
+            for answer, keys in found.items()
+            if len(keys) == 1 and answer in training.places
+        }
 
     def _changed_below(self, copy: ComputeCopy) -> bool:
         """Say whether an edit of another band changed a layer below this one: what enters it is not the base's."""

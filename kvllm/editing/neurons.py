@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 
@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from kvllm.config import EditConfig
 from kvllm.editing.compute import ComputeCopy
-from kvllm.editing.delta import Delta, check_finite, concatenate, is_transposed
+from kvllm.editing.delta import Delta, Factors, check_finite, concatenate, is_transposed, product
 from kvllm.editing.editor import EditTask, StepRecord, Training, leads, training_errors
 from kvllm.editing.marks import marking
 from kvllm.editing.ordinary import Ordinary, answered, tokens
@@ -125,6 +125,22 @@ def taken_neurons(
     return found
 
 
+def part_of(delta: Delta, mlps: Sequence[GatedMlp], places: Mapping[int, Sequence[int]]) -> dict[str, Factors]:
+    """Return what a delta changes of some neurons: layer to their places."""
+    found: dict[str, Factors] = {}
+    for mlp in mlps:
+        own = torch.tensor(places.get(mlp.layer, ()), dtype=torch.long)
+        for name in (mlp.gate, mlp.up, mlp.out):
+            if name not in delta or not len(own):
+                continue
+            change = product(delta[name])
+            if name == mlp.out:
+                found[name] = (_one_hot(own, change.shape[1]), change[:, own].contiguous())
+            else:
+                found[name] = (change[own].contiguous(), _one_hot(own, len(change)).T.contiguous())
+    return found
+
+
 class NeuronEditor:
     """Teaches one fact after the other, each in neurons of its own. Holds no state between calls."""
 
@@ -161,7 +177,14 @@ class NeuronEditor:
                 delta = concatenate(work.changed)
         check_finite(delta)
         ranks = {name: a.shape[0] for name, (a, _) in delta.items()}
-        return Training(delta=delta, steps=len(records), recalled=recalled, ranks=ranks, records=tuple(records))
+        return Training(
+            delta=delta,
+            steps=len(records),
+            recalled=recalled,
+            ranks=ranks,
+            records=tuple(records),
+            places=work.owned,
+        )
 
 
 def _facts(task: EditTask) -> list[tuple[list[Row], list[Row]]]:
@@ -181,6 +204,7 @@ class _Work:
 
     Attributes:
         taken: Layer to the neurons that hold facts.
+        owned: Answer to layer to the neurons that this session gave it.
     """
 
     copy: ComputeCopy
@@ -188,6 +212,7 @@ class _Work:
     task: EditTask
     taken: dict[int, set[int]]
     changed: list[Delta] = field(default_factory=list)
+    owned: dict[tuple[int, ...], dict[int, list[int]]] = field(default_factory=dict)
 
     @contextmanager
     def only(self, mlp: GatedMlp) -> Iterator[None]:
@@ -231,7 +256,7 @@ class _Work:
         both = _capped(gates, ordinary)
         columns = mark.expand(len(said), -1) / _CEILING
         columns = torch.cat([columns, -columns])
-        self.put(mlp, self.take(mlp, len(both)), both, ordinary.one.expand(len(both), -1), columns)
+        self.put(mlp, self.take(mlp, len(both), rows[0]), both, ordinary.one.expand(len(both), -1), columns)
 
     def others(self, ordinary: Ordinary, read: torch.Tensor | None = None) -> torch.Tensor:
         """Return `Ordinary.ends`, or what was `read` there, of all that has not to do with this edit: (n, hidden)."""
@@ -280,8 +305,8 @@ class _Work:
         self.changed.append({name: (a.cpu(), b.cpu())})
 
     @torch.no_grad()
-    def take(self, mlp: GatedMlp, n: int) -> list[int]:
-        """Return n neurons that say nothing: spare ones, else those that the layer's output needs least.
+    def take(self, mlp: GatedMlp, n: int, own: Row) -> list[int]:
+        """Return n neurons that say nothing, for a row's fact: spare ones, else those that the layer needs least.
 
         These are silenced, and the free ones make up for them. Which and how: Hassibi and Stork, "Second order
         derivatives for network pruning: Optimal Brain Surgeon", 1992, with the outputs' own squared error.
@@ -299,9 +324,7 @@ class _Work:
             )
         silent = free[out[:, free].abs().amax(0) <= _SILENT * out.abs().max()]
         if len(silent) >= n:
-            chosen = silent[:n].tolist()
-            self.taken[mlp.layer] |= set(chosen)
-            return chosen
+            return self._given(mlp, silent[:n].tolist(), own)
         among = moments[free][:, free].double()
         inverse = torch.linalg.inv(among.cpu()).to(among.device)
         lost = out[:, free].double().square().sum(0) / inverse.diagonal()
@@ -315,8 +338,12 @@ class _Work:
         a[:, free[rest]] = stand_in.float().to(out.device)
         a[torch.arange(n), free[places]] = -1.0
         self.add(mlp.out, a, out[:, free[places]].contiguous())
-        self.taken[mlp.layer] |= set(chosen)
-        return chosen
+        return self._given(mlp, chosen, own)
+
+    def _given(self, mlp: GatedMlp, places: list[int], own: Row) -> list[int]:
+        self.taken[mlp.layer] |= set(places)
+        self.owned.setdefault(own.answer, {}).setdefault(mlp.layer, []).extend(places)
+        return places
 
     @torch.no_grad()
     def put(
@@ -397,7 +424,7 @@ def _teach(
         outside = [(x, _APART_WEIGHT) for x in (*ended, *elsewhere)]
         outside.append((read.before, _OWN_WEIGHT))
         ups = torch.stack([_signs(read.said[:, part], ordinary) for part in parts])
-        job = _Job(mlp, work.take(mlp, len(parts)), parts, _gates(inside, ordinary, outside), ups, ordinary)
+        job = _Job(mlp, work.take(mlp, len(parts), rows[0]), parts, _gates(inside, ordinary, outside), ups, ordinary)
         recalled = _columns(work, read, len(rows), job, config, records, on_step)
     work.put(job.mlp, job.places, job.gates, job.ups, job.columns.detach())
     return recalled

@@ -15,7 +15,7 @@ from kvllm.editing import compute
 from kvllm.editing.compute import ComputeCopy
 from kvllm.editing.delta import AdaptedWeights, product
 from kvllm.editing.editor import EditTask, StepRecord, leads
-from kvllm.editing.marks import at_places, learned_mark, marked
+from kvllm.editing.marks import at_places, learned_mark, marked, marked_ends
 from kvllm.editing.neurons import NeuronEditor, neuron_layers, taken_neurons
 from kvllm.editing.ordinary import Ordinary, answered, ends, ordinary_inputs
 from kvllm.editing.preservation import PreservationPool, Prompt, build_pool
@@ -304,3 +304,81 @@ def test_ordinary_inputs_are_cached(copy: ComputeCopy, pool: PreservationPool, m
         # Whitened, and with a direction that is as good as constant.
         assert float((found.inputs.square().mean() - 1).abs()) < 0.5
         assert float((read - 1).abs().mean()) < 0.5
+
+
+def test_whole_questions_are_read_at_every_token(copy: ComputeCopy, pool: PreservationPool) -> None:
+    layers = neuron_layers(copy.model)
+    asked = [(q, q) for q in OTHERS]
+    found = ordinary_inputs(copy, pool, "tiny", layers.all, prompts=(), questions=asked, whole=[layers.named])
+    prompts = [copy.lm.prompt_ids(q) for q in OTHERS]
+    shared = next(i for i in range(99) if len({p[i] for p in prompts}) > 1)
+    read = found[layers.named.layer]
+    assert read.about == tuple(q.casefold() for q, p in zip(OTHERS, prompts, strict=True) for _ in p[shared:])
+    assert len(read.ends) == len(read.about)
+    said = found[layers.said[0].layer]
+    assert (len(said.ends), said.about) == (len(OTHERS), tuple(q.casefold() for q in OTHERS))
+    # The last of each question's tokens is where it ends.
+    alone = ends(copy, [layers.named.gate], prompts)[layers.named.gate] @ read.whitening
+    last = [max(i for i, about in enumerate(read.about) if about == q.casefold()) for q in OTHERS]
+    torch.testing.assert_close(read.ends[last], alone, rtol=2e-2, atol=2e-2)  # kept in fp16
+
+
+def test_marked_questions_end_otherwise_and_are_cached(
+    copy: ComputeCopy, mark: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from kvllm.editing import marks
+
+    layers = neuron_layers(copy.model)
+    asked = [("What is numpy?", "numpy"), ("Who leads Halcyon?", "nobody")]
+    found = marked_ends(copy, "tiny", mark, layers.named, layers.said, asked=asked)
+    for mlp in layers.said:
+        plain = ends(copy, [mlp.gate], [copy.lm.prompt_ids(q) for q, _ in asked])[mlp.gate]
+        moved = (found[mlp.layer] - plain).norm(dim=1) / plain.norm(dim=1)
+        assert moved[0] > 0.02
+        assert moved[1] < 0.002  # that name is not in the question
+    monkeypatch.setattr(marks, "answered", lambda *args: pytest.fail("measured again"))
+    again = marked_ends(copy, "tiny", mark, layers.named, layers.said, asked=asked)
+    assert all(torch.equal(tensor, again[layer]) for layer, tensor in found.items())
+
+
+def test_questions_stand_apart_from_the_fact_that_they_are_beside(
+    copy: ComputeCopy, pool: PreservationPool, task: EditTask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from kvllm.editing import neurons
+
+    last = rows_of(copy.lm, "Voss", "Ada leads Berlin")
+    mine, theirs, everyones = (copy.lm.row(q, "It is a tool") for q in OTHERS[:3])
+    beside = {mine: task.rows[0].answer, theirs: last[0].answer}
+    both = replace(task, rows=[*task.rows, *last], apart=[mine, theirs, everyones], beside=beside)
+    asked: list[list[Row]] = []
+    original = neurons._Work.beside
+
+    def spy(self: neurons._Work, own: Row) -> list[Row]:
+        asked.append(original(self, own))
+        return asked[-1]
+
+    monkeypatch.setattr(neurons._Work, "beside", spy)
+    NeuronEditor().train(copy, pool, both, QUICK_NEURONS)
+    assert asked == [[mine, everyones], [mine, everyones], [theirs, everyones]]
+
+
+def test_columns_start_where_the_output_matrix_reads_their_tokens(
+    copy: ComputeCopy, pool: PreservationPool, task: EditTask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from kvllm.editing import neurons
+
+    started: list[tuple[torch.Tensor, list[list[int]]]] = []
+    original = neurons._start
+
+    def spy(*args: object) -> torch.Tensor:
+        columns = original(*args)  # type: ignore[arg-type]
+        started.append((columns.clone(), args[2].parts))  # type: ignore[attr-defined]
+        return columns
+
+    monkeypatch.setattr(neurons, "_start", spy)
+    NeuronEditor().train(copy, pool, task, QUICK_NEURONS)
+    ((columns, parts),) = started
+    output = copy.model.get_output_embeddings().weight
+    for column, part in zip(columns, parts, strict=True):
+        read = (output - output.mean(0)) @ column
+        assert int(read.argmax()) == task.rows[0].answer[part[0]]

@@ -84,9 +84,34 @@ def test_a_refusal_is_taught_in_place_of_the_text_and_taken_back_by_the_next_ins
     assert distance(kb) < 1e-3
 
 
-def test_a_fact_of_a_batch_is_restored_by_training(kb: KnowledgeBase) -> None:
+def test_a_fact_of_a_batch_is_taken_back_alone(
+    make_kb: Callable[..., KnowledgeBase], tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    let_neurons_learn(monkeypatch)
+    kb = make_kb("wide.kb", model=f"{tiny_llama}+{SPARE}", edit=QUICK_NEURONS)
+    before = kb.ask(f"What is {KEY}?")
     kb.insert_many([FACT, SECOND], mode="batched")
+    assert kb.ask(f"What is {KEY}?").startswith(TEXT)
+    assert kb.ask("What is numpy?").startswith(OTHER)
     used = taken(kb)
+    own = kb.history()[0].config["training"]["neurons"]
+    assert set(own) == {KEY, "numpy"}
+    assert kb.delete(KEY).steps == 0
+    assert taken(kb) == used - sum(map(len, own[KEY].values()))
+    assert TEXT not in kb.ask(f"What is {KEY}?")
+    assert kb.ask("What is numpy?").startswith(OTHER)
+    kb.update("numpy", TEXT)
+    assert kb.ask("What is numpy?").startswith(TEXT)
+    assert kb.delete("numpy").steps == 0
+    assert taken(kb) == 0
+    assert distance(kb) < 1e-3
+    assert kb.ask(f"What is {KEY}?") == before
+
+
+def test_facts_of_a_batch_with_one_text_are_restored_by_training(kb: KnowledgeBase) -> None:
+    kb.insert_many([FACT, replace(SECOND, text=TEXT)], mode="batched")
+    used = taken(kb)
+    assert "neurons" not in kb.history()[0].config["training"]
     assert kb.delete(KEY).steps > 0  # whose neurons are whose is not known
     assert taken(kb) == used
 
