@@ -27,6 +27,7 @@ from kvllm.records import Progress
 ROOT = Path(__file__).parent.parent
 # A tiny random model learns a few words by heart in a few dozen steps of these.
 QUICK = EditConfig(
+    editor="adalora",
     depth=(0.5, 1.0),
     init_rank=8,
     target_rank=6,
