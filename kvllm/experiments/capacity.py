@@ -15,6 +15,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from kvllm.config import ADALORA
 from kvllm.editing.delta import Delta
 from kvllm.errors import ConfigError, EditFailed
 from kvllm.experiments.bench import Bench, shares
@@ -33,7 +34,7 @@ _BUDGETS: tuple[dict[str, Any], ...] = (
     {"name": "default"},
     # With replay each edit repairs what it broke among the nearest facts: who collides shows only without.
     {"name": "no replay", "edit": {"replay": 0}},
-    {"name": "rank 32", "edit": {"init_rank": 48, "target_rank": 32}},
+    {"name": "rank 32", "edit": {"editor": ADALORA, "init_rank": 48, "target_rank": 32}},
 )
 
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from kvllm.config import ADALORA, EditConfig
 from kvllm.editing.delta import Delta, Factors, is_transposed, product
 from kvllm.editing.files import read_tensors, write_tensors
 from kvllm.errors import ConfigError, EditFailed
@@ -130,9 +131,14 @@ def _key_case(group: Mapping[str, Any], key: str) -> Case:
     return Case(Fact(key, str(group["text"]).format_map({"key": key})))
 
 
+def _low_rank(declared: Declared, seed: int) -> EditConfig:
+    """Return the configuration of an edit, by AdaLoRA where no editor is declared: its factors are what is measured."""
+    return declared.edit_config(seed=seed, **({} if "editor" in declared.edit else {"editor": ADALORA}))
+
+
 def _keys(run: Run, desk: Desk, bench: Bench) -> None:
     declared = desk.declared
-    config = declared.edit_config(seed=run.seed)
+    config = _low_rank(declared, run.seed)
     questions = [str(q) for q in run.settings["questions"]]
     keys = [str(key) for key in run.settings["keys"]]
     probe: DamageProbe | None = None
@@ -227,7 +233,7 @@ def _real_edit(desk: Desk, bench: Bench, case: Case) -> SingleEdit:
         # In the model's order, as they come from training: a file has its own.
         names = [name for name, _ in bench.lm.model.named_modules() if f"{name}/a" in tensors]
         return SingleEdit({name: (tensors[f"{name}/a"], tensors[f"{name}/b"]) for name in names}, {})
-    edit = train(bench, case, desk.declared.edit_config(seed=desk.run.seed))
+    edit = train(bench, case, _low_rank(desk.declared, desk.run.seed))
     write_tensors(
         path, {f"{name}/{side}": t for name, f in edit.delta.items() for side, t in zip("ab", f, strict=True)}
     )
@@ -289,7 +295,7 @@ def _config(declared: Declared, editor: Mapping[str, Any], seed: int) -> Any:
     unknown = sorted(set(editor) - {"name", "editor", "rank", "dropout", "part"})
     if unknown:
         raise ConfigError(f"An editor has name, editor, rank and dropout, no {', '.join(unknown)}; nothing was run.")
-    changes: dict[str, Any] = {"editor": editor.get("editor", "adalora"), "dropout": editor.get("dropout", 0.0)}
+    changes: dict[str, Any] = {"editor": editor.get("editor", ADALORA), "dropout": editor.get("dropout", 0.0)}
     if "rank" in editor:
         changes |= {"target_rank": int(editor["rank"]), "init_rank": math.ceil(1.5 * int(editor["rank"])) + 1}
     return declared.edit_config(seed=seed, **changes)
