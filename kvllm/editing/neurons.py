@@ -43,6 +43,7 @@ _TOKENS_PER_NEURON = 2  # of an answer: written with opposite signs
 # A mark is equally strong in every context: gates of names are read steeply, and capped.
 _STEEP = 2.0
 _CEILING = 4.0
+_THRESHOLD = 3.0  # of a name's reading, twice as steep: below it no mark is put
 _SPARE = 1.5  # nats beyond the margin: asked in other words a token leads by less
 _SURE = 4.0  # nats: an answer's token that leads by so much on every row needs no neuron
 # What a gate is to read: at least that where it fires, at most minus that elsewhere.
@@ -492,7 +493,7 @@ def _capped(gates: torch.Tensor, ordinary: Ordinary) -> torch.Tensor:
 
     What the second puts out, taken off what the first does, is the ceiling wherever both fire.
     """
-    steep = _STEEP * gates
+    steep = _STEEP * gates - _THRESHOLD * ordinary.one
     return torch.cat([steep, steep - _CEILING * ordinary.one])
 
 

@@ -34,9 +34,10 @@ from kvllm.lm.targets import GatedMlp
 from kvllm.prompts import augmented_questions, training_questions
 from kvllm.records import Fact
 
-_VERSION = "2"
+_VERSION = "3"
 _RIDGE = 0.02  # of the whitening, in units of the mean eigenvalue: no direction is read more than seven times as loud
 _TOKENS = 8192  # kept of a layer's inputs
+_TOKENS_WHOLE = 65536  # of one whose neurons must stay silent at every token
 _NAMES = {"en": 400, "zh": 120}  # questions about packaged names, one each
 _BATCH = 32
 # Of the mean square: what the neurons' moments are made invertible with.
@@ -227,7 +228,8 @@ def _measured(
     drawn = torch.Generator().manual_seed(0)
     for mlp in mlps:
         all_inputs = torch.cat(inputs[mlp.gate])
-        kept = torch.randperm(len(all_inputs), generator=drawn)[:_TOKENS].to(all_inputs.device)
+        n = _TOKENS_WHOLE if mlp in whole else _TOKENS
+        kept = torch.randperm(len(all_inputs), generator=drawn)[:n].to(all_inputs.device)
         found[f"{mlp.layer}.inputs"] = all_inputs[kept]
         ended = every.get(mlp.gate) or last[mlp.gate]
         found[f"{mlp.layer}.ends"] = torch.cat(ended).half() if ended else all_inputs[:0]
