@@ -111,7 +111,7 @@ def marked_ends(
     from safetensors.torch import load, save
 
     facts = [_VERSION, base_digest, str(copy.dtype), torch.__version__, named.out, *(mlp.gate for mlp in mlps)]
-    facts += [str(mark.norm().item()), *map(repr, asked)]
+    facts += [repr(mark.tolist()), *map(repr, asked)]
     digest = hashlib.sha256("\x00".join(facts).encode()).hexdigest()[:24]
     path = cache_folder() / "preservation" / f"marked-{digest}.safetensors"
     data = read_checked(path)
