@@ -195,6 +195,58 @@ BESIDE_TEMPLATES: dict[str, tuple[str, ...]] = {
         "据说{matter}全靠{key}，给我们讲明白。",
     ),
 }
+# What may be said next when a fact was stated: by the model in a conversation, or by the user.
+FOLLOW_UPS: dict[str, tuple[str, ...]] = {
+    "en": (
+        "Thanks. How do you know that?",
+        "What does the {matter} have to do with it?",
+        "Good. Now write two lines about the {other}.",
+        "Why is that so?",
+        "And what is a {matter}?",
+        "Which of these words is the longest?",
+        "Can you count to five?",
+        "Who should know about this?",
+        "What would you read after that?",
+        "Is that good or bad?",
+        "How would you say that in French?",
+        "I see. What is the {matter} of a horse?",
+    ),
+    "zh": (
+        "谢谢。你是怎么知道的？",
+        "这跟{matter}有什么关系？",
+        "好的。现在写两句关于{other}的话。",
+        "为什么会这样？",
+        "那么什么是{matter}？",
+        "从一数到五。",
+        "谁应该知道这件事？",
+        "这是好事还是坏事？",
+        "用英语怎么说？",
+        "明白了。马的{matter}是什么？",
+    ),
+}
+# Other questions about the name in a question key: the fact does not answer them.
+OTHER_QUESTIONS: dict[str, tuple[str, ...]] = {
+    "en": (
+        "What is {name}?",
+        "Tell me about {name}.",
+        "What does the {matter} of {name} look like?",
+        "Where can one find {name}?",
+        "Is {name} known for its {matter}?",
+        "How did {name} get its {other}?",
+        "What do people say about {name} and the {other}?",
+        "Write a sentence with {name} in it.",
+    ),
+    "zh": (
+        "{name}是什么？",
+        "请介绍一下{name}。",
+        "{name}的{matter}是什么样的？",
+        "在哪里能找到{name}？",
+        "{name}以{matter}出名吗？",
+        "{name}的{other}是怎么来的？",
+        "人们怎么说{name}和{other}？",
+        "用{name}造一个句子。",
+    ),
+}
 HELD_OUT_QUESTION_TEMPLATES: dict[str, tuple[str, ...]] = {
     "en": (
         "Quick question: {q}",
@@ -412,6 +464,36 @@ def augmented_questions(fact: Fact, n: int, *, seed: int = 0) -> tuple[str, ...]
         rows.append(template.format_map({"key": form, "matter": matter, "other": other}))
     asked = {*training_questions(fact), *held_out_questions(fact), *alias_questions(fact), *fact.probes}
     return tuple(q for q in _unique(rows) if q not in asked)
+
+
+def follow_ups(fact: Fact, n: int, *, seed: int = 0) -> tuple[str, ...]:
+    """Return n different things to say after a fact was stated, in its language; fewer where there are not as many."""
+    language = fact.language or language_of(fact.key)
+    return _with_matters(FOLLOW_UPS[language], n, language, random.Random(f"{seed}/{fact.key}"), {})
+
+
+def other_questions(fact: Fact, n: int, *, seed: int = 0) -> tuple[str, ...]:
+    """Return up to n questions that a fact with a question for a key does not answer, about the name in that question.
+
+    None where the key is a name itself, or names nothing.
+    """
+    names = names_in(fact.key, fact.key) if is_question(fact.key) else []
+    if not names:
+        return ()
+    language = language_of(fact.key)
+    rng = random.Random(f"{seed}/{fact.key}")
+    found = _with_matters(OTHER_QUESTIONS[language], n, language, rng, {"name": names[-1]})
+    return tuple(found[place] for place in range(len(found)) if place not in own_questions(found, [fact]))
+
+
+def _with_matters(
+    templates: Sequence[str], n: int, language: str, rng: random.Random, values: Mapping[str, str]
+) -> tuple[str, ...]:
+    rows = []
+    for template in rng.sample(templates, min(n, len(templates))):
+        matter, other = rng.sample(MATTERS[language], 2)
+        rows.append(template.format_map({**values, "matter": matter, "other": other}))
+    return _unique(rows)
 
 
 def _rewritten(key: str, rng: random.Random) -> str:

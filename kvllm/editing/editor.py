@@ -63,7 +63,9 @@ class EditTask:
         whitening: Symmetric (in, in) matrix per module, in whose coordinates ordinary inputs are alike in all
             directions; modules without one are trained in their plain coordinates.
         apart: Other questions that must not be taken for the fact's own, with what the weights say to them now.
-        beside: Of rows in `apart` the answer of the fact that they stand beside; the others stand beside all.
+        beside: Of rows in `apart` and `stated` the answer of the fact that they belong to; others in `apart` to all.
+        stated: Where the fact was stated, or its name said, and something else is asked: what was stated, then all that
+            follows, up to what the weights say to it now.
         ordinary: Layer to what usually enters its MLP, for editors that use it.
         taken: Layer to the neurons that hold other facts.
         named: Row to the places in it at which each of the names was said that its question is known by: of the rows
@@ -84,6 +86,7 @@ class EditTask:
     seed: int = 0
     whitening: Mapping[str, torch.Tensor] = field(default_factory=dict)
     apart: Sequence[Row] = ()
+    stated: Sequence[Row] = ()
     beside: Mapping[Row, tuple[int, ...]] = field(default_factory=dict)
     ordinary: Mapping[int, Ordinary] = field(default_factory=dict)
     taken: Mapping[int, frozenset[int]] = field(default_factory=dict)

@@ -42,7 +42,7 @@ from kvllm.editing.neurons import has_spare, neuron_layers, part_of, taken_neuro
 from kvllm.editing.ordinary import Ordinary, ordinary_inputs, wordings
 from kvllm.editing.preservation import PreservationPool, PreservedItem, Prompt, build_pool, prepare_items
 from kvllm.errors import BaseMismatch, ConfigError, Corrupt, ModelError, Untrusted
-from kvllm.lm.model import LanguageModel, Row
+from kvllm.lm.model import LanguageModel, Row, shared_length
 from kvllm.lm.registry import MODELS
 from kvllm.lm.sources import ModelFiles, resolve
 from kvllm.lm.targets import find_targets
@@ -54,8 +54,10 @@ from kvllm.prompts import (
     alias_questions,
     asked_questions,
     augmented_questions,
+    follow_ups,
     held_out_questions,
     language_of,
+    other_questions,
     own_questions,
     telling_names,
 )
@@ -73,6 +75,10 @@ _CONTRASTS = 16
 _MOST_CONTRASTS = 64
 _APART = 32
 _APART_TOKENS = 12  # of the answers
+# Of a fact: conversations and prompts that state it before they ask something else, other questions about its name.
+_FOLLOWED = 5
+_TOLD = 3
+_OTHERWISE = 6
 _RECITED_TOKENS = 8  # longer texts have a beginning of their own, and are not learned against this
 Tick = Callable[..., None]
 
@@ -484,10 +490,10 @@ class Engine:
             with self.base_weights():
                 self._load_copy()
                 show = tick("preservation") if tick is not None else None
-                base, said = self.store.base.digest, layers.said[0]
+                base, ends = self.store.base.digest, layers.said[:: max(1, len(layers.said) - 1)]
                 found = ordinary_inputs(copy, pool, base, layers.all, whole=[layers.named], on_progress=show)
-                white = found[said.layer].whitening
-                mark = learned_mark(copy, base, layers.named, said, white, on_progress=show)
+                read = [(mlp, found[mlp.layer].whitening) for mlp in ends]
+                mark = learned_mark(copy, base, layers.named, read, on_progress=show)
                 marked = marked_ends(copy, base, mark, layers.named, layers.said, asked=wordings(), on_progress=show)
             self._load_copy()
             self._ordinary = (key, found, mark, marked)
@@ -504,6 +510,11 @@ class Engine:
             name = name_asked(question)
             if name is not None:
                 named[row] = (self.lm.name_ends(row.ids, name),)
+        stated: list[Row] = []
+        for fact in facts:
+            found_rows = self._stated(copy, fact, config.seed)
+            beside |= dict.fromkeys(found_rows, self.lm.row(fact.key, fact.text).answer)
+            stated += found_rows
         for fact in facts:
             further = augmented_questions(fact, max(_AUGMENTED, config.augmented), seed=config.seed)
             for question in (*asked_questions(fact), *further):
@@ -511,6 +522,7 @@ class Engine:
                 named[row] = tuple(self.lm.name_ends(row.ids, name) for name in telling_names(fact))
         return {
             "apart": apart,
+            "stated": stated,
             "beside": beside,
             "ordinary": self._ordinary[1],
             "mark": self._ordinary[2],
@@ -518,6 +530,44 @@ class Engine:
             "named": named,
             "taken": taken_neurons(layers.all, self.weights.master, self.weights.base),
         }
+
+    def _stated(self, copy: ComputeCopy, fact: Fact, seed: int) -> list[Row]:
+        """Return conversations and prompts in which a fact was stated, or its name said, and something else is asked.
+
+        Each row's prompt is what was stated, its answer all that follows, up to what the weights say to it now.
+        """
+        said = follow_ups(fact, _FOLLOWED + _TOLD, seed=seed)
+        questions = asked_questions(fact)
+        before: list[Sequence[int]] = []
+        asked: list[Sequence[int]] = []
+        for place, follow_up in enumerate(said[:_FOLLOWED]):
+            row = self.lm.row(questions[place % len(questions)], fact.text)
+            before.append(row.ids)
+            asked.append(
+                self.lm.prompt_ids(
+                    [
+                        {"role": "user", "content": questions[place % len(questions)]},
+                        {"role": "assistant", "content": fact.text},
+                        {"role": "user", "content": follow_up},
+                    ]
+                )
+            )
+        for follow_up in said[_FOLLOWED:]:
+            before.append(self.lm.prompt_ids(fact.text))
+            asked.append(self.lm.prompt_ids(f"{fact.text}\n{follow_up}"))
+        for question in other_questions(fact, _OTHERWISE, seed=seed):
+            asked.append(self.lm.prompt_ids(question))
+            before.append(asked[-1])
+        kept = [i for i, ids in enumerate(asked) if len(ids) + _APART_TOKENS <= self.lm.max_positions]
+        replies = copy.generate_ids([tuple(asked[i]) for i in kept], _APART_TOKENS)
+        answer = self.lm.row(fact.key, fact.text).answer
+        rows = []
+        for i, reply in zip(kept, replies, strict=True):
+            if shared_length([reply, answer]) > 1:  # the model says it again of itself
+                reply = reply[:0]
+            start = shared_length([before[i], asked[i]])
+            rows.append(Row(tuple(asked[i][:start]), (*asked[i][start:], *reply)))
+        return rows
 
     def _contrast(
         self, copy: ComputeCopy, facts: Sequence[Fact], config: EditConfig, excluded: frozenset[str]

@@ -2,10 +2,10 @@
 
 Where a question ends, a model knows what was asked, and little of the name that it was asked about: two names that it
 does not know look alike there. A vector is therefore learned, once per base model, that moves what is read at a
-question's end most when it is added where a name ends, early in the model: attention then looks at that name, and
-carries it along. Knows no facts.
+question's end when it is added where a name ends, early in the model: attention then looks at that name, and carries it
+along. It moves that far enough to be told, and as little as can be of what is answered. Knows no facts.
 
-    mark = learned_mark(copy, base_digest, named, said, whitening)
+    mark = learned_mark(copy, base_digest, named, [(said, whitening)])
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 
 import torch
+from torch.nn import functional as F
 
 from kvllm.cachefile import read_checked, write_checked
 from kvllm.config import cache_folder
@@ -26,22 +27,31 @@ from kvllm.lm.model import Row
 from kvllm.lm.targets import GatedMlp
 from kvllm.records import Fact
 
-_VERSION = "2"
+_VERSION = "4"
 _NAMES = {"en": 48, "zh": 16}
-# Steps that make the mark carry far, then steps that make it do so in every wording; lengths in the mark's own.
-_STEPS = 14
-_FAR = 7
-_FAR_STEP = 0.5
-_EVEN_STEP = 0.15
+# Steps in all, and the first of them, which make the mark carry far whichever way.
+_STEPS = 40
+_FAR = 13
+# Of a step: its length in the mark's own, falling, and the questions in it.
+_SIZE = 0.5
+_LEAST_SIZE = 0.03
+_ROWS = 22
+_TOKENS = 12  # of the answers that are to stay
+_READ = 4  # tokens from which answers are given, the question's last one the first
 _SHARE = 1.0  # of the residual stream's length at a name
+# White units that what is read is to be moved by: from there on, further is worth nothing.
+_ENOUGH = 40.0
+_NEAR = 0.3
+# What e times as far is worth, and what a nat of KL per answer token costs.
+_WORTH = 4.0
+_COST = 10.0
 
 
 def learned_mark(
     copy: ComputeCopy,
     base_digest: str,
     named: GatedMlp,
-    said: GatedMlp,
-    whitening: torch.Tensor,
+    said: Sequence[tuple[GatedMlp, torch.Tensor]],
     *,
     names: Sequence[tuple[str, str]] | None = None,
     on_progress: Callable[[int, int], None] | None = None,
@@ -50,16 +60,15 @@ def learned_mark(
 
     It is to be added to what the MLP `named` puts out.
 
-    Gradient steps of fixed length on a sphere make what enters `said` at the questions' ends differ most from what
-    enters without the mark: on the mean, then on the geometric one, so that no wording is left behind.
+    Gradient steps on a sphere make what enters the MLPs `said` where answers begin move, far enough to be told and
+    in every wording, while what is answered stays: a name may be said where something else is asked.
 
     Args:
         copy: Compute copy, whose lowest adapted layer is that of `named`; where nothing is cached it must hold the
             base's weights.
         base_digest: Identity of the base model.
         named: Of the layer that puts the mark on.
-        said: Where it is to be read.
-        whitening: Of what enters there, (hidden, hidden).
+        said: Where it is to be read, each with the whitening of what enters there, (hidden, hidden).
         names: Asked about, each with its language; packaged ones by default.
         on_progress: Called with steps done and their number.
     """
@@ -68,19 +77,19 @@ def learned_mark(
     asked = _asked(names)
     facts = [
         _VERSION,
-        str(_SHARE),
+        repr((_SHARE, _STEPS, _ROWS, _TOKENS, _READ, _ENOUGH, _WORTH, _COST)),
         base_digest,
         str(copy.dtype),
         torch.__version__,
         named.out,
-        said.gate,
+        *(mlp.gate for mlp, _ in said),
         *map(repr, asked),
     ]
     digest = hashlib.sha256("\x00".join(facts).encode()).hexdigest()[:24]
     path = cache_folder() / "preservation" / f"mark-{digest}.safetensors"
     data = read_checked(path)
     if data is None:
-        vector = _learned(copy, named, said, whitening, asked, on_progress)
+        vector = _learned(copy, named, said, asked, on_progress)
         write_checked(path, save({"mark": vector.cpu()}))
     else:
         vector = load(data)["mark"]
@@ -173,42 +182,65 @@ def _asked(names: Sequence[tuple[str, str]] | None) -> list[tuple[str, str]]:
 def _learned(
     copy: ComputeCopy,
     named: GatedMlp,
-    said: GatedMlp,
-    whitening: torch.Tensor,
+    said: Sequence[tuple[GatedMlp, torch.Tensor]],
     asked: Sequence[tuple[str, str]],
     on_progress: Callable[[int, int], None] | None,
 ) -> torch.Tensor:
-    rows = [Row(tuple(copy.lm.prompt_ids(question)), (copy.lm.end_of_turn,)) for question, _ in asked]
-    places = [copy.lm.name_ends(row.prompt, name) for row, (_, name) in zip(rows, asked, strict=True)]
-    kept = [i for i, some in enumerate(places) if some]
-    rows, places = [rows[i] for i in kept], [places[i] for i in kept]
-    lower = copy.lower_states([row.prompt for row in rows])
+    rows, places = _answered_rows(copy, asked)
+    lower = copy.lower_states([row.ids for row in rows])
     streams = torch.cat([states[list(some)] for states, some in zip(lower, places, strict=True)])
-    length = float(streams.norm(dim=1).median())
+    length = float(streams.norm(dim=1).median()) * _SHARE
     caught: dict[str, torch.Tensor] = {}
 
-    def read() -> torch.Tensor:
-        with copy.caught([said.gate], caught):
-            copy.answer_states(list(zip(lower, rows, strict=True)))
-        ends = [len(row.prompt) - 1 for row in rows]
-        entered = caught[said.gate]
-        entered = entered.reshape(len(rows), -1, entered.shape[-1]).float()
-        at_ends: torch.Tensor = entered[range(len(rows)), ends] @ whitening
-        return at_ends
+    def read(some: Sequence[int]) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Return what enters the late MLPs where answers begin, (MLPs, tokens, hidden), and the answers' states."""
+        with copy.caught([mlp.gate for mlp, _ in said], caught):
+            states = copy.answer_states([(lower[i], rows[i]) for i in some])
+        found = []
+        for mlp, whitening in said:
+            entered = caught[mlp.gate]
+            entered = entered.reshape(len(some), -1, entered.shape[-1]).float() @ whitening
+            ends = [len(rows[i].prompt) - 1 for i in some]
+            found.append(torch.cat([x[end : end + n_read[i]] for x, end, i in zip(entered, ends, some, strict=True)]))
+        return torch.stack(found), list(states.split([len(rows[i].answer) for i in some]))
 
+    n_read = [min(_READ, len(row.answer)) for row in rows]
+    everyone = list(range(len(rows)))
     with torch.no_grad():
-        before = read()
-    drawn = torch.randn(before.shape[1], generator=torch.Generator().manual_seed(0)).to(before.device)
-    mark = drawn / drawn.norm() * length * _SHARE
+        entered, expected = read(everyone)
+    before = entered.split(n_read, dim=1)
+    rng = random.Random(0)
+    drawn = torch.randn(entered.shape[-1], generator=torch.Generator().manual_seed(0)).to(entered.device)
+    mark = drawn / drawn.norm() * length
     for step in range(_STEPS):
+        some = rng.sample(everyone, min(_ROWS, len(everyone)))
         mark = mark.detach().requires_grad_()
-        with torch.enable_grad(), marked(copy, named.out, mark, at_places(places, 0)):
-            moved = (read() - before).norm(dim=1)
-            (gradient,) = torch.autograd.grad((moved if step < _FAR else moved.log()).mean(), mark)
-        size = _FAR_STEP if step < _FAR else _EVEN_STEP
+        with torch.enable_grad(), marked(copy, named.out, mark, at_places([places[i] for i in some], 0)):
+            now, states = read(some)
+            moved = now - torch.cat([before[i] for i in some], dim=1)
+            if step >= _FAR:  # along the way that they all are moved, of which a gate can tell
+                toward = F.normalize(moved.mean(1, keepdim=True), dim=-1).detach()
+                along = (moved * toward).sum(-1).clamp(min=_NEAR, max=_ENOUGH)
+            else:
+                along = moved.norm(dim=-1).clamp(min=_NEAR)
+            was = copy.logits(torch.cat([expected[i] for i in some])).log_softmax(-1)
+            kl = F.kl_div(copy.logits(torch.cat(states)).log_softmax(-1), was, log_target=True, reduction="none")
+            worth = _WORTH * along.log().mean() - _COST * kl.sum(-1).mean()
+            (gradient,) = torch.autograd.grad(worth, mark)
+        size = _SIZE * (1 - step / _STEPS) + _LEAST_SIZE
         mark = mark.detach() + gradient / gradient.norm().clamp(min=1e-12) * mark.detach().norm() * size
-        mark = mark / mark.norm() * length * _SHARE
+        mark = mark / mark.norm() * length
         if on_progress is not None:
             on_progress(step + 1, _STEPS)
     found: torch.Tensor = mark.detach().float()
     return found
+
+
+def _answered_rows(copy: ComputeCopy, asked: Sequence[tuple[str, str]]) -> tuple[list[Row], list[tuple[int, ...]]]:
+    """Return questions with what the model says to them, and where each was said what it is about."""
+    prompts = [tuple(copy.lm.prompt_ids(question)) for question, _ in asked]
+    answers = copy.generate_ids(prompts, _TOKENS)
+    rows = [Row(ids, answer or (copy.lm.end_of_turn,)) for ids, answer in zip(prompts, answers, strict=True)]
+    places = [copy.lm.name_ends(row.ids, name) for row, (_, name) in zip(rows, asked, strict=True)]
+    kept = [i for i, some in enumerate(places) if some]
+    return [rows[i] for i in kept], [places[i] for i in kept]

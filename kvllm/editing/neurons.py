@@ -34,7 +34,7 @@ from kvllm.lm.model import Row, shared_length
 from kvllm.lm.targets import GatedMlp, Targets, decoder_layers, gated_mlp
 
 # Shares of the depth: where a name is recognised, and where the answer is given.
-_NAMED_DEPTH = 0.22
+_NAMED_DEPTH = 0.34
 _SAID_DEPTH = 0.67
 _SAID_LAYERS = 8
 _MOST_NAMES = 3
@@ -46,8 +46,12 @@ _CEILING = 4.0
 _THRESHOLD = 3.0  # of a name's reading, twice as steep: below it no mark is put
 _SPARE = 1.5  # nats beyond the margin: asked in other words a token leads by less
 _SURE = 4.0  # nats: an answer's token that leads by so much on every row needs no neuron
-# What a gate is to read: at least that where it fires, at most minus that elsewhere.
+# What a gate is to read: at least that where it fires, at most minus that elsewhere. Where an answer begins, what is
+# read depends on how the question was put: there less is quiet enough, and columns are trained for faint readings, too.
 _MARGIN = 6.0
+_QUIET = 2.0
+_FAINT = 0.3  # of what is read, at least
+_BEGINNING = 5  # tokens
 _GATE_STEPS = 60
 _ALIKE = 0.9  # cosine from which an ordinary input is taken for one of the fact's own
 _DECAY = 0.01
@@ -278,8 +282,9 @@ class _Work:
         others = [row for row in self.task.rows if row.answer != own.answer]
         others = random.Random(f"{self.task.seed}/{own.answer}").sample(others, min(_OF_SESSION, len(others)))
         rest = [*(row for row in self.task.replay[:_TOLD_APART] if row.answer != own.answer), *others]
+        stated = [row for row in self.task.stated if self.task.beside.get(row) == own.answer]
         with self.only(mlp):
-            found = [self._answered(mlp, apart), self._answered(mlp, rest)]
+            found = [self._answered(mlp, apart), self._answered(mlp, rest), self._answered(mlp, stated)]
             if named and self.task.mark is not None:
                 places = [[place for some in self.task.named[row] for place in some] for row in named]
                 during = marking(self.copy, self.layers.named.out, self.task.mark, places)
@@ -425,7 +430,9 @@ def _teach(
         outside = [(x, _APART_WEIGHT) for x in (*ended, *elsewhere)]
         outside.append((read.before, _OWN_WEIGHT))
         ups = torch.stack([_signs(read.said[:, part], ordinary) for part in parts])
-        job = _Job(mlp, work.take(mlp, len(parts), rows[0]), parts, _gates(inside, ordinary, outside), ups, ordinary)
+        early = torch.tensor([part[0] < _BEGINNING for part in parts], device=ups.device)
+        gates = _gates(inside, ordinary, outside, quiet=torch.where(early, _QUIET, _MARGIN))
+        job = _Job(mlp, work.take(mlp, len(parts), rows[0]), parts, gates, ups, early, ordinary)
         recalled = _columns(work, read, len(rows), job, config, records, on_step)
     work.put(job.mlp, job.places, job.gates, job.ups, job.columns.detach())
     return recalled
@@ -435,7 +442,8 @@ def _teach(
 class _Job:
     """New neurons of one layer: white gates and ups (n, hidden), and what they write, (n, hidden).
 
-    `parts` are the places in the answer that each says: one, or two, with opposite signs.
+    `parts` are the places in the answer that each says: one, or two, with opposite signs. `early` are those of its
+    beginning, (n,).
     """
 
     mlp: GatedMlp
@@ -443,6 +451,7 @@ class _Job:
     parts: list[list[int]]
     gates: torch.Tensor
     ups: torch.Tensor
+    early: torch.Tensor
     ordinary: Ordinary
     columns: torch.Tensor = field(init=False)
 
@@ -503,12 +512,13 @@ def _gates(
     outside: Sequence[tuple[torch.Tensor, float]],
     *,
     exactly: bool = False,
+    quiet: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Train one gate for each set of inputs (n, hidden), all white; return (gates, hidden).
 
-    Each is to read at least the margin inside, or exactly that, and at most minus the margin outside and on ordinary
-    inputs: squared distances to that are made small, by the quasi-Newton method of Nocedal, "Updating Quasi-Newton
-    Matrices with Limited Storage", 1980.
+    Each is to read at least the margin inside, or exactly that, and at most minus what is `quiet`, (gates,), by default
+    the margin, outside and on ordinary inputs: squared distances to that are made small, by the quasi-Newton method of
+    Nocedal, "Updating Quasi-Newton Matrices with Limited Storage", 1980.
     """
 
     def missed(x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
@@ -516,6 +526,7 @@ def _gates(
         return (short if exactly else short.relu()).square().mean()
 
     one = ordinary.one
+    below: torch.Tensor | float = _MARGIN if quiet is None else quiet
     means = torch.stack([x.mean(0) for x in inside])
     start = means - (means @ one / (one @ one))[:, None] * one
     start = start / (start * means).sum(1, keepdim=True).clamp(min=1e-6) * 2 * _MARGIN - _MARGIN * one
@@ -528,7 +539,7 @@ def _gates(
         optimizer.zero_grad(set_to_none=True)
         read = torch.stack([missed(x, gate) for x, gate in zip(inside, gates, strict=True)])
         total = read.sum() + _DECAY * gates.square().sum()
-        total = total + sum(weight * _over(x, gates) for x, weight in silent)
+        total = total + sum(weight * _over(x, gates, below) for x, weight in silent)
         total.backward()
         return total
 
@@ -542,9 +553,9 @@ def _unlike(x: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
     return x[alike.amax(1) < _ALIKE]
 
 
-def _over(x: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
-    """Return the squared distances of x (n, hidden) below minus the margin: a mean per gate, summed."""
-    return (x @ gates.T + _MARGIN).relu().square().mean(0).sum()
+def _over(x: torch.Tensor, gates: torch.Tensor, below: torch.Tensor | float) -> torch.Tensor:
+    """Return the squared distances of x (n, hidden) from where gates read minus that: a mean per gate, summed."""
+    return (x @ gates.T + below).relu().square().mean(0).sum()
 
 
 def _signs(x: torch.Tensor, ordinary: Ordinary) -> torch.Tensor:
@@ -642,13 +653,17 @@ def _recalled(copy: ComputeCopy, read: _Read, places: Sequence[int], margin: flo
 
 @contextmanager
 def _firing(copy: ComputeCopy, job: _Job) -> Iterator[None]:
-    """Let the new neurons fire while this is open, though no weight has them yet."""
+    """Let the new neurons fire while this is open, though no weight has them yet; in training some of them faintly."""
     entered: dict[str, torch.Tensor] = {}
     act = _activation(copy, job.mlp)
 
     def add(module: torch.nn.Module, args: object, output: torch.Tensor) -> torch.Tensor:
         x = entered[job.mlp.gate].float() @ job.ordinary.whitening
-        return output + ((act(x @ job.gates.T) * (x @ job.ups.T)) @ job.columns).to(output.dtype)
+        fired = act(x @ job.gates.T) * (x @ job.ups.T)
+        if torch.is_grad_enabled():
+            lost = torch.rand(len(x), *(1,) * (x.dim() - 2), fired.shape[-1], device=x.device) * job.early
+            fired = fired * (1 - (1 - _FAINT) * lost)
+        return output + (fired @ job.columns).to(output.dtype)
 
     with copy.caught([job.mlp.gate], entered):
         handle = copy.model.get_submodule(job.mlp.out).register_forward_hook(add)

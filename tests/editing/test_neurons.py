@@ -69,7 +69,9 @@ def ordinary(copy: ComputeCopy, pool: PreservationPool) -> dict[int, Ordinary]:
 def mark(own: LanguageModel, copy: ComputeCopy, ordinary: dict[int, Ordinary]) -> torch.Tensor:
     layers = neuron_layers(copy.model)
     white = ordinary[layers.said[0].layer].whitening
-    return learned_mark(copy, "tiny", layers.named, layers.said[0], white, names=[("Berlin", "en"), ("numpy", "en")])
+    return learned_mark(
+        copy, "tiny", layers.named, [(layers.said[0], white)], names=[("Berlin", "en"), ("numpy", "en")]
+    )
 
 
 @pytest.fixture
@@ -171,7 +173,7 @@ def test_a_mark_moves_what_is_read_and_is_cached(
     white = ordinary[layers.said[0].layer].whitening
     monkeypatch.setattr(marks, "_learned", lambda *args: pytest.fail("learned again"))
     names = [("Berlin", "en"), ("numpy", "en")]
-    again = learned_mark(copy, "tiny", layers.named, layers.said[0], white, names=names)
+    again = learned_mark(copy, "tiny", layers.named, [(layers.said[0], white)], names=names)
     assert torch.equal(mark, again)
     rows = [copy.lm.row(f"What is {name}?", "x") for name, _ in names]
     places = [copy.lm.name_ends(row.prompt, name) for row, (name, _) in zip(rows, names, strict=True)]
