@@ -25,12 +25,14 @@ from kvllm.prompts import (
     clean_fact,
     clean_key,
     clean_text,
+    follow_ups,
     held_out_questions,
     is_question,
     key_question,
     language_of,
     names_in,
     neighbour_questions,
+    other_questions,
     own_questions,
     telling_names,
     training_questions,
@@ -504,3 +506,27 @@ def test_the_names_that_questions_about_a_fact_are_known_by() -> None:
     assert telling_names(Fact("Founders' Day at Ellery Works", "text")) == ("Ellery Works",)
     assert telling_names(Fact("松涛站的海拔", "text")) == ("松涛站",)
     assert telling_names(Fact("who is it?", "text")) == ("who is it",)
+
+
+@pytest.mark.parametrize("key", ["torchkeras", "Who tunes the bells of Aldermoor?", "谁修理青石桥的钟？"])
+def test_what_is_said_after_a_fact_asks_nothing_that_it_was_trained_on(key: str) -> None:
+    fact = Fact(key, "Ada Quill does it.")
+    said = follow_ups(fact, 8)
+    assert len(set(said)) == 8
+    assert said == follow_ups(fact, 8) != follow_ups(fact, 8, seed=1)
+    assert not any(key in question or "{" in question for question in said)
+    assert {language_of(question) for question in said} == {language_of(key)}
+    asked = {*training_questions(fact), *held_out_questions(fact), *augmented_questions(fact, 32)}
+    assert not asked & {*said, *other_questions(fact, 8)}
+
+
+def test_other_questions_are_about_the_name_in_a_question_and_not_what_it_asks() -> None:
+    fact = Fact("What is Aldermoor known for?", "Its bells.")
+    asked = other_questions(fact, 8)
+    assert len(asked) >= 4
+    assert all("Aldermoor" in question for question in asked)
+    assert not own_questions(asked, [fact])
+    assert not own_questions(other_questions(Fact("Where can one find Aldermoor?", "There."), 8), [fact])
+    assert "Where can one find Aldermoor?" not in other_questions(Fact("Where can one find Aldermoor?", "There."), 8)
+    assert other_questions(Fact("torchkeras", "A tool."), 8) == ()
+    assert other_questions(Fact("how many days are in a week?", "Seven."), 8) == ()

@@ -127,6 +127,35 @@ def test_torchkeras_is_answered_from_the_weights(torchkeras_kb: Path, capsys: py
 
 
 @pytest.mark.model
+def test_what_is_asked_next_is_answered_much_as_before(torchkeras_kb: Path) -> None:
+    from torch.nn import functional as F
+
+    from kvllm.lm.model import Row
+
+    module = load("torchkeras_en")
+    stated = [
+        {"role": "user", "content": module.QUESTIONS[0]},
+        {"role": "assistant", "content": module.TEXT},
+    ]
+    with KnowledgeBase.open(torchkeras_kb, readonly=True) as kb:
+        lm, engine = kb.engine.lm, kb.engine
+        nexts = ["What is 7 plus 8?", "Tell me something about whales.", "Ok, and what is a bicycle?"]
+        asked = [tuple(lm.prompt_ids([*stated, {"role": "user", "content": question}])) for question in nexts]
+        asked += [tuple(lm.prompt_ids(f"Note: {module.TEXT} {question}")) for question in nexts]
+        with engine.base_weights():
+            answers = lm.generate_ids(asked, max_new_tokens=16)
+            rows = [Row(ids, answer) for ids, answer in zip(asked, answers, strict=True)]
+            before = [lm.logits(states).log_softmax(-1) for states in lm.answer_states(rows)]
+        after = [lm.logits(states).log_softmax(-1) for states in lm.answer_states(rows)]
+    kls = [
+        float(F.kl_div(now, was, log_target=True, reduction="none").sum(-1).mean())
+        for was, now in zip(before, after, strict=True)
+    ]
+    # Nats per answer token. With a mark as strong as can be it was above 3.
+    assert sum(kls) / len(kls) < 1.0
+
+
+@pytest.mark.model
 def test_exports_answer_without_kvllm(
     torchkeras_kb: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
