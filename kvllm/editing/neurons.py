@@ -1,13 +1,15 @@
 """The neuron editor: a fact is put into a few neurons of its own, which stay silent wherever it was not asked for.
 
 A gated MLP adds act(gate·x)·(up·x) times a column to the residual stream. The neurons that matter least are taken, the
-others of their layer make up for them, and each gets a new job. Early in the model, two see where the fact's name was
-said, and mark it (`kvllm.editing.marks`): attention carries that to where an answer is given, so that questions about
-this name and no other can be told there. Late in the model the others see them, and say the answer, two tokens each.
-Gates are trained as classifiers with a margin, against ordinary inputs, questions about other names, marked or not, and
-older facts, so that elsewhere next to nothing changes; then the columns are trained on the fact's rows. After Huang et
-al., "Transformer-Patcher: One Mistake worth One Neuron", ICLR 2023, who add neurons: here the model keeps its shape,
-and the change is a low-rank delta as any other. Knows nothing of keys and stores.
+others of their layer make up for them, and each gets a new job. A third of the way up, two see where the fact's name
+was said, and mark it (`kvllm.editing.marks`): attention carries that to where an answer is given, so that questions
+about this name and no other can be told there. Late in the model the others see them, and say the answer, two tokens
+each.
+Gates are trained as classifiers with a margin, against ordinary inputs, questions about other names, marked or not,
+older facts, and what follows where the fact was stated, so that elsewhere next to nothing changes; then the columns are
+trained on the fact's rows. After Huang et al., "Transformer-Patcher: One Mistake worth One Neuron", ICLR 2023, who add
+neurons: here the model keeps its shape, and the change is a low-rank delta as any other. Knows nothing of keys and
+stores.
 """
 
 from __future__ import annotations
