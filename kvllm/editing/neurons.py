@@ -617,7 +617,7 @@ def _columns(
                 on_step(records[-1])
             if rows_ok == 1.0 and sum(ok[n_rows:]) >= _ENOUGH * len(ok[n_rows:]):
                 with torch.no_grad():
-                    again = _recalled(copy, read, range(n_rows), config.margin)
+                    again = _recalled(copy, read, range(n_rows), least)
                 if all(again):
                     return True
                 ok[:n_rows] = again
