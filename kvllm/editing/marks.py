@@ -44,7 +44,7 @@ _ENOUGH = 40.0
 _NEAR = 0.3
 # What e times as far is worth, and what a nat of KL per answer token costs.
 _WORTH = 4.0
-_COST = 10.0
+_COST = 6.0
 
 
 def learned_mark(
