@@ -14,7 +14,7 @@ import platform
 import random
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from importlib.metadata import version
 from typing import Any
@@ -511,7 +511,7 @@ class Engine:
             if name is not None:
                 named[row] = (self.lm.name_ends(row.ids, name),)
         stated: list[Row] = []
-        for fact in facts:
+        for fact in facts if config.contrasts else ():
             found_rows = self._stated(copy, fact, config.seed)
             beside |= dict.fromkeys(found_rows, self.lm.row(fact.key, fact.text).answer)
             stated += found_rows
@@ -541,17 +541,11 @@ class Engine:
         before: list[Sequence[int]] = []
         asked: list[Sequence[int]] = []
         for place, follow_up in enumerate(said[:_FOLLOWED]):
-            row = self.lm.row(questions[place % len(questions)], fact.text)
-            before.append(row.ids)
-            asked.append(
-                self.lm.prompt_ids(
-                    [
-                        {"role": "user", "content": questions[place % len(questions)]},
-                        {"role": "assistant", "content": fact.text},
-                        {"role": "user", "content": follow_up},
-                    ]
-                )
-            )
+            question = questions[place % len(questions)]
+            turns = (("user", question), ("assistant", fact.text), ("user", follow_up))
+            with suppress(ModelError):  # a chat template may know single questions only
+                asked.append(self.lm.prompt_ids([{"role": role, "content": text} for role, text in turns]))
+                before.append(self.lm.row(question, fact.text).ids)
         for follow_up in said[_FOLLOWED:]:
             before.append(self.lm.prompt_ids(fact.text))
             asked.append(self.lm.prompt_ids(f"{fact.text}\n{follow_up}"))
