@@ -483,7 +483,8 @@ def other_questions(fact: Fact, n: int, *, seed: int = 0) -> tuple[str, ...]:
     language = language_of(fact.key)
     rng = random.Random(f"{seed}/{fact.key}")
     found = _with_matters(OTHER_QUESTIONS[language], n, language, rng, {"name": names[-1]})
-    return tuple(found[place] for place in range(len(found)) if place not in own_questions(found, [fact]))
+    own = own_questions(found, [fact])
+    return tuple(question for place, question in enumerate(found) if place not in own)
 
 
 def _with_matters(

@@ -538,29 +538,27 @@ class Engine:
         """
         said = follow_ups(fact, _FOLLOWED + _TOLD, seed=seed)
         questions = asked_questions(fact)
-        before: list[Sequence[int]] = []
-        asked: list[Sequence[int]] = []
+        found: list[tuple[Sequence[int], list[int]]] = []  # what was stated, and what is asked
         for place, follow_up in enumerate(said[:_FOLLOWED]):
             question = questions[place % len(questions)]
             turns = (("user", question), ("assistant", fact.text), ("user", follow_up))
             with suppress(ModelError):  # a chat template may know single questions only
-                asked.append(self.lm.prompt_ids([{"role": role, "content": text} for role, text in turns]))
-                before.append(self.lm.row(question, fact.text).ids)
+                asked = self.lm.prompt_ids([{"role": role, "content": text} for role, text in turns])
+                found.append((self.lm.row(question, fact.text).ids, asked))
         for follow_up in said[_FOLLOWED:]:
-            before.append(self.lm.prompt_ids(fact.text))
-            asked.append(self.lm.prompt_ids(f"{fact.text}\n{follow_up}"))
+            found.append((self.lm.prompt_ids(fact.text), self.lm.prompt_ids(f"{fact.text}\n{follow_up}")))
         for question in other_questions(fact, _OTHERWISE, seed=seed):
-            asked.append(self.lm.prompt_ids(question))
-            before.append(asked[-1])
-        kept = [i for i, ids in enumerate(asked) if len(ids) + _APART_TOKENS <= self.lm.max_positions]
-        replies = copy.generate_ids([tuple(asked[i]) for i in kept], _APART_TOKENS)
+            asked = self.lm.prompt_ids(question)
+            found.append((asked, asked))
+        found = [(before, asked) for before, asked in found if len(asked) + _APART_TOKENS <= self.lm.max_positions]
+        replies = copy.generate_ids([tuple(asked) for _, asked in found], _APART_TOKENS)
         answer = self.lm.row(fact.key, fact.text).answer
         rows = []
-        for i, reply in zip(kept, replies, strict=True):
+        for (before, asked), reply in zip(found, replies, strict=True):
             if shared_length([reply, answer]) > 1:  # the model says it again of itself
                 reply = reply[:0]
-            start = shared_length([before[i], asked[i]])
-            rows.append(Row(tuple(asked[i][:start]), (*asked[i][start:], *reply)))
+            start = shared_length([before, asked])
+            rows.append(Row(tuple(asked[:start]), (*asked[start:], *reply)))
         return rows
 
     def _contrast(
