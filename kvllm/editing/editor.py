@@ -70,8 +70,9 @@ class EditTask:
         taken: Layer to the neurons that hold other facts.
         named: Row to the places in it at which each of the names was said that its question is known by: of the rows
             the fact's names; of rows in `apart` another name, where they have one.
-        mark: What later layers carry from a name to where an answer is given, (hidden,), for editors that use it.
-        marked: Layer to what enters its MLP where the questions of `Ordinary.ends` end, the mark on what they are
+        marks: What later layers carry from a name to where an answer is given, (marks, hidden), for editors that use
+            them.
+        marked: Layer to what enters its MLP where the questions of `Ordinary.ends` end, marks on what they are
             about, (questions, hidden).
     """
 
@@ -91,7 +92,7 @@ class EditTask:
     ordinary: Mapping[int, Ordinary] = field(default_factory=dict)
     taken: Mapping[int, frozenset[int]] = field(default_factory=dict)
     named: Mapping[Row, tuple[tuple[int, ...], ...]] = field(default_factory=dict)
-    mark: torch.Tensor | None = None
+    marks: torch.Tensor | None = None
     marked: Mapping[int, torch.Tensor] = field(default_factory=dict)
 
 

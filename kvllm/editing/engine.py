@@ -37,7 +37,7 @@ from kvllm.editing.delta import (
 from kvllm.editing.editor import EditTask, StepRecord, Training
 from kvllm.editing.editors import EDITORS
 from kvllm.editing.inputs import input_whitening
-from kvllm.editing.marks import learned_mark, marked_ends
+from kvllm.editing.marks import learned_marks, marked_ends
 from kvllm.editing.neurons import has_spare, neuron_layers, part_of, taken_neurons
 from kvllm.editing.ordinary import Ordinary, ordinary_inputs, wordings
 from kvllm.editing.preservation import PreservationPool, PreservedItem, Prompt, build_pool, prepare_items
@@ -493,10 +493,10 @@ class Engine:
                 base, ends = self.store.base.digest, layers.said[:: max(1, len(layers.said) - 1)]
                 found = ordinary_inputs(copy, pool, base, layers.all, whole=[layers.named], on_progress=show)
                 read = [(mlp, found[mlp.layer].whitening) for mlp in ends]
-                mark = learned_mark(copy, base, layers.named, read, on_progress=show)
-                marked = marked_ends(copy, base, mark, layers.named, layers.said, asked=wordings(), on_progress=show)
+                marks = learned_marks(copy, base, layers.named, read, on_progress=show)
+                marked = marked_ends(copy, base, marks, layers.named, layers.said, asked=wordings(), on_progress=show)
             self._load_copy()
-            self._ordinary = (key, found, mark, marked)
+            self._ordinary = (key, found, marks, marked)
         n = _APART if config.contrasts else 0
         asked: dict[str, Fact] = {}
         for fact in facts:
@@ -525,7 +525,7 @@ class Engine:
             "stated": stated,
             "beside": beside,
             "ordinary": self._ordinary[1],
-            "mark": self._ordinary[2],
+            "marks": self._ordinary[2],
             "marked": self._ordinary[3],
             "named": named,
             "taken": taken_neurons(layers.all, self.weights.master, self.weights.base),

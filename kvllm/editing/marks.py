@@ -1,16 +1,18 @@
-"""A mark that is put on a name: what it adds to the residual stream, later layers carry to where an answer is given.
+"""Marks that are put on names: what they add to the residual stream, later layers carry to where an answer is given.
 
 Where a question ends, a model knows what was asked, and little of the name that it was asked about: two names that it
-does not know look alike there. A vector is therefore learned, once per base model, that moves what is read at a
-question's end when it is added where a name ends, early in the model: attention then looks at that name, and carries it
-along. It moves that far enough to be told, and as little as can be of what is answered. Knows no facts.
+does not know look alike there. A few vectors are therefore learned, once per base model, each of which moves what is
+read at a question's end in a way of its own when it is added where a name ends, early in the model: attention then
+looks at that name, and carries it along. They move that far enough to be told from each other, and as little as can be
+of what is answered. Names bear them by turns. Knows no facts.
 
-    mark = learned_mark(copy, base_digest, named, [(said, whitening)])
+    marks = learned_marks(copy, base_digest, named, [(said, whitening)])
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -27,19 +29,21 @@ from kvllm.lm.model import Row
 from kvllm.lm.targets import GatedMlp
 from kvllm.records import Fact
 
-_VERSION = "4"
+_VERSION = "5"
+_KINDS = 8
 _NAMES = {"en": 48, "zh": 16}
-# Steps in all, and the first of them, which make the mark carry far whichever way.
 _STEPS = 40
-_FAR = 13
-# Of a step: its length in the mark's own, falling, and the questions in it.
+# Of a step: its length in the marks' own, falling, and the questions in it.
 _SIZE = 0.5
 _LEAST_SIZE = 0.03
-_ROWS = 22
+_ROWS = 32
+_KEPT = 0.7  # of the ways that marks were seen to move what is read, at each step
+_RIDGE = 0.01  # of the marks' squared ways: how exactly each is read so that no other is
 _TOKENS = 12  # of the answers that are to stay
 _READ = 4  # tokens from which answers are given, the question's last one the first
 _SHARE = 1.0  # of the residual stream's length at a name
-# White units that what is read is to be moved by: from there on, further is worth nothing.
+# White units that what is read is to be moved by: from the first on, further is worth nothing; below the second the
+# logarithm goes on as a line.
 _ENOUGH = 40.0
 _NEAR = 0.3
 # What e times as far is worth, and what a nat of KL per answer token costs.
@@ -47,7 +51,7 @@ _WORTH = 4.0
 _COST = 6.0
 
 
-def learned_mark(
+def learned_marks(
     copy: ComputeCopy,
     base_digest: str,
     named: GatedMlp,
@@ -56,19 +60,20 @@ def learned_mark(
     names: Sequence[tuple[str, str]] | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> torch.Tensor:
-    """Return the mark of a base model, (hidden,), fp32, from the cache or learned now.
+    """Return the marks of a base model, (marks, hidden), fp32, from the cache or learned now.
 
-    It is to be added to what the MLP `named` puts out.
+    They are to be added to what the MLP `named` puts out.
 
-    Gradient steps on a sphere make what enters the MLPs `said` where answers begin move, far enough to be told and
-    in every wording, while what is answered stays: a name may be said where something else is asked.
+    Gradient steps on a sphere make what enters the MLPs `said` where answers begin move, in every wording far enough
+    along a way that no other mark moves it, while what is answered stays: a name may be said where something else is
+    asked.
 
     Args:
         copy: Compute copy, whose lowest adapted layer is that of `named`; where nothing is cached it must hold the
             base's weights.
         base_digest: Identity of the base model.
-        named: Of the layer that puts the mark on.
-        said: Where it is to be read, each with the whitening of what enters there, (hidden, hidden).
+        named: Of the layer that puts marks on.
+        said: Where they are to be read, each with the whitening of what enters there, (hidden, hidden).
         names: Asked about, each with its language; packaged ones by default.
         on_progress: Called with steps done and their number.
     """
@@ -77,7 +82,7 @@ def learned_mark(
     asked = _asked(names)
     facts = [
         _VERSION,
-        repr((_SHARE, _STEPS, _ROWS, _TOKENS, _READ, _ENOUGH, _WORTH, _COST)),
+        repr((_KINDS, _SHARE, _STEPS, _ROWS, _TOKENS, _READ, _ENOUGH, _WORTH, _COST)),
         base_digest,
         str(copy.dtype),
         torch.__version__,
@@ -86,20 +91,20 @@ def learned_mark(
         *map(repr, asked),
     ]
     digest = hashlib.sha256("\x00".join(facts).encode()).hexdigest()[:24]
-    path = cache_folder() / "preservation" / f"mark-{digest}.safetensors"
+    path = cache_folder() / "preservation" / f"marks-{digest}.safetensors"
     data = read_checked(path)
     if data is None:
-        vector = _learned(copy, named, said, asked, on_progress)
-        write_checked(path, save({"mark": vector.cpu()}))
+        vectors = _learned(copy, named, said, asked, on_progress)
+        write_checked(path, save({"marks": vectors.cpu()}))
     else:
-        vector = load(data)["mark"]
-    return vector.to(copy.lm.device)
+        vectors = load(data)["marks"]
+    return vectors.to(copy.lm.device)
 
 
 def marked_ends(
     copy: ComputeCopy,
     base_digest: str,
-    mark: torch.Tensor,
+    marks: torch.Tensor,
     named: GatedMlp,
     mlps: Sequence[GatedMlp],
     *,
@@ -111,23 +116,23 @@ def marked_ends(
     Args:
         copy: Compute copy, reading at least up to these MLPs; where nothing is cached it must hold the base's weights.
         base_digest: Identity of the base model.
-        mark: Put on the names.
-        named: Of the layer that puts it on.
-        mlps: Where it is to be read.
+        marks: Put on the names by turns, (marks, hidden).
+        named: Of the layer that puts them on.
+        mlps: Where they are to be read.
         asked: Questions, each with the name it is about; those in which the name is not found are left unmarked.
         on_progress: Called with batches done and their number.
     """
     from safetensors.torch import load, save
 
     facts = [_VERSION, base_digest, str(copy.dtype), torch.__version__, named.out, *(mlp.gate for mlp in mlps)]
-    facts += [repr(mark.tolist()), *map(repr, asked)]
+    facts += [repr(marks.tolist()), *map(repr, asked)]
     digest = hashlib.sha256("\x00".join(facts).encode()).hexdigest()[:24]
     path = cache_folder() / "preservation" / f"marked-{digest}.safetensors"
     data = read_checked(path)
     if data is None:
         rows = [Row(tuple(copy.lm.prompt_ids(question)), ()) for question, _ in asked]
         places = [copy.lm.name_ends(row.prompt, name) for row, (_, name) in zip(rows, asked, strict=True)]
-        found = answered(copy, [mlp.gate for mlp in mlps], rows, on_progress, marking(copy, named.out, mark, places))
+        found = answered(copy, [mlp.gate for mlp in mlps], rows, on_progress, marking(copy, named.out, marks, places))
         tensors = {str(mlp.layer): torch.cat(found[mlp.gate]).half().cpu() for mlp in mlps}
         write_checked(path, save(tensors))
     else:
@@ -136,38 +141,39 @@ def marked_ends(
 
 
 def marking(
-    copy: ComputeCopy, out: str, mark: torch.Tensor, places: Sequence[Sequence[int]]
+    copy: ComputeCopy, out: str, marks: torch.Tensor, places: Sequence[Sequence[int]]
 ) -> Callable[[Sequence[int], int], AbstractContextManager[None]]:
-    """Return what marks each row's places while a batch of these rows is run, from a position on."""
-    return lambda batch, start: marked(copy, out, mark, at_places([places[i] for i in batch], start))
+    """Return what marks each row's places, by turns with one of the marks, while a batch of these rows is run.
+
+    It is to be called with the rows' numbers and the position that the batch begins at.
+    """
+
+    def during(batch: Sequence[int], start: int) -> AbstractContextManager[None]:
+        return marked(copy, out, marks[[i % len(marks) for i in batch]], [places[i] for i in batch], start)
+
+    return during
 
 
 @contextmanager
 def marked(
-    copy: ComputeCopy, out: str, mark: torch.Tensor, where: Callable[[torch.Tensor], torch.Tensor]
+    copy: ComputeCopy, out: str, marks: torch.Tensor, places: Sequence[Sequence[int]], start: int = 0
 ) -> Iterator[None]:
-    """Add a mark to what the named module puts out, while this is open, where `where` says: (batch, seq), 0 or 1."""
+    """Add each row's mark, (rows, hidden), to what the named module puts out at its places, while this is open.
+
+    The batch begins at position `start`.
+    """
 
     def add(module: torch.nn.Module, args: object, output: torch.Tensor) -> torch.Tensor:
-        return output + (where(output)[..., None].to(output.device) * mark).to(output.dtype)
+        here = torch.zeros(output.shape[:2])
+        for row, some in enumerate(places):
+            here[row, [place - start for place in some if start <= place < start + output.shape[1]]] = 1.0
+        return output + (here[..., None].to(output.device) * marks[:, None]).to(output.dtype)
 
     handle = copy.model.get_submodule(out).register_forward_hook(add)
     try:
         yield
     finally:
         handle.remove()
-
-
-def at_places(places: Sequence[Sequence[int]], start: int) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Return what says 1 at each row's places, for a batch that begins at position `start`."""
-
-    def where(output: torch.Tensor) -> torch.Tensor:
-        found = torch.zeros(output.shape[:2])
-        for row, some in enumerate(places):
-            found[row, [place - start for place in some if start <= place < start + output.shape[1]]] = 1.0
-        return found
-
-    return where
 
 
 def _asked(names: Sequence[tuple[str, str]] | None) -> list[tuple[str, str]]:
@@ -210,30 +216,48 @@ def _learned(
         entered, expected = read(everyone)
     before = entered.split(n_read, dim=1)
     rng = random.Random(0)
-    drawn = torch.randn(entered.shape[-1], generator=torch.Generator().manual_seed(0)).to(entered.device)
-    mark = drawn / drawn.norm() * length
+    drawn = torch.randn(entered.shape[-1], _KINDS, generator=torch.Generator().manual_seed(0)).to(entered.device)
+    marks = torch.linalg.qr(drawn)[0].T * length  # at right angles
+    ways: torch.Tensor | None = None
     for step in range(_STEPS):
         some = rng.sample(everyone, min(_ROWS, len(everyone)))
-        mark = mark.detach().requires_grad_()
-        with torch.enable_grad(), marked(copy, named.out, mark, at_places([places[i] for i in some], 0)):
+        kinds = [(place + step) % _KINDS for place in range(len(some))]
+        marks = marks.detach().requires_grad_()
+        with torch.enable_grad(), marked(copy, named.out, marks[kinds], [places[i] for i in some]):
             now, states = read(some)
             moved = now - torch.cat([before[i] for i in some], dim=1)
-            if step >= _FAR:  # along the way that they all are moved, of which a gate can tell
-                toward = F.normalize(moved.mean(1, keepdim=True), dim=-1).detach()
-                along = (moved * toward).sum(-1).clamp(min=_NEAR, max=_ENOUGH)
-            else:
-                along = moved.norm(dim=-1).clamp(min=_NEAR)
+            kind = torch.tensor([kind for kind, i in zip(kinds, some, strict=True) for _ in range(n_read[i])])
+            seen = _means(moved.detach(), kind)
+            ways = seen if ways is None else _KEPT * ways + (1 - _KEPT) * seen
+            along = (moved * _telling(ways)[:, kind]).sum(-1).clamp(max=_ENOUGH)
+            far = torch.where(along > _NEAR, along.clamp(min=_NEAR).log(), along - _NEAR + math.log(_NEAR))
             was = copy.logits(torch.cat([expected[i] for i in some])).log_softmax(-1)
             kl = F.kl_div(copy.logits(torch.cat(states)).log_softmax(-1), was, log_target=True, reduction="none")
-            worth = _WORTH * along.log().mean() - _COST * kl.sum(-1).mean()
-            (gradient,) = torch.autograd.grad(worth, mark)
+            worth = _WORTH * far.mean() - _COST * kl.sum(-1).mean()
+            (gradient,) = torch.autograd.grad(worth, marks)
         size = _SIZE * (1 - step / _STEPS) + _LEAST_SIZE
-        mark = mark.detach() + gradient / gradient.norm().clamp(min=1e-12) * mark.detach().norm() * size
-        mark = mark / mark.norm() * length
+        marks = F.normalize(F.normalize(marks.detach(), dim=1) + F.normalize(gradient, dim=1) * size, dim=1) * length
         if on_progress is not None:
             on_progress(step + 1, _STEPS)
-    found: torch.Tensor = mark.detach().float()
+    found: torch.Tensor = marks.detach().float()
     return found
+
+
+def _means(moved: torch.Tensor, kinds: torch.Tensor) -> torch.Tensor:
+    """Return the mean move of each kind, (MLPs, kinds, hidden); moved: (MLPs, tokens, hidden), kinds: (tokens,)."""
+    of = F.one_hot(kinds, _KINDS).to(moved)
+    means: torch.Tensor = of.T @ moved / of.sum(0).clamp(min=1)[:, None]
+    return means
+
+
+def _telling(ways: torch.Tensor) -> torch.Tensor:
+    """Return along which direction each kind is read and no other, of length 1: the dual basis of the ways' own.
+
+    ways: (MLPs, kinds, hidden), as what is returned.
+    """
+    alike = ways @ ways.transpose(1, 2)
+    ridge = _RIDGE * alike.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
+    return F.normalize(torch.linalg.solve(alike + ridge * torch.eye(_KINDS, device=ways.device), ways), dim=-1)
 
 
 def _answered_rows(copy: ComputeCopy, asked: Sequence[tuple[str, str]]) -> tuple[list[Row], list[tuple[int, ...]]]:

@@ -233,9 +233,9 @@ class _Work:
 
     def name(self, rows: Sequence[Row]) -> None:
         """Give the names that the rows of a fact are known by neurons, which mark where they were said."""
-        mlp, mark = self.layers.named, self.task.mark
+        mlp, marks = self.layers.named, self.task.marks
         n_names = min(_MOST_NAMES, max((len(self.task.named.get(row, ())) for row in rows), default=0))
-        if mark is None or not n_names:
+        if marks is None or not n_names:
             return
         ordinary = self.task.ordinary[mlp.layer]
         apart = [Row(row.ids, ()) for row in (*self.beside(rows[0]), *self.task.replay[:_TOLD_APART])]
@@ -261,9 +261,16 @@ class _Work:
         silent = [(torch.cat(outside), _APART_WEIGHT), (self.others(ordinary), _APART_WEIGHT)]
         gates = _gates(said, ordinary, silent, exactly=True)
         both = _capped(gates, ordinary)
-        columns = mark.expand(len(said), -1) / _CEILING
+        columns = self.unused(marks).expand(len(said), -1) / _CEILING
         columns = torch.cat([columns, -columns])
         self.put(mlp, self.take(mlp, len(both), rows[0]), both, ordinary.one.expand(len(both), -1), columns)
+
+    def unused(self, marks: torch.Tensor) -> torch.Tensor:
+        """Return the mark, (hidden,), that the fewest names bear at the weights of now."""
+        mlp = self.layers.named
+        borne = self.weight(mlp.out)[:, sorted(self.taken[mlp.layer])].float()
+        alike = F.normalize(borne, dim=0).T @ F.normalize(marks, dim=1).T
+        return marks[int((alike > _ALIKE).sum(0).argmin())]
 
     def others(self, ordinary: Ordinary, read: torch.Tensor | None = None) -> torch.Tensor:
         """Return `Ordinary.ends`, or what was `read` there, of all that has not to do with this edit: (n, hidden)."""
@@ -277,7 +284,7 @@ class _Work:
     def elsewhere(self, mlp: GatedMlp, own: Row) -> list[torch.Tensor]:
         """Return what enters a late MLP where other questions end and their answers are given, white, (n, hidden) each.
 
-        Questions about other names, as they are and with the mark on the name; and other facts', at the weights of now.
+        Questions about other names, as they are and with marks on the name; and other facts', at the weights of now.
         """
         apart = self.beside(own)
         named = [row for row in apart if self.task.named.get(row)]
@@ -287,9 +294,9 @@ class _Work:
         stated = [row for row in self.task.stated if self.task.beside.get(row) == own.answer]
         with self.only(mlp):
             found = [self._answered(mlp, apart), self._answered(mlp, rest), self._answered(mlp, stated)]
-            if named and self.task.mark is not None:
+            if named and self.task.marks is not None:
                 places = [[place for some in self.task.named[row] for place in some] for row in named]
-                during = marking(self.copy, self.layers.named.out, self.task.mark, places)
+                during = marking(self.copy, self.layers.named.out, self.task.marks, places)
                 found.append(self._answered(mlp, named, during))
         return [torch.cat(some) for some in found if some]
 
@@ -431,7 +438,7 @@ def _teach(
             ended.append(work.others(ordinary, work.task.marked[mlp.layer] @ ordinary.whitening))
         outside = [(x, _APART_WEIGHT) for x in (*ended, *elsewhere)]
         outside.append((read.before, _OWN_WEIGHT))
-        ups = torch.stack([_signs(read.said[:, part], ordinary) for part in parts])
+        ups = torch.stack([_signs(read.said[:, part]) for part in parts])
         early = torch.tensor([part[0] < _BEGINNING for part in parts], device=ups.device)
         gates = _gates(inside, ordinary, outside, quiet=torch.where(early, _QUIET, _MARGIN))
         job = _Job(mlp, work.take(mlp, len(parts), rows[0]), parts, gates, ups, early, ordinary)
@@ -560,13 +567,15 @@ def _over(x: torch.Tensor, gates: torch.Tensor, below: torch.Tensor | float) -> 
     return (x @ gates.T + below).relu().square().mean(0).sum()
 
 
-def _signs(x: torch.Tensor, ordinary: Ordinary) -> torch.Tensor:
+def _signs(x: torch.Tensor) -> torch.Tensor:
     """Return the direction (hidden,) that reads 1 at the first of an answer's tokens and -1 at the second.
 
-    x: (rows, tokens, hidden). Of one token alone: what reads 1 everywhere.
+    x: (rows, tokens, hidden). Of one token alone: the mean of what is read there, which reads 1 on average there and
+    next to nothing elsewhere.
     """
     if x.shape[1] == 1:
-        return ordinary.one
+        mean = x.flatten(0, 1).mean(0)
+        return mean / (mean @ mean)
     flat = x.transpose(0, 1).flatten(0, 1)
     wanted = torch.cat([torch.full((x.shape[0],), sign, device=x.device) for sign in (1.0, -1.0)])
     alike = flat @ flat.T

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from kvllm.config import ModelConfig
 from kvllm.editing import compute
 from kvllm.editing.compute import ComputeCopy
 from kvllm.editing.delta import AdaptedWeights, product
 from kvllm.editing.editor import EditTask, StepRecord, leads
-from kvllm.editing.marks import at_places, learned_mark, marked, marked_ends
+from kvllm.editing.marks import learned_marks, marked_ends, marking
 from kvllm.editing.neurons import NeuronEditor, neuron_layers, taken_neurons
 from kvllm.editing.ordinary import Ordinary, answered, ends, ordinary_inputs
 from kvllm.editing.preservation import PreservationPool, Prompt, build_pool
@@ -66,19 +66,19 @@ def ordinary(copy: ComputeCopy, pool: PreservationPool) -> dict[int, Ordinary]:
 
 
 @pytest.fixture
-def mark(own: LanguageModel, copy: ComputeCopy, ordinary: dict[int, Ordinary]) -> torch.Tensor:
+def marks(own: LanguageModel, copy: ComputeCopy, ordinary: dict[int, Ordinary]) -> torch.Tensor:
     layers = neuron_layers(copy.model)
     white = ordinary[layers.said[0].layer].whitening
-    return learned_mark(
+    return learned_marks(
         copy, "tiny", layers.named, [(layers.said[0], white)], names=[("Berlin", "en"), ("numpy", "en")]
     )
 
 
 @pytest.fixture
-def task(own: LanguageModel, ordinary: dict[int, Ordinary], mark: torch.Tensor) -> EditTask:
+def task(own: LanguageModel, ordinary: dict[int, Ordinary], marks: torch.Tensor) -> EditTask:
     rows = rows_of(own, KEY, TEXT)
     apart = [own.row(q, "It is a tool") for q in OTHERS[:2]]
-    return EditTask(rows=rows, ordinary=ordinary, apart=apart, mark=mark, named=named(own, KEY, rows))
+    return EditTask(rows=rows, ordinary=ordinary, apart=apart, marks=marks, named=named(own, KEY, rows))
 
 
 def named(lm: LanguageModel, name: str, rows: Sequence[Row]) -> dict[Row, tuple[tuple[int, ...], ...]]:
@@ -147,8 +147,9 @@ def test_a_name_is_marked_where_it_was_said_and_nowhere_else(
         model(torch.tensor([row.ids]))
         handle.remove()
     assert before is copy.model.get_submodule(mlp.out)
-    assert task.mark is not None
-    put = (caught[1] - caught[0]).detach() @ task.mark / task.mark.square().sum()
+    assert task.marks is not None
+    mark = task.marks[0]  # no name bears one yet
+    put = (caught[1] - caught[0]).detach() @ mark / mark.square().sum()
     (places,) = task.named[row]
     assert float(put[list(places)].min()) > 0.5
     elsewhere = [i for i in range(len(row.ids)) if i not in places and i - 1 not in places]
@@ -164,31 +165,67 @@ def test_rows_without_a_name_are_learned_without_a_mark(
     assert least_lead(own, task.rows) > 0
 
 
-def test_a_mark_moves_what_is_read_and_is_cached(
-    copy: ComputeCopy, ordinary: dict[int, Ordinary], mark: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+def test_names_bear_the_marks_by_turns(
+    own: LanguageModel, copy: ComputeCopy, pool: PreservationPool, task: EditTask
 ) -> None:
-    from kvllm.editing import marks
+    layers = neuron_layers(copy.model)
+    weights, borne = AdaptedWeights(own.model), []
+    assert task.marks is not None
+    for name in (KEY, "Velmora", "Skarholm"):
+        rows = rows_of(own, name, TEXT)
+        taken = taken_neurons(layers.all, weights.master, weights.base)
+        turn = replace(task, rows=rows, named=named(own, name, rows), taken=taken)
+        delta = NeuronEditor().train(copy, pool, turn, QUICK_NEURONS).delta
+        weights.apply(delta)
+        copy.load({name: weights.master(name) for name in weights.known})
+        now = taken_neurons([layers.named], weights.master, weights.base)[layers.named.layer]
+        columns = weights.master(layers.named.out)[:, sorted(now - taken[layers.named.layer])]
+        alike = F.normalize(columns, dim=0).T @ F.normalize(task.marks, dim=1).T
+        borne.append(int(alike.amax(0).argmax()))
+    assert borne == [0, 1, 2]
+
+
+def test_each_mark_is_read_by_itself(copy: ComputeCopy, ordinary: dict[int, Ordinary], marks: torch.Tensor) -> None:
+    layers = neuron_layers(copy.model)
+    white = ordinary[layers.said[0].layer].whitening
+    row = copy.lm.row("What is Berlin?", "x")
+    places = [copy.lm.name_ends(row.prompt, "Berlin")]
+    before = ends(copy, [layers.said[0].gate], [row.prompt])[layers.said[0].gate]
+    ways = []
+    for mark in marks:
+        during = marking(copy, layers.named.out, mark[None], places)
+        (after,) = answered(copy, [layers.said[0].gate], [Row(row.prompt, ())], None, during)[layers.said[0].gate]
+        ways.append(F.normalize((after - before) @ white, dim=-1)[0])
+    alike = torch.stack(ways) @ torch.stack(ways).T
+    assert len(marks) > 1
+    assert float((alike - torch.eye(len(marks))).max()) < 0.9
+
+
+def test_a_mark_moves_what_is_read_and_is_cached(
+    copy: ComputeCopy, ordinary: dict[int, Ordinary], marks: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from kvllm.editing import marks as module
 
     layers = neuron_layers(copy.model)
     white = ordinary[layers.said[0].layer].whitening
-    monkeypatch.setattr(marks, "_learned", lambda *args: pytest.fail("learned again"))
+    monkeypatch.setattr(module, "_learned", lambda *args: pytest.fail("learned again"))
     names = [("Berlin", "en"), ("numpy", "en")]
-    again = learned_mark(copy, "tiny", layers.named, [(layers.said[0], white)], names=names)
-    assert torch.equal(mark, again)
+    again = learned_marks(copy, "tiny", layers.named, [(layers.said[0], white)], names=names)
+    assert torch.equal(marks, again)
     rows = [copy.lm.row(f"What is {name}?", "x") for name, _ in names]
     places = [copy.lm.name_ends(row.prompt, name) for row, (name, _) in zip(rows, names, strict=True)]
     before = ends(copy, [layers.said[0].gate], [row.prompt for row in rows])[layers.said[0].gate]
 
     def moved(vector: torch.Tensor) -> float:
-        def during(batch: Sequence[int], start: int) -> AbstractContextManager[None]:
-            return marked(copy, layers.named.out, vector, at_places([places[i] for i in batch], start))
-
+        during = marking(copy, layers.named.out, vector[None], places)
         prompts = [Row(row.prompt, ()) for row in rows]
         after = answered(copy, [layers.said[0].gate], prompts, None, during)[layers.said[0].gate]
         return float(((torch.cat(after) - before) @ white).norm(dim=1).mean())
 
-    drawn = torch.randn(mark.shape, generator=torch.Generator().manual_seed(1))
-    assert moved(mark) > 1.5 * moved(drawn / drawn.norm() * mark.norm())
+    drawn = torch.randn(marks.shape, generator=torch.Generator().manual_seed(1))
+    drawn = drawn / drawn.norm(dim=1, keepdim=True) * marks.norm(dim=1, keepdim=True)
+    assert sum(map(moved, marks)) > 1.5 * sum(map(moved, drawn))
+    assert min(map(moved, marks)) > sum(map(moved, drawn)) / len(drawn)
 
 
 def test_as_many_neurons_change_as_the_answer_needs(copy: ComputeCopy, pool: PreservationPool, task: EditTask) -> None:
@@ -326,20 +363,20 @@ def test_whole_questions_are_read_at_every_token(copy: ComputeCopy, pool: Preser
 
 
 def test_marked_questions_end_otherwise_and_are_cached(
-    copy: ComputeCopy, mark: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+    copy: ComputeCopy, marks: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from kvllm.editing import marks
+    from kvllm.editing import marks as module
 
     layers = neuron_layers(copy.model)
     asked = [("What is numpy?", "numpy"), ("Who leads Halcyon?", "nobody")]
-    found = marked_ends(copy, "tiny", mark, layers.named, layers.said, asked=asked)
+    found = marked_ends(copy, "tiny", marks, layers.named, layers.said, asked=asked)
     for mlp in layers.said:
         plain = ends(copy, [mlp.gate], [copy.lm.prompt_ids(q) for q, _ in asked])[mlp.gate]
         moved = (found[mlp.layer] - plain).norm(dim=1) / plain.norm(dim=1)
         assert moved[0] > 0.02
         assert moved[1] < 0.002  # that name is not in the question
-    monkeypatch.setattr(marks, "answered", lambda *args: pytest.fail("measured again"))
-    again = marked_ends(copy, "tiny", mark, layers.named, layers.said, asked=asked)
+    monkeypatch.setattr(module, "answered", lambda *args: pytest.fail("measured again"))
+    again = marked_ends(copy, "tiny", marks, layers.named, layers.said, asked=asked)
     assert all(torch.equal(tensor, again[layer]) for layer, tensor in found.items())
 
 
