@@ -50,6 +50,8 @@ SHARES = {
     "strict": ("strict",),
     "leak_rate": ("leak_strict", "leak_packaged"),
     "neighbour_kl": ("kl_strict", "kl_packaged"),
+    "next_kl": ("kl_next",),
+    "told_kl": ("kl_told",),
     "old_text_stated": ("old_stated",),
     "erasure": ("erased_trained", "erased_paraphrase"),
     "erasure_unseen": ("erased_paraphrase",),
@@ -416,7 +418,7 @@ def metrics(rows: Sequence[Mapping[str, Any]], seed: int) -> dict[str, Any]:
         for suffix in ("", "_plain"):
             groups = [[v for part in lists for v in row.get(part + suffix, ())] for row in rows]
             if any(groups):
-                found[name + suffix] = mean_of(groups, share=name != "neighbour_kl", seed=seed)
+                found[name + suffix] = mean_of(groups, share=not name.endswith("_kl"), seed=seed)
     return found
 
 

@@ -1,8 +1,9 @@
 """How one item is scored in a model as it is: the same questions, live greedy decoding and judges for every column.
 
-What stands around an item (its own neighbour questions, packaged neighbours) is asked of the base first; after the edit
-the answers are compared word by word, looked through for the fact, and compared as distributions. Everything is asked
-twice: in the model's chat format, and as a plain completion of the bare question. Returns plain lists, ready for JSON.
+What stands around an item (its own neighbour questions, packaged neighbours, what is asked next where it was stated) is
+asked of the base first; after the edit the answers are compared word by word, looked through for the fact, and compared
+as distributions. All but conversations are asked twice: in the model's chat format, and as a plain completion of the
+bare question. Returns plain lists, ready for JSON.
 
     before = look_around(lm, item, seed=0)            # while lm holds the base's weights
     score(lm, item, item.text, before, prompts=column.prompts)["trained"]
@@ -17,20 +18,27 @@ from typing import Any
 import torch
 
 from edit_bench.items import Item
+from kvllm.errors import ModelError
 from kvllm.lm.model import LanguageModel, Row
 from kvllm.metrics import RESTORED_KL, first_sentence, leaks, normalise
 from kvllm.probing.runner import SPARE_TOKENS, ask_probes
 from kvllm.probing.scorers import score_statement
 from kvllm.probing.suites import Probe, neighbour_sample
 
-SUITE = "edit-bench/2"
+SUITE = "edit-bench/3"
 PROTOCOL = "live greedy decoding, natural stop, kvllm's scorers (contained, or chrF >= 0.8 for long texts)"
 # So much of an answer is compared word by word and as a distribution, as in the drift suite.
 ANSWER_TOKENS = 24
 # Beside an item's own neighbours; none of them is in the preservation set.
 PACKAGED_NEIGHBOURS = 3
+# Asked next, when an item was asked about and its text was the answer, or asked below its text; no editor sees them.
+NEXT = {
+    "en": ("Thanks! Now, what is the capital of Norway?", "Could you explain how bread is baked?"),
+    "zh": ("谢谢！那么，挪威的首都是哪里？", "能讲讲面包是怎么烤的吗？"),
+}
 
 Prompts = Callable[[Sequence[str]], list[str]]
+Turns = tuple[tuple[str, str], ...]
 
 
 @dataclass(frozen=True)
@@ -42,12 +50,14 @@ class Asked:
         plain: Asked without chat template.
         answer: The base's answer ids, with room for the fact to be recited.
         states: The base's last hidden states of the compared part of the answer, (tokens, hidden).
+        earlier: What was said before in the same conversation: role and content of each turn.
     """
 
     question: str
     plain: bool
     answer: tuple[int, ...]
     states: torch.Tensor
+    earlier: Turns = ()
 
     @property
     def compared(self) -> tuple[int, ...]:
@@ -56,11 +66,16 @@ class Asked:
 
 @dataclass(frozen=True)
 class Around:
-    """What the base says around an item: its own neighbours (strict), packaged ones, and to the item's questions."""
+    """What the base says around an item: its own neighbours (strict), packaged ones, and to the item's questions.
+
+    And where its text was stated and something else is asked: a turn before (next), or in the prompt itself (told).
+    """
 
     strict: tuple[Asked, ...]
     packaged: tuple[Asked, ...]
     own: tuple[Asked, ...] = ()
+    next: tuple[Asked, ...] = ()
+    told: tuple[Asked, ...] = ()
 
 
 def look_around(lm: LanguageModel, item: Item, *, seed: int, plain: bool = True, own: bool = False) -> Around:
@@ -77,14 +92,21 @@ def look_around(lm: LanguageModel, item: Item, *, seed: int, plain: bool = True,
     chosen = neighbour_sample(item.language, PACKAGED_NEIGHBOURS, seed=_number(item.name, seed), taken=taken)
     groups = [item.neighbours, tuple(chosen), (*item.trained(), *item.paraphrases) if own else ()]
     formats = (False, True) if plain else (False,)
-    wanted = [(g, q, p) for g, questions in enumerate(groups) for q in questions for p in formats]
-    ids = [_ids(lm, q, p) for _, q, p in wanted]
+    wanted: list[tuple[int, str, bool, Turns]] = []
+    for group, questions in enumerate(groups):
+        wanted += [(group, question, bare, ()) for question in questions for bare in formats]
+    first = (*item.paraphrases, *item.trained())[0]
+    if converses(lm):
+        stated = (("user", first), ("assistant", item.text))
+        wanted += [(len(groups), question, False, stated) for question in NEXT[item.language]]
+    wanted += [(len(groups) + 1, f"{item.text}\n{question}", False, ()) for question in NEXT[item.language]]
+    ids = [_ids(lm, question, bare, earlier) for _, question, bare, earlier in wanted]
     answers = lm.generate_ids(ids, max_new_tokens=_room(lm, item)) if ids else []
     rows = [Row(tuple(i), a[:ANSWER_TOKENS]) for i, a in zip(ids, answers, strict=True)]
     states = lm.answer_states(rows) if rows else []
-    found: list[list[Asked]] = [[], [], []]
-    for (group, question, bare), answer, state in zip(wanted, answers, states, strict=True):
-        found[group].append(Asked(question, bare, answer, state))
+    found: list[list[Asked]] = [[], [], [], [], []]
+    for (group, question, bare, earlier), answer, state in zip(wanted, answers, states, strict=True):
+        found[group].append(Asked(question, bare, answer, state, earlier))
     return Around(*(tuple(asked) for asked in found))
 
 
@@ -150,6 +172,9 @@ def beside(lm: LanguageModel, item: Item, text: str, around: Around, *, prompts:
             found.setdefault(f"kl_{group}{suffix}", []).append(round(kl, 6))
             if not one.plain and (leaked or (group == "strict" and not same)):
                 found["changed"].append({"question": one.question, "before": before, "answer": said, "leaked": leaked})
+    for group, questions in (("next", around.next), ("told", around.told)):
+        if questions:
+            found[f"kl_{group}"] = [round(kl, 6) for _, _, kl in _asked_again(lm, item, questions, prompts)]
     return found
 
 
@@ -184,7 +209,7 @@ def _asked_again(
     if not questions:
         return []
     asked = prompts([one.question for one in questions])
-    ids = [tuple(_ids(lm, q, one.plain)) for q, one in zip(asked, questions, strict=True)]
+    ids = [tuple(_ids(lm, q, one.plain, one.earlier)) for q, one in zip(asked, questions, strict=True)]
     answers = lm.generate_ids(
         ids, max_new_tokens=_room(lm, item), drafts=[one.answer for one in questions], batch_size=64
     )
@@ -193,8 +218,21 @@ def _asked_again(
     return list(zip(questions, answers, kls, strict=True))
 
 
-def _ids(lm: LanguageModel, question: str, plain: bool) -> list[int]:
-    return lm.completion_ids(question) if plain else lm.prompt_ids(question)
+def converses(lm: LanguageModel) -> bool:
+    """Say whether the model's chat template knows more than single questions."""
+    try:
+        _ids(lm, "And then?", False, (("user", "What?"), ("assistant", "That.")))
+    except ModelError:
+        return False
+    return True
+
+
+def _ids(lm: LanguageModel, question: str, plain: bool, earlier: Turns = ()) -> list[int]:
+    if plain:
+        return lm.completion_ids(question)
+    if not earlier:
+        return lm.prompt_ids(question)
+    return lm.prompt_ids([{"role": role, "content": content} for role, content in (*earlier, ("user", question))])
 
 
 def _room(lm: LanguageModel, item: Item) -> int:

@@ -346,6 +346,8 @@ def test_nothing_is_found_changed_where_nothing_was(world: Any, bench: Callable[
     assert found["leak_strict"] == [False] * len(item.neighbours)
     assert found["trained"] == found["trained_plain"] == [False] * len(item.trained())
     assert max(found["kl_strict"] + found["kl_packaged"] + found["kl_packaged_plain"]) < 1e-5
+    assert max(found["kl_next"] + found["kl_told"]) < 1e-5
+    assert len(found["kl_next"]) == len(found["kl_told"]) == 2
     assert all(scoring.unlearned(lm, item, around)["restored_trained"])
 
 
@@ -380,6 +382,24 @@ def test_what_an_edit_changes_is_found(world: Any, bench: Callable[[str], Module
     assert found["leak_strict"] == [True]
     assert found["strict"] == [False]
     assert found["kl_strict"][0] > 1
+    assert min(found["kl_next"] + found["kl_told"]) > 1
+
+
+def test_what_is_asked_next_is_asked_where_the_text_was_stated(
+    world: Any, bench: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scoring = bench("edit_bench.scoring")
+    item, lm = world.items[0], world.column("unedited").lm
+    around = scoring.look_around(lm, item, seed=0)
+    assert [(one.earlier[1][1], one.question) for one in around.next] == [
+        (item.text, question) for question in scoring.NEXT[item.language]
+    ]
+    assert all(one.question.startswith(item.text) and not one.earlier for one in around.told)
+    # A chat template that knows single questions only has no conversations; the rest is asked as ever.
+    monkeypatch.setattr(scoring, "converses", lambda lm: False)
+    single = scoring.look_around(lm, item, seed=0)
+    assert (len(single.next), len(single.told)) == (0, len(around.told))
+    assert "kl_next" not in scoring.score(lm, item, item.text, single)
 
 
 # ------------------------------------------------------------------ whole runs
@@ -452,6 +472,7 @@ def test_every_column_is_measured_on_every_item(run: Callable[..., dict[str, Any
         for metrics in column["metrics"].values():
             for metric in ("reliability", "generalization", "strict", "leak_rate", "neighbour_kl"):
                 assert metrics[metric]["n"] == metrics[f"{metric}_plain"]["n"] > 0
+            assert metrics["next_kl"]["n"] == metrics["told_kl"]["n"] > 0
         assert column["damage"]["qa_delta"]["n"] == 4
         assert column["damage"]["edits_measured"] == (1 if name == "unedited" else 2)
         assert len(column["settings"]) > 0 or name == "unedited"
