@@ -3,8 +3,8 @@
 A gated MLP adds act(gate·x)·(up·x) times a column to the residual stream. The neurons that matter least are taken, the
 others of their layer make up for them, and each gets a new job. A third of the way up, two see where the fact's name
 was said, and mark it (`kvllm.editing.marks`): attention carries that to where an answer is given, so that questions
-about this name and no other can be told there. Late in the model the others see them, and say the answer, two tokens
-each.
+about this name and hardly any other can be told there. Late in the model the others see them, and say the answer, two
+tokens each. Both factors see: a gate and an up that read little elsewhere put out next to nothing there.
 Gates are trained as classifiers with a margin, against ordinary inputs, questions about other names, marked or not,
 older facts, and what follows where the fact was stated, so that elsewhere next to nothing changes; then the columns are
 trained on the fact's rows. After Huang et al., "Transformer-Patcher: One Mistake worth One Neuron", ICLR 2023, who add
@@ -55,7 +55,7 @@ _QUIET = 2.0
 _FAINT = 0.3  # of what is read, at least
 _BEGINNING = 5  # tokens
 _GATE_STEPS = 60
-_ALIKE = 0.9  # cosine from which an ordinary input is taken for one of the fact's own
+_ALIKE = 0.9  # cosine from which an ordinary input is taken for one of the fact's own, a column for a mark
 _DECAY = 0.01
 # Of the squared distances to the margin, against those of the fact's own rows.
 _ORDINARY_WEIGHT = 30.0
