@@ -70,7 +70,8 @@ _STEP_TOKENS = 384
 _READ_TOKENS = 512
 _ENOUGH = 0.9  # of the further questions
 _BATCH = 16
-_TOLD_APART = 32  # older rows
+_TOLD_APART = 128  # older rows
+_NEAREST = 24  # of them and of the session's, those most like the fact's own once more
 _OF_SESSION = 48  # rows of the same session's other facts
 _UNTOUCHED = 1e-3  # relative change of a neuron's gate that rounding may leave
 _SILENT = 1e-6  # of a layer's largest weight: what rounding may leave of a column that was taken back
@@ -212,6 +213,7 @@ class _Work:
     Attributes:
         taken: Layer to the neurons that hold facts.
         owned: Answer to layer to the neurons that this session gave it.
+        borne: Answer to the mark that this session put on its names.
     """
 
     copy: ComputeCopy
@@ -220,6 +222,7 @@ class _Work:
     taken: dict[int, set[int]]
     changed: list[Delta] = field(default_factory=list)
     owned: dict[tuple[int, ...], dict[int, list[int]]] = field(default_factory=dict)
+    borne: dict[tuple[int, ...], torch.Tensor] = field(default_factory=dict)
 
     @contextmanager
     def only(self, mlp: GatedMlp) -> Iterator[None]:
@@ -261,7 +264,8 @@ class _Work:
         silent = [(torch.cat(outside), _APART_WEIGHT), (self.others(ordinary), _APART_WEIGHT)]
         gates = _gates(said, ordinary, silent, exactly=True)
         both = _capped(gates, ordinary)
-        columns = self.unused(marks).expand(len(said), -1) / _CEILING
+        self.borne[rows[0].answer] = mark = self.unused(marks)
+        columns = mark.expand(len(said), -1) / _CEILING
         columns = torch.cat([columns, -columns])
         self.put(mlp, self.take(mlp, len(both), rows[0]), both, ordinary.one.expand(len(both), -1), columns)
 
@@ -284,20 +288,28 @@ class _Work:
     def elsewhere(self, mlp: GatedMlp, own: Row) -> list[torch.Tensor]:
         """Return what enters a late MLP where other questions end and their answers are given, white, (n, hidden) each.
 
-        Questions about other names, as they are and with marks on the name; and other facts', at the weights of now.
+        Questions about other names, as they are and with marks on the name, every second with the fact's own; and other
+        facts', at the weights of now, of which those weigh most that look most like this one.
         """
         apart = self.beside(own)
         named = [row for row in apart if self.task.named.get(row)]
-        others = [row for row in self.task.rows if row.answer != own.answer]
-        others = random.Random(f"{self.task.seed}/{own.answer}").sample(others, min(_OF_SESSION, len(others)))
-        rest = [*(row for row in self.task.replay[:_TOLD_APART] if row.answer != own.answer), *others]
+        session = [row for row in self.task.rows if row.answer != own.answer]
+        session = random.Random(f"{self.task.seed}/{own.answer}").sample(session, min(_OF_SESSION, len(session)))
+        rest = [*(row for row in self.task.replay[:_TOLD_APART] if row.answer != own.answer), *session]
         stated = [row for row in self.task.stated if self.task.beside.get(row) == own.answer]
         with self.only(mlp):
-            found = [self._answered(mlp, apart), self._answered(mlp, rest), self._answered(mlp, stated)]
+            others = self._answered(mlp, rest)
+            found = [self._answered(mlp, apart), others, self._answered(mlp, stated)]
+            if len(others) > _NEAREST:
+                (ended,) = self._answered(mlp, [Row(own.prompt, ())])
+                alike = F.cosine_similarity(torch.stack([x[0] for x in others]), ended)
+                found.append([others[i] for i in alike.topk(_NEAREST).indices.tolist()])
             if named and self.task.marks is not None:
                 places = [[place for some in self.task.named[row] for place in some] for row in named]
-                during = marking(self.copy, self.layers.named.out, self.task.marks, places)
-                found.append(self._answered(mlp, named, during))
+                marks = self.task.marks
+                if own.answer in self.borne:
+                    marks = torch.stack([each for mark in marks for each in (self.borne[own.answer], mark)])
+                found.append(self._answered(mlp, named, marking(self.copy, self.layers.named.out, marks, places)))
         return [torch.cat(some) for some in found if some]
 
     def _answered(
