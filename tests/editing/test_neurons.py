@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from kvllm.editing.ordinary import Ordinary, answered, ends, ordinary_inputs
 from kvllm.editing.preservation import PreservationPool, Prompt, build_pool
 from kvllm.errors import ConfigError, EditFailed
 from kvllm.lm.model import LanguageModel, Row
-from kvllm.lm.targets import gated_mlp
+from kvllm.lm.targets import GatedMlp, gated_mlp
 from tests.kit import KEY, QUICK_NEURONS, TEXT, let_neurons_learn
 from tests.tiny import tiny_model
 
@@ -399,6 +400,51 @@ def test_questions_stand_apart_from_the_fact_that_they_are_beside(
     monkeypatch.setattr(neurons._Work, "beside", spy)
     NeuronEditor().train(copy, pool, both, QUICK_NEURONS)
     assert asked == [[mine, everyones], [mine, everyones], [theirs, everyones]]
+
+
+def test_the_older_fact_that_is_asked_most_alike_weighs_once_more(
+    copy: ComputeCopy, pool: PreservationPool, task: EditTask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from kvllm.editing import neurons
+
+    found: list[list[torch.Tensor]] = []
+    original = neurons._Work.elsewhere
+
+    def spy(self: neurons._Work, mlp: GatedMlp, own: Row) -> list[torch.Tensor]:
+        found.append(original(self, mlp, own))
+        return found[-1]
+
+    monkeypatch.setattr(neurons._Work, "elsewhere", spy)
+    other, alike = copy.lm.row(OTHERS[3], "Ada leads it"), copy.lm.row(f"What is {KEY}?", "It is a tool")
+    older = replace(task, apart=(), replay=[other, alike])
+    NeuronEditor().train(copy, pool, older, QUICK_NEURONS)
+    monkeypatch.setattr(neurons, "_NEAREST", 1)
+    NeuronEditor().train(copy, pool, older, QUICK_NEURONS)
+    ((both,), (again, nearest)) = found
+    torch.testing.assert_close(both, again)
+    torch.testing.assert_close(nearest, both[-len(alike.answer) :])
+
+
+def test_every_second_other_name_bears_the_facts_own_mark(
+    copy: ComputeCopy, pool: PreservationPool, task: EditTask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from kvllm.editing import neurons
+
+    used: list[torch.Tensor] = []
+    original = neurons.marking
+
+    def spy(*args: Any) -> Any:
+        used.append(args[2])
+        return original(*args)
+
+    monkeypatch.setattr(neurons, "marking", spy)
+    apart = [copy.lm.row(f"What is {name}?", "It is a tool") for name in ("numpy", "Berlin")]
+    places = {row: (copy.lm.name_ends(row.ids, name),) for row, name in zip(apart, ("numpy", "Berlin"), strict=True)}
+    NeuronEditor().train(copy, pool, replace(task, apart=apart, named={**task.named, **places}), QUICK_NEURONS)
+    (marks,) = used
+    assert task.marks is not None
+    assert torch.equal(marks[::2], task.marks[:1].expand(len(task.marks), -1))  # the first: no name bears one yet
+    assert torch.equal(marks[1::2], task.marks)
 
 
 def test_columns_start_where_the_output_matrix_reads_their_tokens(
