@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -90,24 +91,24 @@ def look_around(lm: LanguageModel, item: Item, *, seed: int, plain: bool = True,
     """
     taken = frozenset({item.key.casefold()})
     chosen = neighbour_sample(item.language, PACKAGED_NEIGHBOURS, seed=_number(item.name, seed), taken=taken)
-    groups = [item.neighbours, tuple(chosen), (*item.trained(), *item.paraphrases) if own else ()]
+    own_questions = (*item.trained(), *item.paraphrases) if own else ()
     formats = (False, True) if plain else (False,)
-    wanted: list[tuple[int, str, bool, Turns]] = []
-    for group, questions in enumerate(groups):
-        wanted += [(group, question, bare, ()) for question in questions for bare in formats]
-    first = (*item.paraphrases, *item.trained())[0]
-    if converses(lm):
-        stated = (("user", first), ("assistant", item.text))
-        wanted += [(len(groups), question, False, stated) for question in NEXT[item.language]]
-    wanted += [(len(groups) + 1, f"{item.text}\n{question}", False, ()) for question in NEXT[item.language]]
-    ids = [_ids(lm, question, bare, earlier) for _, question, bare, earlier in wanted]
-    answers = lm.generate_ids(ids, max_new_tokens=_room(lm, item)) if ids else []
-    rows = [Row(tuple(i), a[:ANSWER_TOKENS]) for i, a in zip(ids, answers, strict=True)]
-    states = lm.answer_states(rows) if rows else []
-    found: list[list[Asked]] = [[], [], [], [], []]
-    for (group, question, bare, earlier), answer, state in zip(wanted, answers, states, strict=True):
-        found[group].append(Asked(question, bare, answer, state, earlier))
-    return Around(*(tuple(asked) for asked in found))
+    groups: list[list[tuple[str, bool, Turns]]] = [
+        [(question, bare, ()) for question in questions for bare in formats]
+        for questions in (item.neighbours, chosen, own_questions)
+    ]
+    stated = (("user", (*item.paraphrases, *item.trained())[0]), ("assistant", item.text))
+    groups.append([(question, False, stated) for question in NEXT[item.language]] if converses(lm) else [])
+    groups.append([(f"{item.text}\n{question}", False, ()) for question in NEXT[item.language]])
+    wanted = [one for group in groups for one in group]
+    ids = [_ids(lm, question, bare, earlier) for question, bare, earlier in wanted]
+    answers = lm.generate_ids(ids, max_new_tokens=_room(lm, item))
+    states = lm.answer_states([Row(tuple(i), a[:ANSWER_TOKENS]) for i, a in zip(ids, answers, strict=True)])
+    asked = iter(
+        Asked(question, bare, answer, state, earlier)
+        for (question, bare, earlier), answer, state in zip(wanted, answers, states, strict=True)
+    )
+    return Around(*(tuple(islice(asked, len(group))) for group in groups))
 
 
 def score(
