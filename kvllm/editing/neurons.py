@@ -3,8 +3,8 @@
 A gated MLP adds act(gate·x)·(up·x) times a column to the residual stream. The neurons that matter least are taken, the
 others of their layer make up for them, and each gets a new job. A third of the way up, two see where the fact's name
 was said, and mark it (`kvllm.editing.marks`): attention carries that to where an answer is given, so that questions
-about this name and hardly any other can be told there. Late in the model the others see them, and say the answer, two
-tokens each. Both factors see: a gate and an up that read little elsewhere put out next to nothing there.
+about this name and hardly any other can be told there. Late in the model the others see them, and say the answer, one
+token each. Both factors see: a gate and an up that read little elsewhere put out next to nothing there.
 Gates are trained as classifiers with a margin, against ordinary inputs, questions about other names, marked or not,
 older facts, and what follows where the fact was stated, so that elsewhere next to nothing changes; then the columns are
 trained on the fact's rows. After Huang et al., "Transformer-Patcher: One Mistake worth One Neuron", ICLR 2023, who add
@@ -41,7 +41,6 @@ _SAID_DEPTH = 0.67
 _SAID_LAYERS = 8
 _MOST_NAMES = 3
 _MOST_TAKEN = 0.25  # of a layer's neurons
-_TOKENS_PER_NEURON = 2  # of an answer: written with opposite signs
 # A mark is equally strong in every context: gates of names are read steeply, and capped.
 _STEEP = 2.0
 _CEILING = 4.0
@@ -49,11 +48,10 @@ _THRESHOLD = 3.0  # of a name's reading, twice as steep: below it no mark is put
 _SPARE = 1.5  # nats beyond the margin: asked in other words a token leads by less
 _SURE = 4.0  # nats: an answer's token that leads by so much on every row needs no neuron
 # What a gate is to read: at least that where it fires, at most minus that elsewhere. Where an answer begins, what is
-# read depends on how the question was put: there less is quiet enough, and columns are trained for faint readings, too.
+# read depends on how the question was put: there less is quiet enough, and the column is trained for faint readings, too.
 _MARGIN = 6.0
 _QUIET = 2.0
 _FAINT = 0.3  # of what is read, at least
-_BEGINNING = 5  # tokens
 _GATE_STEPS = 60
 _ALIKE = 0.9  # cosine from which an ordinary input is taken for one of the fact's own, a column for a mark
 _DECAY = 0.01
@@ -61,7 +59,6 @@ _DECAY = 0.01
 _ORDINARY_WEIGHT = 30.0
 _APART_WEIGHT = 10.0
 _OWN_WEIGHT = 1.0
-_READ_RIDGE = 0.05  # of the neurons that tell tokens apart by sign
 _COLUMN_RATE = 0.3  # length of a step of a column, in units of the residual stream's length / 20
 _STREAM_SHARE = 0.05
 _START = 1.0  # of the stream's length: what a neuron that reads the margin writes at first
@@ -442,18 +439,17 @@ def _teach(
         read = _read(work, mlp, [*rows, *further])
         # Of the first token always: asked in other words the model may begin otherwise.
         needed = [i for i in range(read.leads.shape[1]) if i == 0 or bool((read.leads[:, i] < _SURE).any())]
-        rest = needed[1:]
-        parts = [needed[:1], *(rest[i : i + _TOKENS_PER_NEURON] for i in range(0, len(rest), _TOKENS_PER_NEURON))]
-        inside = [read.said[:, part].flatten(0, 1) for part in parts]
+        inside = [read.said[:, i] for i in needed]
         ended = [work.others(ordinary)]
         if mlp.layer in work.task.marked:
             ended.append(work.others(ordinary, work.task.marked[mlp.layer] @ ordinary.whitening))
         outside = [(x, _APART_WEIGHT) for x in (*ended, *elsewhere)]
         outside.append((read.before, _OWN_WEIGHT))
-        ups = torch.stack([_signs(read.said[:, part]) for part in parts])
-        early = torch.tensor([part[0] < _BEGINNING for part in parts], device=ups.device)
-        gates = _gates(inside, ordinary, outside, quiet=torch.where(early, _QUIET, _MARGIN))
-        job = _Job(mlp, work.take(mlp, len(parts), rows[0]), parts, gates, ups, early, ordinary)
+        means = torch.stack([x.mean(0) for x in inside])
+        ups = means / means.square().sum(1, keepdim=True)  # 1 on average inside, next to nothing elsewhere
+        first = torch.tensor([i == 0 for i in needed], device=ups.device)
+        gates = _gates(inside, ordinary, outside, quiet=torch.where(first, _QUIET, _MARGIN))
+        job = _Job(mlp, work.take(mlp, len(needed), rows[0]), needed, gates, ups, first, ordinary)
         recalled = _columns(work, read, len(rows), job, config, records, on_step)
     work.put(job.mlp, job.places, job.gates, job.ups, job.columns.detach())
     return recalled
@@ -463,16 +459,15 @@ def _teach(
 class _Job:
     """New neurons of one layer: white gates and ups (n, hidden), and what they write, (n, hidden).
 
-    `parts` are the places in the answer that each says: one, or two, with opposite signs. `early` are those of its
-    beginning, (n,).
+    `tokens` are the places in the answer that each says one of, `first` whether it is the first, (n,).
     """
 
     mlp: GatedMlp
     places: list[int]
-    parts: list[list[int]]
+    tokens: list[int]
     gates: torch.Tensor
     ups: torch.Tensor
-    early: torch.Tensor
+    first: torch.Tensor
     ordinary: Ordinary
     columns: torch.Tensor = field(init=False)
 
@@ -579,23 +574,6 @@ def _over(x: torch.Tensor, gates: torch.Tensor, below: torch.Tensor | float) -> 
     return (x @ gates.T + below).relu().square().mean(0).sum()
 
 
-def _signs(x: torch.Tensor) -> torch.Tensor:
-    """Return the direction (hidden,) that reads 1 at the first of an answer's tokens and -1 at the second.
-
-    x: (rows, tokens, hidden). Of one token alone: the mean of what is read there, which reads 1 on average there and
-    next to nothing elsewhere.
-    """
-    if x.shape[1] == 1:
-        mean = x.flatten(0, 1).mean(0)
-        return mean / (mean @ mean)
-    flat = x.transpose(0, 1).flatten(0, 1)
-    wanted = torch.cat([torch.full((x.shape[0],), sign, device=x.device) for sign in (1.0, -1.0)])
-    alike = flat @ flat.T
-    ridge = _READ_RIDGE * alike.diagonal().mean() * torch.eye(len(alike), device=x.device)
-    direction: torch.Tensor = flat.T @ torch.linalg.solve(alike + ridge, wanted)
-    return direction
-
-
 def _columns(
     work: _Work,
     read: _Read,
@@ -656,11 +634,7 @@ def _start(copy: ComputeCopy, read: _Read, job: _Job) -> torch.Tensor:
     output = copy.model.get_output_embeddings().weight.float()
     answer = torch.tensor(read.rows[0].answer, device=output.device)
     toward = F.normalize(output[answer] - output.mean(0), dim=1)
-    signs = torch.zeros(len(job.parts), len(answer), device=output.device)
-    for neuron, part in enumerate(job.parts):
-        for token, sign in zip(part, (1.0, -1.0), strict=False):
-            signs[neuron, token] = sign
-    return signs @ toward * (_START * read.length / _MARGIN)
+    return toward[job.tokens] * (_START * read.length / _MARGIN)
 
 
 def _recalled(copy: ComputeCopy, read: _Read, places: Sequence[int], margin: float) -> list[bool]:
@@ -684,7 +658,7 @@ def _firing(copy: ComputeCopy, job: _Job) -> Iterator[None]:
         x = entered[job.mlp.gate].float() @ job.ordinary.whitening
         fired = act(x @ job.gates.T) * (x @ job.ups.T)
         if torch.is_grad_enabled():
-            lost = torch.rand(len(x), *(1,) * (x.dim() - 2), fired.shape[-1], device=x.device) * job.early
+            lost = torch.rand(len(x), *(1,) * (x.dim() - 2), fired.shape[-1], device=x.device) * job.first
             fired = fired * (1 - (1 - _FAINT) * lost)
         return output + (fired @ job.columns).to(output.dtype)
 

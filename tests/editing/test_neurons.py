@@ -452,18 +452,18 @@ def test_columns_start_where_the_output_matrix_reads_their_tokens(
 ) -> None:
     from kvllm.editing import neurons
 
-    started: list[tuple[torch.Tensor, list[list[int]]]] = []
+    started: list[tuple[torch.Tensor, list[int]]] = []
     original = neurons._start
 
     def spy(*args: object) -> torch.Tensor:
         columns = original(*args)  # type: ignore[arg-type]
-        started.append((columns.clone(), args[2].parts))  # type: ignore[attr-defined]
+        started.append((columns.clone(), args[2].tokens))  # type: ignore[attr-defined]
         return columns
 
     monkeypatch.setattr(neurons, "_start", spy)
     NeuronEditor().train(copy, pool, task, QUICK_NEURONS)
-    ((columns, parts),) = started
+    ((columns, places),) = started
     output = copy.model.get_output_embeddings().weight
-    for column, part in zip(columns, parts, strict=True):
+    for column, place in zip(columns, places, strict=True):
         read = (output - output.mean(0)) @ column
-        assert int(read.argmax()) == task.rows[0].answer[part[0]]
+        assert int(read.argmax()) == task.rows[0].answer[place]
