@@ -6,10 +6,10 @@ was said, and mark it (`kvllm.editing.marks`): attention carries that to where a
 about this name and hardly any other can be told there. Late in the model the others see them, and say the answer, one
 token each. Both factors see: a gate and an up that read little elsewhere put out next to nothing there.
 Gates are trained as classifiers with a margin, against ordinary inputs, questions about other names, marked or not,
-older facts, and what follows where the fact was stated, so that elsewhere next to nothing changes; then the columns are
-trained on the fact's rows. After Huang et al., "Transformer-Patcher: One Mistake worth One Neuron", ICLR 2023, who add
-neurons: here the model keeps its shape, and the change is a low-rank delta as any other. Knows nothing of keys and
-stores.
+older facts, the fact's own words where the name bears another mark or none, and what follows where the fact was stated,
+so that elsewhere next to nothing changes; then the columns are trained on the fact's rows. After Huang et al.,
+"Transformer-Patcher: One Mistake worth One Neuron", ICLR 2023, who add neurons: here the model keeps its shape, and the
+change is a low-rank delta as any other. Knows nothing of keys and stores.
 """
 
 from __future__ import annotations
@@ -48,10 +48,11 @@ _THRESHOLD = 3.0  # of a name's reading, twice as steep: below it no mark is put
 _SPARE = 1.5  # nats beyond the margin: asked in other words a token leads by less
 _SURE = 4.0  # nats: an answer's token that leads by so much on every row needs no neuron
 # What a gate is to read: at least that where it fires, at most minus that elsewhere. Where an answer begins, what is
-# read depends on how the question was put: there less is quiet enough, and the column is trained for faint readings, too.
+# read depends on how the question was put: there less is quiet enough, and columns are trained for faint readings, too.
 _MARGIN = 6.0
 _QUIET = 2.0
 _FAINT = 0.3  # of what is read, at least
+_BEGINNING = 5  # tokens
 _GATE_STEPS = 60
 _ALIKE = 0.9  # cosine from which an ordinary input is taken for one of the fact's own, a column for a mark
 _DECAY = 0.01
@@ -59,6 +60,10 @@ _DECAY = 0.01
 _ORDINARY_WEIGHT = 30.0
 _APART_WEIGHT = 10.0
 _OWN_WEIGHT = 1.0
+_HARD_WEIGHT = 10.0
+_SAMPLE = 8192  # ordinary inputs that gates are trained against at first
+_HARD = 2048  # of all of them those that are read most, which are added so often:
+_HARD_ROUNDS = 2
 _COLUMN_RATE = 0.3  # length of a step of a column, in units of the residual stream's length / 20
 _STREAM_SHARE = 0.05
 _START = 1.0  # of the stream's length: what a neuron that reads the margin writes at first
@@ -309,6 +314,26 @@ class _Work:
                 found.append(self._answered(mlp, named, marking(self.copy, self.layers.named.out, marks, places)))
         return [torch.cat(some) for some in found if some]
 
+    def mistaken(self, mlp: GatedMlp, rows: Sequence[Row]) -> list[torch.Tensor]:
+        """Return what would enter a late MLP, white, if the names in a fact's rows bore another's mark, or none.
+
+        One (answer tokens, hidden) for each row; none at all where its names bear no mark.
+        """
+        own = rows[0].answer
+        if own not in self.borne or self.task.marks is None:
+            return []
+        named, columns = self.layers.named, self.owned[own][self.layers.named.layer]
+        marks = self.task.marks[F.cosine_similarity(self.task.marks, self.borne[own][None]) < _ALIKE]
+        marks = torch.cat([torch.zeros_like(self.task.marks[:1]), marks])
+        places = [[place for some in self.task.named.get(row, ()) for place in some] for row in rows]
+        out = self.weight(named.out).data
+        own_mark = out[:, columns].clone()
+        out[:, columns] = 0.0
+        try:
+            return self._answered(mlp, rows, marking(self.copy, named.out, marks, places))
+        finally:
+            out[:, columns] = own_mark
+
     def _answered(
         self,
         mlp: GatedMlp,
@@ -445,11 +470,14 @@ def _teach(
             ended.append(work.others(ordinary, work.task.marked[mlp.layer] @ ordinary.whitening))
         outside = [(x, _APART_WEIGHT) for x in (*ended, *elsewhere)]
         outside.append((read.before, _OWN_WEIGHT))
+        if mistaken := work.mistaken(mlp, read.rows):
+            # Not where the answer begins: there questions about other names with other marks do for that.
+            outside.append((torch.cat([x[1:] for x in mistaken]), _APART_WEIGHT))
         means = torch.stack([x.mean(0) for x in inside])
         ups = means / means.square().sum(1, keepdim=True)  # 1 on average inside, next to nothing elsewhere
-        first = torch.tensor([i == 0 for i in needed], device=ups.device)
-        gates = _gates(inside, ordinary, outside, quiet=torch.where(first, _QUIET, _MARGIN))
-        job = _Job(mlp, work.take(mlp, len(needed), rows[0]), needed, gates, ups, first, ordinary)
+        early = torch.tensor([i < _BEGINNING for i in needed], device=ups.device)
+        gates = _gates(inside, ordinary, outside, quiet=torch.where(early, _QUIET, _MARGIN))
+        job = _Job(mlp, work.take(mlp, len(needed), rows[0]), needed, gates, ups, early, ordinary)
         recalled = _columns(work, read, len(rows), job, config, records, on_step)
     work.put(job.mlp, job.places, job.gates, job.ups, job.columns.detach())
     return recalled
@@ -459,7 +487,7 @@ def _teach(
 class _Job:
     """New neurons of one layer: white gates and ups (n, hidden), and what they write, (n, hidden).
 
-    `tokens` are the places in the answer that each says one of, `first` whether it is the first, (n,).
+    `tokens` are the places in the answer that each says one of, `early` whether that is of its beginning, (n,).
     """
 
     mlp: GatedMlp
@@ -467,7 +495,7 @@ class _Job:
     tokens: list[int]
     gates: torch.Tensor
     ups: torch.Tensor
-    first: torch.Tensor
+    early: torch.Tensor
     ordinary: Ordinary
     columns: torch.Tensor = field(init=False)
 
@@ -534,7 +562,8 @@ def _gates(
 
     Each is to read at least the margin inside, or exactly that, and at most minus what is `quiet`, (gates,), by default
     the margin, outside and on ordinary inputs: squared distances to that are made small, by the quasi-Newton method of
-    Nocedal, "Updating Quasi-Newton Matrices with Limited Storage", 1980.
+    Nocedal, "Updating Quasi-Newton Matrices with Limited Storage", 1980. Of the ordinary inputs a sample comes first,
+    then those that are read most.
     """
 
     def missed(x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
@@ -547,19 +576,27 @@ def _gates(
     start = means - (means @ one / (one @ one))[:, None] * one
     start = start / (start * means).sum(1, keepdim=True).clamp(min=1e-6) * 2 * _MARGIN - _MARGIN * one
     gates = start.detach().clone().requires_grad_()
-    inputs = _unlike(ordinary.inputs, torch.cat(list(inside)))
-    silent = [(inputs, _ORDINARY_WEIGHT), *((x, weight) for x, weight in outside if len(x))]
-    optimizer = torch.optim.LBFGS([gates], max_iter=_GATE_STEPS, history_size=10, line_search_fn="strong_wolfe")
+    inputs = _unlike(ordinary.inputs.float(), torch.cat(list(inside)))
+    silent = [(inputs[:_SAMPLE], _ORDINARY_WEIGHT), *((x, weight) for x, weight in outside if len(x))]
 
-    def loss() -> torch.Tensor:
-        optimizer.zero_grad(set_to_none=True)
-        read = torch.stack([missed(x, gate) for x, gate in zip(inside, gates, strict=True)])
-        total = read.sum() + _DECAY * gates.square().sum()
-        total = total + sum(weight * _over(x, gates, below) for x, weight in silent)
-        total.backward()
-        return total
+    def fit(steps: int) -> None:
+        optimizer = torch.optim.LBFGS([gates], max_iter=steps, history_size=10, line_search_fn="strong_wolfe")
 
-    optimizer.step(loss)
+        def loss() -> torch.Tensor:
+            optimizer.zero_grad(set_to_none=True)
+            read = torch.stack([missed(x, gate) for x, gate in zip(inside, gates, strict=True)])
+            total = read.sum() + _DECAY * gates.square().sum()
+            total = total + sum(weight * _over(x, gates, below) for x, weight in silent)
+            total.backward()
+            return total
+
+        optimizer.step(loss)
+
+    fit(_GATE_STEPS)
+    for _ in range(_HARD_ROUNDS if len(inputs) > _SAMPLE else 0):
+        most = (inputs @ gates.detach().T + below).amax(1)
+        silent.append((inputs[most.topk(min(_HARD, len(most))).indices], _HARD_WEIGHT))
+        fit(_GATE_STEPS // 2)
     return gates.detach()
 
 
@@ -658,7 +695,7 @@ def _firing(copy: ComputeCopy, job: _Job) -> Iterator[None]:
         x = entered[job.mlp.gate].float() @ job.ordinary.whitening
         fired = act(x @ job.gates.T) * (x @ job.ups.T)
         if torch.is_grad_enabled():
-            lost = torch.rand(len(x), *(1,) * (x.dim() - 2), fired.shape[-1], device=x.device) * job.first
+            lost = torch.rand(len(x), *(1,) * (x.dim() - 2), fired.shape[-1], device=x.device) * job.early
             fired = fired * (1 - (1 - _FAINT) * lost)
         return output + (fired @ job.columns).to(output.dtype)
 

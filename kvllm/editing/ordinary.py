@@ -1,8 +1,8 @@
 """What usually enters a gated MLP: against this a neuron learns when to stay silent.
 
 For each MLP that the editor "neurons" uses, a sample of the inputs that ordinary prompts and texts give is gathered
-once per base model, with those at the ends of questions in many wordings about other names, and how the layer's neurons
-move together. Knows no facts.
+once per base model, with those of made-up answers full of names, dates and numbers, those at the ends of questions in
+many wordings about other names, and how the layer's neurons move together. Knows no facts.
 
     ordinary_inputs(copy, pool, base_digest, mlps)       # {layer: Ordinary}
 """
@@ -25,6 +25,7 @@ from kvllm.editing.preservation import (
     PRESERVATION_VERSION,
     PreservationPool,
     Prompt,
+    packaged_answers,
     packaged_names,
     packaged_questions,
 )
@@ -34,11 +35,27 @@ from kvllm.lm.targets import GatedMlp
 from kvllm.prompts import augmented_questions, training_questions
 from kvllm.records import Fact
 
-_VERSION = "3"
+_VERSION = "4"
 _RIDGE = 0.02  # of the whitening, in units of the mean eigenvalue: no direction is read more than seven times as loud
-_TOKENS = 8192  # kept of a layer's inputs
-_TOKENS_WHOLE = 65536  # of one whose neurons must stay silent at every token
+_TOKENS = 49152  # kept of a layer's inputs
 _NAMES = {"en": 400, "zh": 120}  # questions about packaged names, one each
+_COMPOSED = {"en": 480, "zh": 120}  # made-up answers
+_YEARS = (1700, 2020)
+_WEEKDAYS = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"]
+_MONTHS = [
+    "January",
+    "February",
+    "March",
+    "April",
+    "May",
+    "June",
+    "July",
+    "August",
+    "September",
+    "October",
+    "November",
+    "December",
+]
 _BATCH = 32
 # Of the mean square: what the neurons' moments are made invertible with.
 _DAMPING = 1e-4
@@ -51,7 +68,7 @@ class Ordinary:
 
     Attributes:
         whitening: Symmetric (hidden, hidden), fp32: in its coordinates inputs are alike in all directions.
-        inputs: A sample of them there, (tokens, hidden).
+        inputs: A sample of them there, (tokens, hidden), fp16.
         ends: Likewise, where questions about other names end and answers begin, (n, hidden); of a layer that was asked
             for whole questions, at each of their tokens.
         about: What each of these is about, a name or a question, casefolded.
@@ -74,6 +91,7 @@ def ordinary_inputs(
     mlps: Sequence[GatedMlp],
     *,
     prompts: Sequence[Prompt] | None = None,
+    answers: Sequence[tuple[str, str]] | None = None,
     questions: Sequence[tuple[str, str]] | None = None,
     whole: Sequence[GatedMlp] = (),
     on_progress: Callable[[int, int], None] | None = None,
@@ -86,6 +104,7 @@ def ordinary_inputs(
         base_digest: Identity of the base model.
         mlps: Of the layers wanted.
         prompts: Read beside the pool; by default packaged prompts that are not in it.
+        answers: Questions with answers that are read, too; by default made-up ones.
         questions: Those of `Ordinary.ends`, each with what it is about; by default packaged names and questions in
             many wordings.
         whole: Of the MLPs those whose `Ordinary.ends` are to be at every token of these questions.
@@ -97,7 +116,8 @@ def ordinary_inputs(
     from safetensors.torch import load, save
 
     asked = list(questions) if questions is not None else wordings()
-    groups = ordinary_sequences(copy, pool, prompts)
+    composed = composed_answers() if answers is None else answers
+    groups = [*ordinary_sequences(copy, pool, prompts), [copy.lm.row(*pair).ids for pair in composed]]
     names = [name for mlp in mlps for name in (mlp.gate, mlp.out)]
     facts = [PRESERVATION_VERSION, _VERSION, base_digest, str(copy.dtype), torch.__version__, *names]
     facts += [question for question, _ in asked] + [mlp.gate for mlp in whole]
@@ -124,6 +144,36 @@ def wordings() -> list[tuple[str, str]]:
         facts += [Fact(name, "", language=language) for name in rng.sample(names, min(n, len(names)))]
     facts += [Fact(question, "", language=language) for question, language in packaged_questions()]
     return worded(facts, rng)
+
+
+def composed_answers() -> list[tuple[str, str]]:
+    """Return questions about packaged names with made-up answers: what is said where a name, date or number is due."""
+    rng = random.Random(0)
+    found = []
+    for language, n in _COMPOSED.items():
+        names, forms = packaged_names(language), packaged_answers(language)
+        for place in range(n):
+            name, other, third = rng.sample(names, 3)
+            answer = forms[place % len(forms)].format(name=name, other=other, third=third, **_figures(rng, language))
+            found += [(question, answer) for question, _ in worded([Fact(name, "", language=language)], rng)]
+    return found
+
+
+def _figures(rng: random.Random, language: str) -> dict[str, object]:
+    """Return a made-up date, time of day and some numbers."""
+    month = rng.randrange(len(_MONTHS))
+    return {
+        "year": (year := rng.randint(*_YEARS)),
+        "later": year + rng.randint(1, 80),
+        "month": month + 1 if language == "zh" else _MONTHS[month],
+        "day": rng.randint(1, 28),
+        "weekday": rng.choice(_WEEKDAYS),
+        "hour": rng.randint(1, 23),
+        "minute": rng.randint(10, 59),
+        "small": rng.randint(10, 99),
+        "count": rng.randint(2, 400),
+        "many": f"{rng.randint(1, 900)},{rng.randint(100, 999)}",
+    }
 
 
 def worded(facts: Sequence[Fact], rng: random.Random) -> list[tuple[str, str]]:
@@ -228,8 +278,7 @@ def _measured(
     drawn = torch.Generator().manual_seed(0)
     for mlp in mlps:
         all_inputs = torch.cat(inputs[mlp.gate])
-        n = _TOKENS_WHOLE if mlp in whole else _TOKENS
-        kept = torch.randperm(len(all_inputs), generator=drawn)[:n].to(all_inputs.device)
+        kept = torch.randperm(len(all_inputs), generator=drawn)[:_TOKENS].to(all_inputs.device)
         found[f"{mlp.layer}.inputs"] = all_inputs[kept]
         ended = every.get(mlp.gate) or last[mlp.gate]
         found[f"{mlp.layer}.ends"] = torch.cat(ended).half() if ended else all_inputs[:0]
@@ -249,4 +298,4 @@ def _ordinary(kept: Mapping[str, torch.Tensor], about: Sequence[str]) -> Ordinar
     moments = kept["moments"].float()
     damped = moments + _DAMPING * moments.diagonal().mean() * torch.eye(len(moments), device=x.device)
     of = tuple(about[place] for place in kept["places"].tolist())
-    return Ordinary(whitening, white, kept["ends"].float() @ whitening, of, one, damped)
+    return Ordinary(whitening, white.half(), kept["ends"].float() @ whitening, of, one, damped)

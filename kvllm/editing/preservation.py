@@ -114,6 +114,11 @@ def packaged_questions() -> list[tuple[str, str]]:
     return [(entry["question"], entry["lang"]) for entry in _read("questions.jsonl")]
 
 
+def packaged_answers(language: str) -> list[str]:
+    """Return the packaged forms of answers in one language, to be filled in with names, dates and numbers."""
+    return [entry["answer"] for entry in _read("answers.jsonl") if entry["lang"] == language]
+
+
 def packaged_prompts(quota: dict[str, int] | None = None) -> list[Prompt]:
     """Return the packaged items, a fixed spread over the files up to each kind's quota."""
     quota = quota or _QUOTA
