@@ -59,6 +59,7 @@ _DECAY = 0.01
 # Of the squared distances to the margin, against those of the fact's own rows.
 _ORDINARY_WEIGHT = 30.0
 _APART_WEIGHT = 10.0
+_MISTAKEN_WEIGHT = 10.0
 _OWN_WEIGHT = 1.0
 _HARD_WEIGHT = 10.0
 _SAMPLE = 8192  # ordinary inputs that gates are trained against at first
@@ -472,7 +473,7 @@ def _teach(
         outside.append((read.before, _OWN_WEIGHT))
         if mistaken := work.mistaken(mlp, read.rows):
             # Not where the answer begins: there questions about other names with other marks do for that.
-            outside.append((torch.cat([x[1:] for x in mistaken]), _APART_WEIGHT))
+            outside.append((torch.cat([x[1:] for x in mistaken]), _MISTAKEN_WEIGHT))
         means = torch.stack([x.mean(0) for x in inside])
         ups = means / means.square().sum(1, keepdim=True)  # 1 on average inside, next to nothing elsewhere
         early = torch.tensor([i < _BEGINNING for i in needed], device=ups.device)

@@ -18,8 +18,8 @@ from kvllm.editing.delta import AdaptedWeights, product
 from kvllm.editing.editor import EditTask, StepRecord, leads
 from kvllm.editing.marks import learned_marks, marked_ends, marking
 from kvllm.editing.neurons import NeuronEditor, neuron_layers, taken_neurons
-from kvllm.editing.ordinary import Ordinary, answered, ends, ordinary_inputs
-from kvllm.editing.preservation import PreservationPool, Prompt, build_pool
+from kvllm.editing.ordinary import Ordinary, answered, composed_answers, ends, ordinary_inputs
+from kvllm.editing.preservation import PreservationPool, Prompt, build_pool, packaged_answers, packaged_names
 from kvllm.errors import ConfigError, EditFailed
 from kvllm.lm.model import LanguageModel, Row
 from kvllm.lm.targets import GatedMlp, gated_mlp
@@ -62,7 +62,7 @@ def pool(copy: ComputeCopy) -> PreservationPool:
 @pytest.fixture
 def ordinary(copy: ComputeCopy, pool: PreservationPool) -> dict[int, Ordinary]:
     return ordinary_inputs(
-        copy, pool, "tiny", neuron_layers(copy.model).all, prompts=(), questions=[(q, q) for q in OTHERS]
+        copy, pool, "tiny", neuron_layers(copy.model).all, prompts=(), answers=(), questions=[(q, q) for q in OTHERS]
     )
 
 
@@ -236,7 +236,7 @@ def test_as_many_neurons_change_as_the_answer_needs(copy: ComputeCopy, pool: Pre
     tokens = len(task.rows[0].answer)
     changed = [int((product(delta[mlp.gate]).abs().sum(1) > 0).sum()) for mlp in layers.all]
     assert changed[0] == 2  # the name's
-    assert 1 <= sum(changed[1:]) <= 1 + tokens // 2
+    assert 1 <= sum(changed[1:]) <= tokens
 
 
 def test_taken_neurons_are_left_alone(
@@ -335,21 +335,24 @@ def test_ordinary_inputs_are_cached(copy: ComputeCopy, pool: PreservationPool, m
     from kvllm.editing import ordinary
 
     mlps = neuron_layers(copy.model).all
-    first = ordinary_inputs(copy, pool, "tiny", mlps, prompts=(), questions=[(q, q) for q in OTHERS])
+    first = ordinary_inputs(copy, pool, "tiny", mlps, prompts=(), answers=(), questions=[(q, q) for q in OTHERS])
     monkeypatch.setattr(ordinary, "_measured", lambda *args: pytest.fail("measured again"))
-    again = ordinary_inputs(copy, pool, "tiny", mlps, prompts=(), questions=[(q, q) for q in OTHERS])
+    again = ordinary_inputs(copy, pool, "tiny", mlps, prompts=(), answers=(), questions=[(q, q) for q in OTHERS])
     for layer, found in first.items():
         assert torch.equal(found.inputs, again[layer].inputs)
-        read = found.inputs @ found.one
+        inputs = found.inputs.float()
+        read = inputs @ found.one
         # Whitened, and with a direction that is as good as constant.
-        assert float((found.inputs.square().mean() - 1).abs()) < 0.5
+        assert float((inputs.square().mean() - 1).abs()) < 0.5
         assert float((read - 1).abs().mean()) < 0.5
 
 
 def test_whole_questions_are_read_at_every_token(copy: ComputeCopy, pool: PreservationPool) -> None:
     layers = neuron_layers(copy.model)
     asked = [(q, q) for q in OTHERS]
-    found = ordinary_inputs(copy, pool, "tiny", layers.all, prompts=(), questions=asked, whole=[layers.named])
+    found = ordinary_inputs(
+        copy, pool, "tiny", layers.all, prompts=(), answers=(), questions=asked, whole=[layers.named]
+    )
     prompts = [copy.lm.prompt_ids(q) for q in OTHERS]
     shared = next(i for i in range(99) if len({p[i] for p in prompts}) > 1)
     read = found[layers.named.layer]
@@ -441,10 +444,83 @@ def test_every_second_other_name_bears_the_facts_own_mark(
     apart = [copy.lm.row(f"What is {name}?", "It is a tool") for name in ("numpy", "Berlin")]
     places = {row: (copy.lm.name_ends(row.ids, name),) for row, name in zip(apart, ("numpy", "Berlin"), strict=True)}
     NeuronEditor().train(copy, pool, replace(task, apart=apart, named={**task.named, **places}), QUICK_NEURONS)
-    (marks,) = used
+    marks, mistaken = used
     assert task.marks is not None
+    assert torch.equal(mistaken, torch.cat([torch.zeros_like(task.marks[:1]), task.marks[1:]]))  # the fact's own rows
     assert torch.equal(marks[::2], task.marks[:1].expand(len(task.marks), -1))  # the first: no name bears one yet
     assert torch.equal(marks[1::2], task.marks)
+
+
+def test_a_facts_own_words_are_told_apart_from_the_same_with_another_mark(
+    own: LanguageModel, copy: ComputeCopy, pool: PreservationPool, task: EditTask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from kvllm.editing import neurons
+
+    said = neuron_layers(copy.model).said[0]
+    white = task.ordinary[said.layer].whitening
+    known: list[tuple[torch.Tensor, torch.Tensor]] = []
+    original = neurons._Work.mistaken
+
+    def spy(self: neurons._Work, mlp: GatedMlp, rows: Sequence[Row]) -> list[torch.Tensor]:
+        weights = self.weight(self.layers.named.out).clone()
+        found = original(self, mlp, rows)
+        assert torch.equal(self.weight(self.layers.named.out), weights)
+        marked = answered(self.copy, [mlp.gate], rows)[mlp.gate]
+        known.extend((x, y @ white) for x, y in zip(found, marked, strict=True))
+        return found
+
+    monkeypatch.setattr(neurons._Work, "mistaken", spy)
+
+    def read_more(weight: float) -> float:
+        """Return how much more each neuron but the first reads of its own token's place where the name is marked."""
+        known.clear()
+        monkeypatch.setattr(neurons, "_MISTAKEN_WEIGHT", weight)
+        gates = NeuronEditor().train(copy, pool, task, QUICK_NEURONS).delta[said.gate][0] @ torch.linalg.inv(white)
+        assert {len(mistaken) for mistaken, _ in known} == {len(gates)} == {len(task.rows[0].answer)}
+        return float(torch.stack([((y - x) * gates).sum(1)[1:].mean() for x, y in known]).mean())
+
+    assert read_more(1.0) > read_more(0.0) + 0.5
+    unmarked = answered(copy, [said.gate], task.rows[:1])[said.gate][0] @ white  # the copy is as it was before
+    mistaken, marked = known[0]
+    assert float((mistaken - unmarked).norm()) < 0.8 * float((marked - unmarked).norm())
+
+
+def test_gates_are_silent_at_rare_inputs_that_are_most_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    from kvllm.editing import neurons
+
+    monkeypatch.setattr(neurons, "_SAMPLE", 256)
+    monkeypatch.setattr(neurons, "_HARD", 16)
+    drawn = torch.Generator().manual_seed(0)
+    n = 48
+    usual, own = torch.randn(400, n, generator=drawn), torch.randn(n, generator=drawn) + 3 * torch.eye(n)[0]
+    other = torch.randn(n, generator=drawn)
+    rare = 0.8 * own + 0.6 * other * own.norm() / other.norm()  # after the sample: seen only where it is sought
+    inputs = torch.cat([usual, rare[None]])
+    one = torch.zeros(n)
+    ordinary = Ordinary(torch.eye(n), inputs.half(), inputs[:0], (), one + torch.eye(n)[1], torch.eye(n))
+    inside = [own + 0.05 * torch.randn(8, n, generator=drawn)]
+
+    def read() -> float:
+        (gate,) = neurons._gates(inside, ordinary, [])
+        assert float((inside[0] @ gate).min()) > 0
+        return float(rare @ gate)
+
+    assert read() < 0
+    monkeypatch.setattr(neurons, "_HARD_ROUNDS", 0)
+    assert read() > 0
+
+
+def test_made_up_answers_use_every_form_and_name_what_is_packaged() -> None:
+    found = composed_answers()
+    assert found == composed_answers()
+    answers = [answer for _, answer in found]
+    for language, month in (("en", "March"), ("zh", "月")):
+        forms = packaged_answers(language)
+        endings = [form.rpartition("}")[2] for form in forms]
+        assert all(any(answer.endswith(end) for answer in answers) for end in endings)
+        assert any(month in answer for answer in answers)
+        assert any(name in answer for name in packaged_names(language)[:50] for answer in answers)
+    assert not [answer for answer in answers if "{" in answer or "}" in answer]
 
 
 def test_columns_start_where_the_output_matrix_reads_their_tokens(

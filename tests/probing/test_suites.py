@@ -113,7 +113,9 @@ def test_packaged_files_are_clean(package: str) -> None:
         if not file.name.endswith(".jsonl"):
             continue
         rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-        texts = [row.get("question") or row.get("prompt") or row.get("text") or row.get("name") for row in rows]
+        texts = [
+            next(row[key] for key in ("question", "prompt", "text", "name", "answer") if key in row) for row in rows
+        ]
         assert len(set(texts)) == len(texts), file.name
         assert {row["lang"] for row in rows} == {"en", "zh"}, file.name
         assert all(text == text.strip() and text for text in texts), file.name
