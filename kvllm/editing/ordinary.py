@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -59,7 +60,6 @@ _MONTHS = [
 _BATCH = 32
 # Of the mean square: what the neurons' moments are made invertible with.
 _DAMPING = 1e-4
-_KEPT = ("inputs", "ends", "places", "moments")  # of a layer in the cache
 
 
 @dataclass(frozen=True)
@@ -113,8 +113,6 @@ def ordinary_inputs(
     Returns:
         Layer → what enters its MLP.
     """
-    from safetensors.torch import load, save
-
     asked = list(questions) if questions is not None else wordings()
     composed = composed_answers() if answers is None else answers
     groups = [*ordinary_sequences(copy, pool, prompts), [copy.lm.row(*pair).ids for pair in composed]]
@@ -123,16 +121,27 @@ def ordinary_inputs(
     facts += [question for question, _ in asked] + [mlp.gate for mlp in whole]
     facts += [repr(ids) for group in groups for ids in group]
     digest = hashlib.sha256("\x00".join(facts).encode()).hexdigest()[:24]
-    path = cache_folder() / "preservation" / f"ordinary-{digest}.safetensors"
-    data = read_checked(path)
-    if data is None:
-        tensors = _measured(copy, mlps, groups, [question for question, _ in asked], whole, on_progress)
-        write_checked(path, save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}))
-    else:
-        tensors = load(data)
-    device = copy.lm.device
     about = [name.casefold() for _, name in asked]
-    return {mlp.layer: _ordinary({k: tensors[f"{mlp.layer}.{k}"].to(device) for k in _KEPT}, about) for mlp in mlps}
+    paths = {mlp: cache_folder() / "preservation" / f"ordinary-{digest}-{mlp.layer}.safetensors" for mlp in mlps}
+    found = {mlp: _read(path, about, copy.lm.device) for mlp, path in paths.items()}  # one by one: they are large
+    if None in found.values():
+        measured = _measured(copy, mlps, groups, [question for question, _ in asked], whole, on_progress)
+        found = {mlp: _kept(paths[mlp], tensors, about) for mlp, tensors in measured}
+    return {mlp.layer: ordinary for mlp, ordinary in found.items() if ordinary is not None}
+
+
+def _read(path: Path, about: Sequence[str], device: torch.device) -> Ordinary | None:
+    from safetensors.torch import load
+
+    data = read_checked(path)
+    return None if data is None else _ordinary({name: x.to(device) for name, x in load(data).items()}, about)
+
+
+def _kept(path: Path, tensors: Mapping[str, torch.Tensor], about: Sequence[str]) -> Ordinary:
+    from safetensors.torch import save
+
+    write_checked(path, save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}))
+    return _ordinary(tensors, about)
 
 
 def wordings() -> list[tuple[str, str]]:
@@ -257,7 +266,7 @@ def _measured(
     asked: Sequence[str],
     whole: Sequence[GatedMlp],
     on_progress: Callable[[int, int], None] | None,
-) -> dict[str, torch.Tensor]:
+) -> Iterator[tuple[GatedMlp, dict[str, torch.Tensor]]]:
     inputs: dict[str, list[torch.Tensor]] = {mlp.gate: [] for mlp in mlps}
     moments: dict[str, torch.Tensor] = {}
     counts = dict.fromkeys((mlp.out for mlp in mlps), 0)
@@ -274,17 +283,19 @@ def _measured(
     prompts = [copy.lm.prompt_ids(question) for question in asked]
     last = {name: [x[None] for x in found] for name, found in ends(copy, list(inputs), prompts, on_progress).items()}
     every = tokens(copy, [mlp.gate for mlp in whole], prompts) if whole and prompts else {}
-    found: dict[str, torch.Tensor] = {}
     drawn = torch.Generator().manual_seed(0)
     for mlp in mlps:
-        all_inputs = torch.cat(inputs[mlp.gate])
-        kept = torch.randperm(len(all_inputs), generator=drawn)[:_TOKENS].to(all_inputs.device)
-        found[f"{mlp.layer}.inputs"] = all_inputs[kept]
+        all_inputs = torch.cat(inputs.pop(mlp.gate))
         ended = every.get(mlp.gate) or last[mlp.gate]
-        found[f"{mlp.layer}.ends"] = torch.cat(ended).half() if ended else all_inputs[:0]
-        found[f"{mlp.layer}.places"] = torch.tensor([i for i, x in enumerate(ended) for _ in x], dtype=torch.int32)
-        found[f"{mlp.layer}.moments"] = moments[mlp.out] / max(1, counts[mlp.out])
-    return found
+        yield (
+            mlp,
+            {
+                "inputs": all_inputs[torch.randperm(len(all_inputs), generator=drawn)[:_TOKENS].to(all_inputs.device)],
+                "ends": torch.cat(ended).half() if ended else all_inputs[:0],
+                "places": torch.tensor([i for i, x in enumerate(ended) for _ in x], dtype=torch.int32),
+                "moments": moments[mlp.out] / max(1, counts[mlp.out]),
+            },
+        )
 
 
 def _ordinary(kept: Mapping[str, torch.Tensor], about: Sequence[str]) -> Ordinary:
