@@ -42,9 +42,9 @@ _SAID_LAYERS = 8
 _MOST_NAMES = 3
 _MOST_TAKEN = 0.25  # of a layer's neurons
 # A mark is equally strong in every context: gates of names are read steeply, and capped.
-_STEEP = 2.0
+_STEEP = 4.0
 _CEILING = 4.0
-_THRESHOLD = 3.0  # of a name's reading, twice as steep: below it no mark is put
+_THRESHOLD = 2.0  # of a name's reading, so steep: below it no mark is put
 _SPARE = 1.5  # nats beyond the margin: asked in other words a token leads by less
 _SURE = 4.0  # nats: an answer's token that leads by so much on every row needs no neuron
 # What a gate is to read: at least that where it fires, at most minus that elsewhere. Where an answer begins, what is
