@@ -190,6 +190,7 @@ def let_neurons_learn(monkeypatch: pytest.MonkeyPatch) -> None:
     from kvllm.editing import neurons, ordinary
 
     monkeypatch.setattr(neurons, "_ORDINARY_WEIGHT", 0.03)
+    monkeypatch.setattr(neurons, "_HARD_WEIGHT", 0.03)
     monkeypatch.setattr(neurons, "_MISTAKEN_WEIGHT", 0.03)
     monkeypatch.setattr(neurons, "_SPARE", 0.0)
     monkeypatch.setattr(ordinary, "_DAMPING", 0.3)
