@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -308,11 +308,10 @@ class _Work:
                 alike = F.cosine_similarity(torch.stack([x[0] for x in others]), ended)
                 found.append([others[i] for i in alike.topk(_NEAREST).indices.tolist()])
             if named and self.task.marks is not None:
-                places = [[place for some in self.task.named[row] for place in some] for row in named]
                 marks = self.task.marks
                 if own.answer in self.borne:
                     marks = torch.stack([each for mark in marks for each in (self.borne[own.answer], mark)])
-                found.append(self._answered(mlp, named, marking(self.copy, self.layers.named.out, marks, places)))
+                found.append(self._answered(mlp, named, marks))
         return [torch.cat(some) for some in found if some]
 
     def mistaken(self, mlp: GatedMlp, rows: Sequence[Row]) -> list[torch.Tensor]:
@@ -326,23 +325,25 @@ class _Work:
         named, columns = self.layers.named, self.owned[own][self.layers.named.layer]
         marks = self.task.marks[F.cosine_similarity(self.task.marks, self.borne[own][None]) < _ALIKE]
         marks = torch.cat([torch.zeros_like(self.task.marks[:1]), marks])
-        places = [[place for some in self.task.named.get(row, ()) for place in some] for row in rows]
         out = self.weight(named.out).data
         own_mark = out[:, columns].clone()
         out[:, columns] = 0.0
         try:
-            return self._answered(mlp, rows, marking(self.copy, named.out, marks, places))
+            return self._answered(mlp, rows, marks)
         finally:
             out[:, columns] = own_mark
 
-    def _answered(
-        self,
-        mlp: GatedMlp,
-        rows: Sequence[Row],
-        during: Callable[[Sequence[int], int], AbstractContextManager[None]] | None = None,
-    ) -> list[torch.Tensor]:
+    def _answered(self, mlp: GatedMlp, rows: Sequence[Row], marks: torch.Tensor | None = None) -> list[torch.Tensor]:
+        """Return what enters an MLP where the rows' answers are given, white; the rows' names bear the marks by turns.
+
+        One (answer tokens, hidden) for each row.
+        """
         if not rows:
             return []
+        during = None
+        if marks is not None:
+            places = [[place for some in self.task.named.get(row, ()) for place in some] for row in rows]
+            during = marking(self.copy, self.layers.named.out, marks, places)
         found = answered(self.copy, [mlp.gate], rows, None, during)
         return [x @ self.task.ordinary[mlp.layer].whitening for x in found[mlp.gate]]
 
@@ -596,7 +597,7 @@ def _gates(
     fit(_GATE_STEPS)
     for _ in range(_HARD_ROUNDS if len(inputs) > _SAMPLE else 0):
         most = (inputs @ gates.detach().T + below).amax(1)
-        silent.append((inputs[most.topk(min(_HARD, len(most))).indices], _HARD_WEIGHT))
+        silent.append((inputs[most.topk(_HARD).indices], _HARD_WEIGHT))
         fit(_GATE_STEPS // 2)
     return gates.detach()
 

@@ -496,8 +496,7 @@ def test_gates_are_silent_at_rare_inputs_that_are_most_alike(monkeypatch: pytest
     other = torch.randn(n, generator=drawn)
     rare = 0.8 * own + 0.6 * other * own.norm() / other.norm()  # after the sample: seen only where it is sought
     inputs = torch.cat([usual, rare[None]])
-    one = torch.zeros(n)
-    ordinary = Ordinary(torch.eye(n), inputs.half(), inputs[:0], (), one + torch.eye(n)[1], torch.eye(n))
+    ordinary = Ordinary(torch.eye(n), inputs.half(), inputs[:0], (), torch.eye(n)[1], torch.eye(n))
     inside = [own + 0.05 * torch.randn(8, n, generator=drawn)]
 
     def read() -> float:
