@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import math
 import time
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from kvllm.config import ADALORA, NEURONS, EditConfig, GateConfig
+from kvllm.editing.parts import Part, Places
 from kvllm.errors import EditFailed, EditRejected
 from kvllm.metrics import RECALLED_SHARE, RESTORED_KL, first_sentence
 from kvllm.prompts import REFUSALS, alias_questions, asked_questions, held_out_questions, language_of, names_of
@@ -27,7 +29,6 @@ if TYPE_CHECKING:
     from kvllm.editing.editor import Training
     from kvllm.editing.preservation import PreservedItem
 
-_Part = tuple[str, Mapping[str, Sequence[int]] | None]  # a delta's sha256, and of which neurons: layer to places
 
 GATE_NEIGHBOURS = 6
 _RESTORE_TOKENS = 32
@@ -424,27 +425,43 @@ class Edits:
         training = _joined(former, training)
         return _TrainedAway(training, {**dict.fromkeys(asked, refusal), **kept}, (), kept, warnings)
 
-    def _own_parts(self, key: str) -> list[_Part]:
-        """Return what holds a key in neurons of its own: deltas (sha256), of edits with other facts a part of them.
+    def _own_parts(self, key: str) -> list[Part]:
+        """Return what holds a key in neurons of its own, but for those that other facts rest on, too.
 
         None where it was taught in another way as well.
         """
-        session, found = self._session, []
+        session = self._session
+        found: list[tuple[str, Places | None]] = []
+        own: dict[int, set[int]] = defaultdict(set)
+        rested: dict[int, set[int]] = defaultdict(set)
         for edit in session.lineage():
             if key not in edit.keys:
                 continue
             if edit.op == "delete" and edit.mode == "restore":
                 break
             config = session.store.edit(edit.id).config
-            places = config.get("training", {}).get("neurons", {}).get(key)
+            made, rests_on = (_neurons_of(config, key, of) for of in ("neurons", "rests_on"))
             alone = edit.keys == (key,)
-            if config.get("edit", {}).get("editor") != NEURONS or not (alone or places):
+            if config.get("edit", {}).get("editor") != NEURONS or not (alone or made):
                 return []
-            found += [(edit.delta.sha256, None if alone else places)] if edit.delta is not None else []
-        return found
+            found += [(edit.delta.sha256, None if alone else made)] if edit.delta is not None else []
+            _gather(own, made)
+            _gather(rested, rests_on)
+        theirs: dict[int, set[int]] = defaultdict(set)
+        needed: dict[int, set[int]] = defaultdict(set)
+        for fact in [*session.live(), *self.refusals()] if found else ():
+            if fact.key != key:
+                config = session.store.edit(fact.edit_id).config
+                _gather(theirs, _neurons_of(config, fact.key, "neurons"))
+                _gather(needed, _neurons_of(config, fact.key, "rests_on"))
+        kept = {layer: sorted(own[layer] & needed[layer]) for layer in own if own[layer] & needed[layer]}
+        parts = [_but_for(sha, places, kept) for sha, places in found]
+        # What was lent by a fact that is deleted by now goes with the last one that rests on it.
+        last = {layer: sorted(some - own[layer] - theirs[layer] - needed[layer]) for layer, some in rested.items()}
+        return [*parts, Part(None, last)] if any(last.values()) else parts
 
     @contextmanager
-    def _without(self, deltas: Sequence[_Part]) -> Iterator[dict[str, Factors]]:
+    def _without(self, deltas: Sequence[Part]) -> Iterator[dict[str, Factors]]:
         """Hold the weights without some deltas while this is open; give what takes them out."""
         if not deltas:
             yield {}
@@ -455,7 +472,7 @@ class Edits:
             engine.weights.apply(former)
             yield former
 
-    def _taken_back(self, deltas: Sequence[_Part]) -> Training:
+    def _taken_back(self, deltas: Sequence[Part]) -> Training:
         """Return, as a training without steps, what takes deltas out of the weights again."""
         from kvllm.editing.editor import Training
 
@@ -740,6 +757,23 @@ def claim_warnings(facts: Sequence[Fact], others: Sequence[Fact]) -> tuple[str, 
 def _claims(fact: Fact) -> dict[str, str]:
     """Return what a fact is called and asked by training, casefolded, each as it is written."""
     return {name.casefold(): name for name in (fact.key, *fact.aliases, *fact.questions, *asked_questions(fact))}
+
+
+def _neurons_of(config: Mapping[str, Any], key: str, of: str) -> Places:
+    """Return what the ledger says of a key's neurons in an edit's configuration: layer to places."""
+    found = config.get("training", {}).get(of, {}).get(key, {})
+    return {int(layer): places for layer, places in found.items()}
+
+
+def _gather(into: dict[int, set[int]], places: Places) -> None:
+    for layer, some in places.items():
+        into[layer] |= set(some)
+
+
+def _but_for(sha: str, places: Places | None, kept: Places) -> Part:
+    if places is None:
+        return Part(sha, kept=kept)
+    return Part(sha, {layer: [p for p in some if p not in kept.get(layer, ())] for layer, some in places.items()})
 
 
 def _joined(former: Mapping[str, Factors], training: Training) -> Training:

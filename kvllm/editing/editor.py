@@ -70,6 +70,8 @@ class EditTask:
         taken: Layer to the neurons that hold other facts.
         named: Row to the places in it at which each of the names was said that its question is known by: of the rows
             the fact's names; of rows in `apart` another name, where they have one.
+        known_by: Answer to the casefolded names that questions about its fact are known by.
+        lent: Answer to the neurons that mark these names for an older fact.
         marks: What later layers carry from a name to where an answer is given, (marks, hidden), for editors that use
             them.
         marked: Layer to what enters its MLP where the questions of `Ordinary.ends` end, marks on what they are
@@ -92,6 +94,8 @@ class EditTask:
     ordinary: Mapping[int, Ordinary] = field(default_factory=dict)
     taken: Mapping[int, frozenset[int]] = field(default_factory=dict)
     named: Mapping[Row, tuple[tuple[int, ...], ...]] = field(default_factory=dict)
+    known_by: Mapping[tuple[int, ...], frozenset[str]] = field(default_factory=dict)
+    lent: Mapping[tuple[int, ...], Sequence[int]] = field(default_factory=dict)
     marks: torch.Tensor | None = None
     marked: Mapping[int, torch.Tensor] = field(default_factory=dict)
 
@@ -110,7 +114,9 @@ class Training:
         in_force: Settings that differed from those asked for, because several facts shared them.
         kept: For editors whose outcome cannot be merged: the tensors of the adapter; then `delta` is empty.
         places: For editors that give each answer neurons of its own: answer to layer to these.
-        neurons: The same by the keys of facts, as the ledger keeps it.
+        borrowed: The same of neurons that other facts were given, and that this one rests on, too.
+        neurons: `places` by the keys of facts, as the ledger keeps it.
+        rests_on: `borrowed` so.
     """
 
     delta: Mapping[str, Factors]
@@ -122,13 +128,15 @@ class Training:
     in_force: Mapping[str, Any] = field(default_factory=dict)
     kept: Mapping[str, torch.Tensor] = field(default_factory=dict)
     places: Mapping[tuple[int, ...], Mapping[int, Sequence[int]]] = field(default_factory=dict)
+    borrowed: Mapping[tuple[int, ...], Mapping[int, Sequence[int]]] = field(default_factory=dict)
     neurons: Mapping[str, Mapping[str, Sequence[int]]] = field(default_factory=dict)
+    rests_on: Mapping[str, Mapping[str, Sequence[int]]] = field(default_factory=dict)
 
     def summary(self) -> dict[str, Any]:
         """Return what the ledger keeps of a training."""
-        own = {key: {layer: list(some) for layer, some in found.items()} for key, found in self.neurons.items()}
         return {
-            **({"neurons": own} if own else {}),
+            **({"neurons": self.neurons} if self.neurons else {}),
+            **({"rests_on": self.rests_on} if self.rests_on else {}),
             "steps": self.steps,
             "recalled": self.recalled,
             "ranks": dict(self.ranks),

@@ -33,6 +33,7 @@ from kvllm.editing.delta import (
     concatenate,
     from_files,
     hand_changed,
+    product,
 )
 from kvllm.editing.editor import EditTask, StepRecord, Training
 from kvllm.editing.editors import EDITORS
@@ -40,6 +41,7 @@ from kvllm.editing.inputs import input_whitening
 from kvllm.editing.marks import learned_marks, marked_ends
 from kvllm.editing.neurons import has_spare, neuron_layers, part_of, taken_neurons
 from kvllm.editing.ordinary import Ordinary, ordinary_inputs, wordings
+from kvllm.editing.parts import Part, Places
 from kvllm.editing.preservation import PreservationPool, PreservedItem, Prompt, build_pool, prepare_items
 from kvllm.errors import BaseMismatch, ConfigError, Corrupt, ModelError, Untrusted
 from kvllm.lm.model import LanguageModel, Row, shared_length
@@ -211,19 +213,20 @@ class Engine:
         """Return the exact sum of an edit's history as one delta, ranks concatenated."""
         return concatenate([self._delta(sha) for sha in self.store.chain(edit_id)])
 
-    def taken_back(self, parts: Sequence[tuple[str, Mapping[str, Sequence[int]] | None]]) -> dict[str, Factors]:
-        """Return the change that takes stored deltas out of the weights again.
+    def taken_back(self, parts: Sequence[Part]) -> dict[str, Factors]:
+        """Return the change that takes parts of stored deltas out of the weights again."""
+        mlps = neuron_layers(self.lm.model).all
+        weights, found = self.weights, []
+        for part in parts:
+            delta = None if part.sha is None else self._delta(part.sha)
 
-        Args:
-            parts: Each delta's sha256, and of which neurons its change is meant (layer to their places); None for all.
-        """
-        found: list[Delta] = []
-        for sha, places in parts:
-            delta = self._delta(sha)
-            if places is not None:
-                own = {int(layer): some for layer, some in places.items()}
-                delta = part_of(delta, neuron_layers(self.lm.model).all, own)
-            found.append({name: (a, -b) for name, (a, b) in delta.items()})
+            def change(name: str, delta: Delta | None = delta) -> torch.Tensor | None:
+                if delta is None:
+                    return weights.master(name) - weights.base(name)
+                return product(delta[name]) if name in delta else None
+
+            gone = delta if part.of is None and delta is not None else part_of(change, mlps, part.of or {})
+            found += [{name: (a, -b) for name, (a, b) in gone.items()}, part_of(change, mlps, part.kept)]
         return concatenate(found)
 
     def snapshot_if_due(self, every: int) -> None:
@@ -407,6 +410,7 @@ class Engine:
             seed=config.seed,
             whitening=whitening,
             **(self._silent(copy, pool, facts, config, trained, tick) if neurons else {}),
+            **(self._names(facts, replay) if neurons else {}),
         )
         show = tick("training") if tick is not None else None
         width = min(min(copy.model.get_submodule(name).weight.shape) for name in copy.targets.names)
@@ -427,18 +431,21 @@ class Engine:
         return replace(
             training,
             in_force={k: v for k, v in shared_out.to_dict().items() if v != asked[k]},
-            neurons=self._by_key(facts, training),
+            neurons=self._by_key(facts, training.places),
+            rests_on=self._by_key(facts, training.borrowed),
         )
 
-    def _by_key(self, facts: Sequence[Fact], training: Training) -> dict[str, dict[str, Sequence[int]]]:
+    def _by_key(
+        self, facts: Sequence[Fact], by_answer: Mapping[tuple[int, ...], Places]
+    ) -> dict[str, dict[str, list[int]]]:
         """Return which neurons are whose; facts with the same text share theirs, and have none of their own."""
         found: dict[tuple[int, ...], list[str]] = {}
         for fact in facts:
             found.setdefault(self.lm.row(asked_questions(fact)[0], fact.text).answer, []).append(fact.key)
         return {
-            keys[0]: {str(layer): some for layer, some in training.places[answer].items()}
+            keys[0]: {str(layer): list(some) for layer, some in by_answer[answer].items()}
             for answer, keys in found.items()
-            if len(keys) == 1 and answer in training.places
+            if len(keys) == 1 and answer in by_answer
         }
 
     def _changed_below(self, copy: ComputeCopy) -> bool:
@@ -530,6 +537,22 @@ class Engine:
             "named": named,
             "taken": taken_neurons(layers.all, self.weights.master, self.weights.base),
         }
+
+    def _names(self, facts: Sequence[Fact], live: Sequence[StoredFact]) -> dict[str, Any]:
+        """Return by which names facts are known, and which neurons mark these for a live one, as a task has it."""
+        layer = str(neuron_layers(self.lm.model).named.layer)
+        known = {self.lm.row(fact.key, fact.text).answer: _names(fact) for fact in facts}
+        lent: dict[tuple[int, ...], Sequence[int]] = {}
+        for other in live:
+            theirs = _names(other)
+            here = [answer for answer, names in known.items() if answer not in lent and names <= theirs]
+            if not here:
+                continue
+            training = self.store.edit(other.edit_id).config.get("training", {})
+            for of in ("neurons", "rests_on"):
+                if places := training.get(of, {}).get(other.key, {}).get(layer):
+                    lent |= dict.fromkeys(here, places)
+        return {"known_by": known, "lent": lent}
 
     def _stated(self, copy: ComputeCopy, fact: Fact, seed: int) -> list[Row]:
         """Return conversations and prompts in which a fact was stated, or its name said, and something else is asked.
@@ -800,6 +823,11 @@ def resolve_pinned(
 
 def _unclaimed(fact: Fact, claimed: Mapping[str, str]) -> list[str]:
     return [q for q in asked_questions(fact) if claimed.get(q.casefold(), fact.text) == fact.text]
+
+
+def _names(fact: Fact) -> frozenset[str]:
+    """Return the casefolded names that questions about a fact are known by."""
+    return frozenset(name.casefold() for name in telling_names(fact))
 
 
 def _rotated(questions: Sequence[str], by: int) -> list[str]:

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 from kvllm.config import EditConfig
 from kvllm.editing.compute import ComputeCopy
-from kvllm.editing.delta import Delta, Factors, check_finite, concatenate, is_transposed, product
+from kvllm.editing.delta import Delta, Factors, check_finite, concatenate, is_transposed
 from kvllm.editing.editor import EditTask, StepRecord, Training, leads, training_errors
 from kvllm.editing.marks import marking
 from kvllm.editing.ordinary import Ordinary, answered, tokens
@@ -45,17 +45,19 @@ _MOST_TAKEN = 0.25  # of a layer's neurons
 _STEEP = 4.0
 _CEILING = 4.0
 _THRESHOLD = 2.0  # of a name's reading, so steep: below it no mark is put
+_BORNE = 0.8  # of a mark: names that another fact's neurons mark so far need none of their own
 _SPARE = 1.5  # nats beyond the margin: asked in other words a token leads by less
 _SURE = 4.0  # nats: an answer's token that leads by so much on every row needs no neuron
 # What a gate is to read: at least that where it fires, at most minus that elsewhere. Where an answer begins, what is
 # read depends on how the question was put: there less is quiet enough, and columns are trained for faint readings, too.
 _MARGIN = 6.0
-_QUIET = 2.0
+_QUIET = 4.0
 _FAINT = 0.3  # of what is read, at least
 _BEGINNING = 5  # tokens
 _GATE_STEPS = 60
 _ALIKE = 0.9  # cosine from which an ordinary input is taken for one of the fact's own, a column for a mark
-_DECAY = 0.01
+_DECAY = 0.2  # of a gate's squared length: the longer, the more it hangs on the wordings that it saw
+_SOONER = 2.0  # by which a fact's gates fire sooner than they were fitted to: in other words they read less
 # Of the squared distances to the margin, against those of the fact's own rows.
 _ORDINARY_WEIGHT = 30.0
 _APART_WEIGHT = 10.0
@@ -63,7 +65,9 @@ _MISTAKEN_WEIGHT = 10.0
 _OWN_WEIGHT = 1.0
 _HARD_WEIGHT = 10.0
 _SAMPLE = 8192  # ordinary inputs that gates are trained against at first
-_HARD = 2048  # of all of them those that are read most, which are added so often:
+# Of all of them, and of the other inputs to be silent at, those that are read most, which are added so often:
+_HARD = 2048
+_HARD_OUTSIDE = 512
 _HARD_ROUNDS = 2
 _COLUMN_RATE = 0.3  # length of a step of a column, in units of the residual stream's length / 20
 _STREAM_SHARE = 0.05
@@ -136,15 +140,20 @@ def taken_neurons(
     return found
 
 
-def part_of(delta: Delta, mlps: Sequence[GatedMlp], places: Mapping[int, Sequence[int]]) -> dict[str, Factors]:
-    """Return what a delta changes of some neurons: layer to their places."""
+def part_of(
+    change_of: Callable[[str], torch.Tensor | None], mlps: Sequence[GatedMlp], places: Mapping[int, Sequence[int]]
+) -> dict[str, Factors]:
+    """Return what a change of matrices, each by its name, None where there is none, is of some neurons.
+
+    places: Layer to the neurons.
+    """
     found: dict[str, Factors] = {}
     for mlp in mlps:
         own = torch.tensor(places.get(mlp.layer, ()), dtype=torch.long)
-        for name in (mlp.gate, mlp.up, mlp.out):
-            if name not in delta or not len(own):
+        for name in (mlp.gate, mlp.up, mlp.out) if len(own) else ():
+            change = change_of(name)
+            if change is None:
                 continue
-            change = product(delta[name])
             if name == mlp.out:
                 found[name] = (_one_hot(own, change.shape[1]), change[:, own].contiguous())
             else:
@@ -195,6 +204,7 @@ class NeuronEditor:
             ranks=ranks,
             records=tuple(records),
             places=work.owned,
+            borrowed=work.borrowed,
         )
 
 
@@ -216,7 +226,8 @@ class _Work:
     Attributes:
         taken: Layer to the neurons that hold facts.
         owned: Answer to layer to the neurons that this session gave it.
-        borne: Answer to the mark that this session put on its names.
+        borrowed: The same of those that other facts' names were given, and that mark this answer's, too.
+        borne: Answer to the mark that its names bear.
     """
 
     copy: ComputeCopy
@@ -225,6 +236,7 @@ class _Work:
     taken: dict[int, set[int]]
     changed: list[Delta] = field(default_factory=list)
     owned: dict[tuple[int, ...], dict[int, list[int]]] = field(default_factory=dict)
+    borrowed: dict[tuple[int, ...], dict[int, list[int]]] = field(default_factory=dict)
     borne: dict[tuple[int, ...], torch.Tensor] = field(default_factory=dict)
 
     @contextmanager
@@ -238,19 +250,21 @@ class _Work:
             self.copy.targets = before
 
     def name(self, rows: Sequence[Row]) -> None:
-        """Give the names that the rows of a fact are known by neurons, which mark where they were said."""
+        """Let the names that the rows of a fact are known by be marked where they were said.
+
+        By neurons of another fact that is known by them, if these see them here; else by new ones.
+        """
         mlp, marks = self.layers.named, self.task.marks
         n_names = min(_MOST_NAMES, max((len(self.task.named.get(row, ())) for row in rows), default=0))
         if marks is None or not n_names:
             return
-        ordinary = self.task.ordinary[mlp.layer]
+        ordinary, own = self.task.ordinary[mlp.layer], rows[0].answer
         apart = [Row(row.ids, ()) for row in (*self.beside(rows[0]), *self.task.replay[:_TOLD_APART])]
         with self.only(mlp):
             found = tokens(self.copy, [mlp.gate], [row.ids for row in (*rows, *apart)])[mlp.gate]
-        read = [x @ ordinary.whitening for x in found]
         inside: list[list[torch.Tensor]] = [[] for _ in range(n_names)]
-        outside = list(read[len(rows) :])
-        for x, row in zip(read, rows, strict=False):
+        outside = list(found[len(rows) :])
+        for x, row in zip(found, rows, strict=False):
             places = self.task.named.get(row, ())
             start = len(row.ids) - len(x)
             other = torch.ones(len(x), dtype=torch.bool)
@@ -264,13 +278,36 @@ class _Work:
         said = [torch.cat(some) for some in inside if sum(map(len, some))]
         if not said:
             return
-        silent = [(torch.cat(outside), _APART_WEIGHT), (self.others(ordinary), _APART_WEIGHT)]
+        lent = self.lent(own)
+        if lent and self.marked_by(lent, torch.cat(said)) >= _BORNE:
+            self.borrowed[own] = {mlp.layer: lent}
+            self.borne[own] = marks[F.cosine_similarity(marks, self.weight(mlp.out)[:, lent[0]].float()[None]).argmax()]
+            return
+        said = [x @ ordinary.whitening for x in said]
+        silent = [(torch.cat(outside) @ ordinary.whitening, _APART_WEIGHT), (self.others(ordinary), _APART_WEIGHT)]
         gates = _gates(said, ordinary, silent, exactly=True)
         both = _capped(gates, ordinary)
-        self.borne[rows[0].answer] = mark = self.unused(marks)
+        self.borne[own] = mark = self.unused(marks)
         columns = mark.expand(len(said), -1) / _CEILING
         columns = torch.cat([columns, -columns])
         self.put(mlp, self.take(mlp, len(both), rows[0]), both, ordinary.one.expand(len(both), -1), columns)
+
+    def lent(self, own: tuple[int, ...]) -> list[int]:
+        """Return the neurons that mark the names of an older fact or the session's, if an answer is known by them."""
+        layer, known = self.layers.named.layer, self.task.known_by
+        if own in self.task.lent:
+            return list(self.task.lent[own])
+        for other, places in self.owned.items():
+            if layer in places and known.get(own) and known[own] <= known.get(other, frozenset()):
+                return places[layer]
+        return []
+
+    def marked_by(self, places: Sequence[int], x: torch.Tensor) -> float:
+        """Return which part of their mark a name's neurons put where x (n, hidden) enters their MLP, on average."""
+        mlp = self.layers.named
+        gates, ups = (self.weight(name)[list(places)].float() for name in (mlp.gate, mlp.up))
+        first, second = (_activation(self.copy, mlp)(x @ gates.T) * (x @ ups.T)).chunk(2, dim=1)
+        return float((first - second).amax(1).mean()) / _CEILING
 
     def unused(self, marks: torch.Tensor) -> torch.Tensor:
         """Return the mark, (hidden,), that the fewest names bear at the weights of now."""
@@ -322,7 +359,8 @@ class _Work:
         own = rows[0].answer
         if own not in self.borne or self.task.marks is None:
             return []
-        named, columns = self.layers.named, self.owned[own][self.layers.named.layer]
+        named = self.layers.named
+        columns = (self.borrowed if own in self.borrowed else self.owned)[own][named.layer]
         marks = self.task.marks[F.cosine_similarity(self.task.marks, self.borne[own][None]) < _ALIKE]
         marks = torch.cat([torch.zeros_like(self.task.marks[:1]), marks])
         out = self.weight(named.out).data
@@ -478,7 +516,7 @@ def _teach(
         means = torch.stack([x.mean(0) for x in inside])
         ups = means / means.square().sum(1, keepdim=True)  # 1 on average inside, next to nothing elsewhere
         early = torch.tensor([i < _BEGINNING for i in needed], device=ups.device)
-        gates = _gates(inside, ordinary, outside, quiet=torch.where(early, _QUIET, _MARGIN))
+        gates = _gates(inside, ordinary, outside, quiet=torch.where(early, _QUIET, _MARGIN)) + _SOONER * ordinary.one
         job = _Job(mlp, work.take(mlp, len(needed), rows[0]), needed, gates, ups, early, ordinary)
         recalled = _columns(work, read, len(rows), job, config, records, on_step)
     work.put(job.mlp, job.places, job.gates, job.ups, job.columns.detach())
@@ -564,8 +602,8 @@ def _gates(
 
     Each is to read at least the margin inside, or exactly that, and at most minus what is `quiet`, (gates,), by default
     the margin, outside and on ordinary inputs: squared distances to that are made small, by the quasi-Newton method of
-    Nocedal, "Updating Quasi-Newton Matrices with Limited Storage", 1980. Of the ordinary inputs a sample comes first,
-    then those that are read most.
+    Nocedal, "Updating Quasi-Newton Matrices with Limited Storage", 1980. Of the ordinary inputs a sample comes first;
+    then those that are read most, of them and of the others.
     """
 
     def missed(x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
@@ -595,9 +633,11 @@ def _gates(
         optimizer.step(loss)
 
     fit(_GATE_STEPS)
+    apart = torch.cat([x for x, _ in outside])
     for _ in range(_HARD_ROUNDS if len(inputs) > _SAMPLE else 0):
-        most = (inputs @ gates.detach().T + below).amax(1)
-        silent.append((inputs[most.topk(_HARD).indices], _HARD_WEIGHT))
+        for x, n in ((inputs, _HARD), (apart, min(_HARD_OUTSIDE, len(apart)))):
+            most = (x @ gates.detach().T + below).amax(1)
+            silent.append((x[most.topk(n).indices], _HARD_WEIGHT))
         fit(_GATE_STEPS // 2)
     return gates.detach()
 

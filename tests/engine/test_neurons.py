@@ -108,6 +108,53 @@ def test_a_fact_of_a_batch_is_taken_back_alone(
     assert kb.ask(f"What is {KEY}?") == before
 
 
+LEADS = Fact("Who leads Halcyon?", TEXT, questions=("Who leads Halcyon?", "Tell me who leads Halcyon."))
+FOUNDED = Fact("When was Halcyon founded?", OTHER, questions=("When was Halcyon founded?", "Founding of Halcyon?"))
+
+
+def named(kb: KnowledgeBase, what: str, key: str) -> list[int]:
+    """Return which neurons the last edit of a key says that mark its name: what it made, or rests on."""
+    layer = str(neuron_layers(kb.engine.lm.model).named.layer)
+    last = max((edit for edit in kb.history() if key in edit.keys), key=lambda edit: edit.id)
+    found: list[int] = last.config["training"].get(what, {}).get(key, {}).get(layer, [])
+    return found
+
+
+@pytest.mark.parametrize("batched", [False, True])
+def test_facts_about_one_name_share_what_marks_it(
+    make_kb: Callable[..., KnowledgeBase], tiny_llama: Path, monkeypatch: pytest.MonkeyPatch, batched: bool
+) -> None:
+    let_neurons_learn(monkeypatch)
+    monkeypatch.setattr("kvllm.editing.neurons._BORNE", -1.0)  # to a random model a name is another in every sentence
+    kb = make_kb("wide.kb", model=f"{tiny_llama}+{SPARE}", edit=QUICK_NEURONS)
+    base = [kb.ask(fact.key) for fact in (LEADS, FOUNDED)]
+    if batched:
+        kb.insert_many([LEADS, FOUNDED], mode="batched")
+    else:
+        taught(kb, LEADS)
+        taught(kb, FOUNDED)
+    made = named(kb, "neurons", LEADS.key)
+    assert made
+    assert named(kb, "rests_on", FOUNDED.key) == made
+    assert kb.ask(LEADS.key).startswith(TEXT)
+    assert kb.ask(FOUNDED.key).startswith(OTHER)
+    # The first one goes, what marks the name stays.
+    kb.delete(LEADS.key)
+    assert kb.ask(FOUNDED.key).startswith(OTHER)
+    # Taught again it rests on that; changed, the second still does.
+    taught(kb, LEADS)
+    kb.update(FOUNDED.key, OTHER.upper())
+    assert named(kb, "rests_on", LEADS.key) == named(kb, "rests_on", FOUNDED.key) == made
+    assert kb.ask(LEADS.key).startswith(TEXT)
+    # With the last one it goes, too.
+    kb.delete(FOUNDED.key)
+    assert taken(kb)
+    kb.delete(LEADS.key)
+    assert taken(kb) == 0
+    assert distance(kb) < 1e-3
+    assert [kb.ask(fact.key) for fact in (LEADS, FOUNDED)] == base
+
+
 def test_facts_of_a_batch_with_one_text_are_restored_by_training(kb: KnowledgeBase) -> None:
     kb.insert_many([FACT, replace(SECOND, text=TEXT)], mode="batched")
     used = taken(kb)
