@@ -53,6 +53,7 @@ class EditTask:
         rows: What must be answered, one row per question.
         augmented: The same facts asked otherwise, with the same answers: every step trains a few, none has to be met.
         replay: Older facts' rows, the likeliest to collide first.
+        begun: More questions of older facts, each with the first tokens of its answer.
         restore: For delete: preserved items whose base output is the *target*; then `rows` has nothing but questions
             that other facts keep.
         language: Language of the key, for choosing neighbours.
@@ -81,6 +82,7 @@ class EditTask:
     rows: Sequence[Row]
     augmented: Sequence[Row] = ()
     replay: Sequence[Row] = ()
+    begun: Sequence[Row] = ()
     restore: Sequence[PreservedItem] = ()
     language: str = "en"
     excluded: frozenset[str] = frozenset()

@@ -73,6 +73,9 @@ _MOST_AUGMENTED = 192
 _REPLAYED_NEAR = 24
 _QUESTIONS_PER_NEAR_FACT = 2
 _REPLAYED_OTHERS = 72
+# Beginnings of older facts' answers, and how long each is.
+_MOST_BEGUN = 256
+_BEGUN_TOKENS = 2
 _CONTRASTS = 16
 _MOST_CONTRASTS = 64
 _APART = 32
@@ -411,6 +414,7 @@ class Engine:
             whitening=whitening,
             **(self._silent(copy, pool, facts, config, trained, tick) if neurons else {}),
             **(self._names(facts, replay) if neurons else {}),
+            begun=self._begun(replay, config.seed, claimed) if neurons else (),
         )
         show = tick("training") if tick is not None else None
         width = min(min(copy.model.get_submodule(name).weight.shape) for name in copy.targets.names)
@@ -481,6 +485,15 @@ class Engine:
             ]
         ]
 
+    def _begun(self, facts: Sequence[StoredFact], seed: int, claimed: Mapping[str, str]) -> list[Row]:
+        """Return the first tokens of older facts' answers, after the questions that these were trained on.
+
+        Where an answer begins, the question says what is to be said, and only some of the wordings are replayed.
+        """
+        rows = [self.lm.row(question, fact.text) for fact in facts for question in _unclaimed(fact, claimed)]
+        rows = random.Random(f"{seed}/{self.head}").sample(rows, min(_MOST_BEGUN, len(rows)))
+        return [Row(row.prompt, row.answer[:_BEGUN_TOKENS]) for row in rows]
+
     def _silent(
         self,
         copy: ComputeCopy,
@@ -541,10 +554,10 @@ class Engine:
     def _names(self, facts: Sequence[Fact], live: Sequence[StoredFact]) -> dict[str, Any]:
         """Return by which names facts are known, and which neurons mark these for a live one, as a task has it."""
         layer = str(neuron_layers(self.lm.model).named.layer)
-        known = {self.lm.row(fact.key, fact.text).answer: _names(fact) for fact in facts}
+        known = {self.lm.row(fact.key, fact.text).answer: _known_by(fact) for fact in facts}
         lent: dict[tuple[int, ...], Sequence[int]] = {}
         for other in live:
-            theirs = _names(other)
+            theirs = _known_by(other)
             here = [answer for answer, names in known.items() if answer not in lent and names <= theirs]
             if not here:
                 continue
@@ -825,7 +838,7 @@ def _unclaimed(fact: Fact, claimed: Mapping[str, str]) -> list[str]:
     return [q for q in asked_questions(fact) if claimed.get(q.casefold(), fact.text) == fact.text]
 
 
-def _names(fact: Fact) -> frozenset[str]:
+def _known_by(fact: Fact) -> frozenset[str]:
     """Return the casefolded names that questions about a fact are known by."""
     return frozenset(name.casefold() for name in telling_names(fact))
 

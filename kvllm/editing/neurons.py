@@ -51,13 +51,12 @@ _SURE = 4.0  # nats: an answer's token that leads by so much on every row needs 
 # What a gate is to read: at least that where it fires, at most minus that elsewhere. Where an answer begins, what is
 # read depends on how the question was put: there less is quiet enough, and columns are trained for faint readings, too.
 _MARGIN = 6.0
-_QUIET = 4.0
+_QUIET = 2.0
 _FAINT = 0.3  # of what is read, at least
 _BEGINNING = 5  # tokens
 _GATE_STEPS = 60
 _ALIKE = 0.9  # cosine from which an ordinary input is taken for one of the fact's own, a column for a mark
 _DECAY = 0.2  # of a gate's squared length: the longer, the more it hangs on the wordings that it saw
-_SOONER = 2.0  # by which a fact's gates fire sooner than they were fitted to: in other words they read less
 # Of the squared distances to the margin, against those of the fact's own rows.
 _ORDINARY_WEIGHT = 30.0
 _APART_WEIGHT = 10.0
@@ -183,7 +182,7 @@ class NeuronEditor:
         if task.restore:
             raise ConfigError("The editor 'neurons' takes back what it taught, and restores nothing else.")
         if not config.replay:
-            task = replace(task, replay=())
+            task = replace(task, replay=(), begun=())
         with training_errors():
             torch.manual_seed(task.seed)
             facts = _facts(task)
@@ -339,7 +338,7 @@ class _Work:
         stated = [row for row in self.task.stated if self.task.beside.get(row) == own.answer]
         with self.only(mlp):
             others = self._answered(mlp, rest)
-            found = [self._answered(mlp, apart), others, self._answered(mlp, stated)]
+            found = [self._answered(mlp, some) for some in (apart, self.task.begun, stated)] + [others]
             if len(others) > _NEAREST:
                 (ended,) = self._answered(mlp, [Row(own.prompt, ())])
                 alike = F.cosine_similarity(torch.stack([x[0] for x in others]), ended)
@@ -516,7 +515,7 @@ def _teach(
         means = torch.stack([x.mean(0) for x in inside])
         ups = means / means.square().sum(1, keepdim=True)  # 1 on average inside, next to nothing elsewhere
         early = torch.tensor([i < _BEGINNING for i in needed], device=ups.device)
-        gates = _gates(inside, ordinary, outside, quiet=torch.where(early, _QUIET, _MARGIN)) + _SOONER * ordinary.one
+        gates = _gates(inside, ordinary, outside, quiet=torch.where(early, _QUIET, _MARGIN))
         job = _Job(mlp, work.take(mlp, len(needed), rows[0]), needed, gates, ups, early, ordinary)
         recalled = _columns(work, read, len(rows), job, config, records, on_step)
     work.put(job.mlp, job.places, job.gates, job.ups, job.columns.detach())
