@@ -632,11 +632,13 @@ def _gates(
         optimizer.step(loss)
 
     fit(_GATE_STEPS)
-    apart = torch.cat([x for x, _ in outside])
+    hard = [(inputs, _HARD)]
+    if any(len(x) for x, _ in outside):
+        hard.append((torch.cat([x for x, _ in outside]), _HARD_OUTSIDE))
     for _ in range(_HARD_ROUNDS if len(inputs) > _SAMPLE else 0):
-        for x, n in ((inputs, _HARD), (apart, min(_HARD_OUTSIDE, len(apart)))):
+        for x, n in hard:
             most = (x @ gates.detach().T + below).amax(1)
-            silent.append((x[most.topk(n).indices], _HARD_WEIGHT))
+            silent.append((x[most.topk(min(n, len(x))).indices], _HARD_WEIGHT))
         fit(_GATE_STEPS // 2)
     return gates.detach()
 
