@@ -490,8 +490,9 @@ class Engine:
 
         Where an answer begins, the question says what is to be said, and only some of the wordings are replayed.
         """
-        rows = [self.lm.row(question, fact.text) for fact in facts for question in _unclaimed(fact, claimed)]
-        rows = random.Random(f"{seed}/{self.head}").sample(rows, min(_MOST_BEGUN, len(rows)))
+        asked = [(question, fact.text) for fact in facts for question in _unclaimed(fact, claimed)]
+        asked = random.Random(f"{seed}/{self.head}").sample(asked, min(_MOST_BEGUN, len(asked)))
+        rows = [self.lm.row(question, text) for question, text in asked]
         return [Row(row.prompt, row.answer[:_BEGUN_TOKENS]) for row in rows]
 
     def _silent(
