@@ -486,11 +486,15 @@ class Engine:
         ]
 
     def _begun(self, facts: Sequence[StoredFact], seed: int, claimed: Mapping[str, str]) -> list[Row]:
-        """Return the first tokens of older facts' answers, after the questions that these were trained on.
+        """Return the first tokens of older facts' answers, after questions that these were trained on, and others.
 
         Where an answer begins, the question says what is to be said, and only some of the wordings are replayed.
         """
-        asked = [(question, fact.text) for fact in facts for question in _unclaimed(fact, claimed)]
+        asked = []
+        for fact in facts:
+            own = _unclaimed(fact, claimed)
+            further = [q for q in augmented_questions(fact, len(own), seed=seed) if q.casefold() not in claimed]
+            asked += [(question, fact.text) for question in (*own, *further)]
         asked = random.Random(f"{seed}/{self.head}").sample(asked, min(_MOST_BEGUN, len(asked)))
         rows = [self.lm.row(question, text) for question, text in asked]
         return [Row(row.prompt, row.answer[:_BEGUN_TOKENS]) for row in rows]

@@ -4,7 +4,7 @@ Where a question ends, a model knows what was asked, and little of the name that
 does not know look alike there. A few vectors are therefore learned, once per base model, each of which moves what is
 read at a question's end in a way of its own when it is added where a name ends, early in the model: attention then
 looks at that name, and carries it along. They move that far enough to be told from each other, and as little as can be
-of what is answered. Names bear them by turns. Knows no facts.
+of what is answered. A mark is the sum of two of them, and names bear these by turns. Knows no facts.
 
     marks = learned_marks(copy, base_digest, named, [(said, whitening)])
 """
@@ -29,7 +29,7 @@ from kvllm.lm.model import Row
 from kvllm.lm.targets import GatedMlp
 from kvllm.records import Fact
 
-_VERSION = "5"
+_VERSION = "6"
 _KINDS = 8
 _NAMES = {"en": 48, "zh": 16}
 _STEPS = 40
@@ -62,7 +62,8 @@ def learned_marks(
 ) -> torch.Tensor:
     """Return the marks of a base model, (marks, hidden), fp32, from the cache or learned now.
 
-    They are to be added to what the MLP `named` puts out.
+    They are to be added to what the MLP `named` puts out. Each is the sum of two of the few that are learned, as long
+    as one of them: so there are more to tell apart, and those that have one part in common are still half different.
 
     Gradient steps on a sphere make what enters the MLPs `said` where answers begin move, in every wording far enough
     along a way that no other mark moves it, while what is answered stays: a name may be said where something else is
@@ -218,18 +219,19 @@ def _learned(
     rng = random.Random(0)
     drawn = torch.randn(entered.shape[-1], _KINDS, generator=torch.Generator().manual_seed(0)).to(entered.device)
     marks = torch.linalg.qr(drawn)[0].T * length  # at right angles
+    parts = _parts(_KINDS).to(entered.device)
     ways: torch.Tensor | None = None
     for step in range(_STEPS):
         some = rng.sample(everyone, min(_ROWS, len(everyone)))
-        kinds = [(place + step) % _KINDS for place in range(len(some))]
+        borne = parts[[rng.randrange(len(parts)) for _ in some]]
         marks = marks.detach().requires_grad_()
-        with torch.enable_grad(), marked(copy, named.out, marks[kinds], [places[i] for i in some]):
+        with torch.enable_grad(), marked(copy, named.out, _sums(marks, borne), [places[i] for i in some]):
             now, states = read(some)
             moved = now - torch.cat([before[i] for i in some], dim=1)
-            kind = torch.tensor([kind for kind, i in zip(kinds, some, strict=True) for _ in range(n_read[i])])
-            seen = _means(moved.detach(), kind)
+            of = borne.repeat_interleave(torch.tensor([n_read[i] for i in some], device=borne.device), dim=0)
+            seen = _ways(moved.detach(), of)
             ways = seen if ways is None else _KEPT * ways + (1 - _KEPT) * seen
-            along = (moved * _telling(ways)[:, kind]).sum(-1).clamp(max=_ENOUGH)
+            along = (moved[:, :, None] * _telling(ways)[:, of]).sum(-1).clamp(max=_ENOUGH)
             far = torch.where(along > _NEAR, along.clamp(min=_NEAR).log(), along - _NEAR + math.log(_NEAR))
             was = copy.logits(torch.cat([expected[i] for i in some])).log_softmax(-1)
             kl = F.kl_div(copy.logits(torch.cat(states)).log_softmax(-1), was, log_target=True, reduction="none")
@@ -239,15 +241,31 @@ def _learned(
         marks = F.normalize(F.normalize(marks.detach(), dim=1) + F.normalize(gradient, dim=1) * size, dim=1) * length
         if on_progress is not None:
             on_progress(step + 1, _STEPS)
-    found: torch.Tensor = marks.detach().float()
+    return _sums(marks.detach().float(), parts)
+
+
+def _parts(n: int) -> torch.Tensor:
+    """Return every two of n, (n (n - 1) / 2, 2)."""
+    found: torch.Tensor = torch.triu_indices(n, n, 1).T
     return found
 
 
-def _means(moved: torch.Tensor, kinds: torch.Tensor) -> torch.Tensor:
-    """Return the mean move of each kind, (MLPs, kinds, hidden); moved: (MLPs, tokens, hidden), kinds: (tokens,)."""
-    of = F.one_hot(kinds, _KINDS).to(moved)
-    means: torch.Tensor = of.T @ moved / of.sum(0).clamp(min=1)[:, None]
-    return means
+def _sums(marks: torch.Tensor, parts: torch.Tensor) -> torch.Tensor:
+    """Return the sums of two marks each, as long as one of them: (n, hidden); parts: (n, 2)."""
+    return F.normalize(marks[parts].sum(1), dim=1) * marks.norm(dim=1).mean()
+
+
+def _ways(moved: torch.Tensor, parts: torch.Tensor) -> torch.Tensor:
+    """Return what each part's share in the moves is, by least squares: (MLPs, kinds, hidden).
+
+    moved: (MLPs, tokens, hidden), parts: (tokens, 2), of each token.
+    """
+    has = F.one_hot(parts, _KINDS).sum(1).to(moved)
+    alike = has.T @ has
+    found: torch.Tensor = torch.linalg.solve(
+        alike + _RIDGE * len(has) * torch.eye(_KINDS, device=has.device), has.T @ moved
+    )
+    return found
 
 
 def _telling(ways: torch.Tensor) -> torch.Tensor:

@@ -48,10 +48,13 @@ _THRESHOLD = 2.0  # of a name's reading, so steep: below it no mark is put
 _BORNE = 0.8  # of a mark: names that another fact's neurons mark so far need none of their own
 _SPARE = 1.5  # nats beyond the margin: asked in other words a token leads by less
 _SURE = 4.0  # nats: an answer's token that leads by so much on every row needs no neuron
-# What a gate is to read: at least that where it fires, at most minus that elsewhere. Where an answer begins, what is
-# read depends on how the question was put: there less is quiet enough, and columns are trained for faint readings, too.
+# What a gate is fitted to read: at least that where it fires, at most minus that elsewhere. Where an answer begins,
+# what is read depends on how the question was put: there less is quiet enough, and columns are trained for faint
+# readings, too. Ordinary inputs follow no marked name, so more can be asked of them.
 _MARGIN = 6.0
-_QUIET = 2.0
+_QUIET = 4.0
+_ORDINARY_QUIET = 8.0
+_SOONER = 2.0  # by which gates then fire sooner: in other words they read less than in those that they were fitted to
 _FAINT = 0.3  # of what is read, at least
 _BEGINNING = 5  # tokens
 _GATE_STEPS = 60
@@ -284,7 +287,7 @@ class _Work:
             return
         said = [x @ ordinary.whitening for x in said]
         silent = [(torch.cat(outside) @ ordinary.whitening, _APART_WEIGHT), (self.others(ordinary), _APART_WEIGHT)]
-        gates = _gates(said, ordinary, silent, exactly=True)
+        gates = _gates(said, ordinary, silent, quiet=_MARGIN, usually=_MARGIN, exactly=True)
         both = _capped(gates, ordinary)
         self.borne[own] = mark = self.unused(marks)
         columns = mark.expand(len(said), -1) / _CEILING
@@ -309,11 +312,17 @@ class _Work:
         return float((first - second).amax(1).mean()) / _CEILING
 
     def unused(self, marks: torch.Tensor) -> torch.Tensor:
-        """Return the mark, (hidden,), that the fewest names bear at the weights of now."""
+        """Return the mark, (hidden,), that the fewest names bear now, and of these the least like others."""
         mlp = self.layers.named
         borne = self.weight(mlp.out)[:, sorted(self.taken[mlp.layer])].float()
         alike = F.normalize(borne, dim=0).T @ F.normalize(marks, dim=1).T
-        return marks[int((alike > _ALIKE).sum(0).argmin())]
+        least = (alike > _ALIKE).sum(0) * (1 + len(alike)) + alike.relu().sum(0)
+        return marks[int(least.argmin())]
+
+    def other_marks(self, own: tuple[int, ...]) -> torch.Tensor:
+        """Return the marks that are not the one that an answer's names bear, (n, hidden)."""
+        assert self.task.marks is not None
+        return self.task.marks[F.cosine_similarity(self.task.marks, self.borne[own][None]) < _ALIKE]
 
     def others(self, ordinary: Ordinary, read: torch.Tensor | None = None) -> torch.Tensor:
         """Return `Ordinary.ends`, or what was `read` there, of all that has not to do with this edit: (n, hidden)."""
@@ -327,8 +336,8 @@ class _Work:
     def elsewhere(self, mlp: GatedMlp, own: Row) -> list[torch.Tensor]:
         """Return what enters a late MLP where other questions end and their answers are given, white, (n, hidden) each.
 
-        Questions about other names, as they are and with marks on the name, every second with the fact's own; and other
-        facts', at the weights of now, of which those weigh most that look most like this one.
+        Questions about other names, as they are and with other marks on the name; and other facts', at the weights of
+        now, of which those weigh most that look most like this one.
         """
         apart = self.beside(own)
         named = [row for row in apart if self.task.named.get(row)]
@@ -344,9 +353,7 @@ class _Work:
                 alike = F.cosine_similarity(torch.stack([x[0] for x in others]), ended)
                 found.append([others[i] for i in alike.topk(_NEAREST).indices.tolist()])
             if named and self.task.marks is not None:
-                marks = self.task.marks
-                if own.answer in self.borne:
-                    marks = torch.stack([each for mark in marks for each in (self.borne[own.answer], mark)])
+                marks = self.other_marks(own.answer) if own.answer in self.borne else self.task.marks
                 found.append(self._answered(mlp, named, marks))
         return [torch.cat(some) for some in found if some]
 
@@ -360,8 +367,7 @@ class _Work:
             return []
         named = self.layers.named
         columns = (self.borrowed if own in self.borrowed else self.owned)[own][named.layer]
-        marks = self.task.marks[F.cosine_similarity(self.task.marks, self.borne[own][None]) < _ALIKE]
-        marks = torch.cat([torch.zeros_like(self.task.marks[:1]), marks])
+        marks = torch.cat([torch.zeros_like(self.task.marks[:1]), self.other_marks(own)])
         out = self.weight(named.out).data
         own_mark = out[:, columns].clone()
         out[:, columns] = 0.0
@@ -515,7 +521,8 @@ def _teach(
         means = torch.stack([x.mean(0) for x in inside])
         ups = means / means.square().sum(1, keepdim=True)  # 1 on average inside, next to nothing elsewhere
         early = torch.tensor([i < _BEGINNING for i in needed], device=ups.device)
-        gates = _gates(inside, ordinary, outside, quiet=torch.where(early, _QUIET, _MARGIN))
+        quiet = torch.where(early, _QUIET, _MARGIN)
+        gates = _gates(inside, ordinary, outside, quiet=quiet, usually=_ORDINARY_QUIET) + _SOONER * ordinary.one
         job = _Job(mlp, work.take(mlp, len(needed), rows[0]), needed, gates, ups, early, ordinary)
         recalled = _columns(work, read, len(rows), job, config, records, on_step)
     work.put(job.mlp, job.places, job.gates, job.ups, job.columns.detach())
@@ -594,15 +601,16 @@ def _gates(
     ordinary: Ordinary,
     outside: Sequence[tuple[torch.Tensor, float]],
     *,
+    quiet: torch.Tensor | float,
+    usually: float,
     exactly: bool = False,
-    quiet: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Train one gate for each set of inputs (n, hidden), all white; return (gates, hidden).
 
-    Each is to read at least the margin inside, or exactly that, and at most minus what is `quiet`, (gates,), by default
-    the margin, outside and on ordinary inputs: squared distances to that are made small, by the quasi-Newton method of
-    Nocedal, "Updating Quasi-Newton Matrices with Limited Storage", 1980. Of the ordinary inputs a sample comes first;
-    then those that are read most, of them and of the others.
+    Each is to read at least the margin inside, or exactly that, at most minus what is `quiet`, (gates,) or one number,
+    outside, and minus `usually` on ordinary inputs: squared distances to that are made small, by the quasi-Newton
+    method of Nocedal, "Updating Quasi-Newton Matrices with Limited Storage", 1980. Of the ordinary inputs a sample
+    comes first; then those that are read most, of them and of the others.
     """
 
     def missed(x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
@@ -610,13 +618,13 @@ def _gates(
         return (short if exactly else short.relu()).square().mean()
 
     one = ordinary.one
-    below: torch.Tensor | float = _MARGIN if quiet is None else quiet
     means = torch.stack([x.mean(0) for x in inside])
     start = means - (means @ one / (one @ one))[:, None] * one
     start = start / (start * means).sum(1, keepdim=True).clamp(min=1e-6) * 2 * _MARGIN - _MARGIN * one
     gates = start.detach().clone().requires_grad_()
     inputs = _unlike(ordinary.inputs.float(), torch.cat(list(inside)))
-    silent = [(inputs[:_SAMPLE], _ORDINARY_WEIGHT), *((x, weight) for x, weight in outside if len(x))]
+    silent: list[tuple[torch.Tensor, float, torch.Tensor | float]] = [(inputs[:_SAMPLE], _ORDINARY_WEIGHT, usually)]
+    silent += [(x, weight, quiet) for x, weight in outside if len(x)]
 
     def fit(steps: int) -> None:
         optimizer = torch.optim.LBFGS([gates], max_iter=steps, history_size=10, line_search_fn="strong_wolfe")
@@ -625,20 +633,20 @@ def _gates(
             optimizer.zero_grad(set_to_none=True)
             read = torch.stack([missed(x, gate) for x, gate in zip(inside, gates, strict=True)])
             total = read.sum() + _DECAY * gates.square().sum()
-            total = total + sum(weight * _over(x, gates, below) for x, weight in silent)
+            total = total + sum(weight * _over(x, gates, below) for x, weight, below in silent)
             total.backward()
             return total
 
         optimizer.step(loss)
 
     fit(_GATE_STEPS)
-    hard = [(inputs, _HARD)]
+    hard: list[tuple[torch.Tensor, int, torch.Tensor | float]] = [(inputs, _HARD, usually)]
     if any(len(x) for x, _ in outside):
-        hard.append((torch.cat([x for x, _ in outside]), _HARD_OUTSIDE))
+        hard.append((torch.cat([x for x, _ in outside]), _HARD_OUTSIDE, quiet))
     for _ in range(_HARD_ROUNDS if len(inputs) > _SAMPLE else 0):
-        for x, n in hard:
+        for x, n, below in hard:
             most = (x @ gates.detach().T + below).amax(1)
-            silent.append((x[most.topk(min(n, len(x))).indices], _HARD_WEIGHT))
+            silent.append((x[most.topk(min(n, len(x))).indices], _HARD_WEIGHT, below))
         fit(_GATE_STEPS // 2)
     return gates.detach()
 
