@@ -246,13 +246,13 @@ def _learned(
 
 def _parts(n: int) -> torch.Tensor:
     """Return every two of n, (n (n - 1) / 2, 2)."""
-    found: torch.Tensor = torch.triu_indices(n, n, 1).T
-    return found
+    return torch.triu_indices(n, n, 1).T
 
 
 def _sums(marks: torch.Tensor, parts: torch.Tensor) -> torch.Tensor:
     """Return the sums of two marks each, as long as one of them: (n, hidden); parts: (n, 2)."""
-    return F.normalize(marks[parts].sum(1), dim=1) * marks.norm(dim=1).mean()
+    sums: torch.Tensor = F.normalize(marks[parts].sum(1), dim=1) * marks.norm(dim=1).mean()
+    return sums
 
 
 def _ways(moved: torch.Tensor, parts: torch.Tensor) -> torch.Tensor:
