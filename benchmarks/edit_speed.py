@@ -39,18 +39,25 @@ sys.path[:0] = sys.argv[1].split(chr(0x1f))
 from edit_bench.columns import World
 from edit_bench.items import Item
 asked = json.loads(sys.argv[2])
+
+def peak_bytes():
+    # On Linux ru_maxrss may still be that of the process which started this one.
+    try:
+        status = Path("/proc/self/status").read_text()
+        return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM:"))
+    except (OSError, StopIteration):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
 with tempfile.TemporaryDirectory(prefix="kvllm-bench-", ignore_cleanup_errors=True) as folder:
     world = World(Path(folder), **asked["world"])
     fact = asked["item"]
     item = Item(**{name: tuple(v) if isinstance(v, list) else v for name, v in fact.items()})
     column = world.column(asked["column"])
     column.lm
-    loaded = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    loaded = peak_bytes()
     column.edit(item, item.text)
     world.close()
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-scale = 1 if sys.platform == "darwin" else 1024
-print(json.dumps({"loaded_bytes": loaded * scale, "peak_bytes": peak * scale}))
+print(json.dumps({"loaded_bytes": loaded, "peak_bytes": peak_bytes()}))
 """
 
 
@@ -382,7 +389,7 @@ def memory(item: Item, given: argparse.Namespace) -> dict[str, Any]:
 
     paths = "\x1f".join([str(ROOT), str(ROOT / "benchmarks")])
     shared = {"model": given.model, "seed": given.seed, "edit": given.edit, "open_gate": given.open_gate}
-    found: dict[str, Any] = {"measured": "ru_maxrss of a child process: imports, model, one insert with its gate"}
+    found: dict[str, Any] = {"measured": "resident peak of a child process: imports, model, one insert with its gate"}
     for name in COLUMNS:
         told, _ = child(MEMORY, paths, json.dumps({"world": shared, "item": asdict(item), "column": name}))
         found[name] = {measure: round(value / 2**30, 3) for measure, value in told.items()}

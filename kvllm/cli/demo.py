@@ -151,7 +151,7 @@ def tell(out: Output, base: Any, fact: Fact) -> dict[str, Any]:
     out.show(terminal.report_view(replace(drift, metrics=metrics)), width=WIDTH)
     digest = base.weights_digest()
 
-    heading(4, "Delete: train the questions back to what the model answered before")
+    heading(4, "Delete: its questions are answered as before again")
     deleted = base.delete(fact.key)
     out.show(terminal.edit_view(deleted), width=WIDTH)
     own = [place for place, question in enumerate(questions) if question.kind != "far"]
