@@ -28,7 +28,7 @@ def test_injection_recalls_what_the_unedited_model_does_not_know(tmp_path: Path)
     assert states["unedited"]["recalled"] == 0
     assert states["unedited"]["drift_kl"] == 0
     assert states["sequential"]["recalled"] == 1
-    assert 0 < states["sequential"]["drift_kl"] < 0.5
+    assert 0 <= states["sequential"]["drift_kl"] < 0.5  # rounds to 0 where no gate of the one fact fires
     assert states["in-context"]["recalled_n"] == 1
     sections = {section.title: section.table for section in experiment_document(declared, outcome).sections}
     compared = sections["Against sequential insertion"]
