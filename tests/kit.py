@@ -187,8 +187,9 @@ def planted_damage(patch: pytest.MonkeyPatch) -> ModuleType:
 
 def let_neurons_learn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ask less of the silence of new neurons, and of the others that stand in for them, than a real model can do."""
-    from kvllm.editing import neurons, ordinary
+    from kvllm.editing import marks, neurons, ordinary
 
+    monkeypatch.setattr(marks, "_KINDS", 8)
     monkeypatch.setattr(neurons, "_ORDINARY_WEIGHT", 0.03)
     monkeypatch.setattr(neurons, "_HARD_WEIGHT", 0.03)
     monkeypatch.setattr(neurons, "_MISTAKEN_WEIGHT", 0.03)

@@ -113,8 +113,14 @@ class ComputeCopy:
             self.model.get_submodule(name).weight.data.copy_(weight)
 
     @torch.no_grad()
-    def lower_states(self, sequences: Sequence[Sequence[int]], *, batch_size: int = 32) -> list[torch.Tensor]:
-        """Return what enters the lowest adapted layer for each sequence: (seq, hidden), fp32."""
+    def lower_states(
+        self, sequences: Sequence[Sequence[int]], opening: Opening | None = None, *, batch_size: int = 32
+    ) -> list[torch.Tensor]:
+        """Return what enters the lowest adapted layer for each sequence: (seq, hidden), fp32.
+
+        With an opening, all sequences begin with it; what would be there is left at 0.
+        """
+        begin = len(opening or ())
         found: list[torch.Tensor] = [torch.empty(0)] * len(sequences)
         order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
         caught: list[torch.Tensor] = []
@@ -127,15 +133,17 @@ class ComputeCopy:
         try:
             for start in range(0, len(order), batch_size):
                 batch = order[start : start + batch_size]
-                ids, _ = self.lm.pad([sequences[i] for i in batch])
+                ids, _ = self.lm.pad([sequences[i][begin:] for i in batch])
+                cached = {"past_key_values": opening.for_rows(len(batch))} if opening else {}
                 caught.clear()
                 try:
                     with self.precision():
-                        self.model.get_decoder()(input_ids=ids, use_cache=False)
+                        self.model.get_decoder()(input_ids=ids, use_cache=bool(opening), **cached)
                 except _StatesReady:
                     pass
                 for place, i in enumerate(batch):
-                    found[i] = caught[0][place, : len(sequences[i])].float().clone()
+                    states = caught[0][place, : len(sequences[i]) - begin].float()
+                    found[i] = torch.cat([states.new_zeros(begin, states.shape[1]), states])
         finally:
             handle.remove()
         return found

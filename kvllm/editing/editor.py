@@ -63,7 +63,7 @@ class EditTask:
         seed: Of every random choice.
         whitening: Symmetric (in, in) matrix per module, in whose coordinates ordinary inputs are alike in all
             directions; modules without one are trained in their plain coordinates.
-        apart: Other questions that must not be taken for the fact's own, with what the weights say to them now.
+        apart: Other questions that must not be taken for the fact's own, without answers.
         beside: Of rows in `apart` and `stated` the answer of the fact that they belong to; others in `apart` to all.
         stated: Where the fact was stated, or its name said, and something else is asked: what was stated, then all that
             follows, up to what the weights say to it now.
@@ -73,6 +73,7 @@ class EditTask:
             the fact's names; of rows in `apart` another name, where they have one.
         known_by: Answer to the casefolded names that questions about its fact are known by.
         lent: Answer to the neurons that mark these names for an older fact.
+        resting: Returns the questions of older facts, with their answers, whose names any of some neurons mark.
         marks: What later layers carry from a name to where an answer is given, (marks, hidden), for editors that use
             them.
         marked: Layer to what enters its MLP where the questions of `Ordinary.ends` end, marks on what they are
@@ -98,6 +99,7 @@ class EditTask:
     named: Mapping[Row, tuple[tuple[int, ...], ...]] = field(default_factory=dict)
     known_by: Mapping[tuple[int, ...], frozenset[str]] = field(default_factory=dict)
     lent: Mapping[tuple[int, ...], Sequence[int]] = field(default_factory=dict)
+    resting: Callable[[frozenset[int]], Sequence[Row]] | None = None
     marks: torch.Tensor | None = None
     marked: Mapping[int, torch.Tensor] = field(default_factory=dict)
 

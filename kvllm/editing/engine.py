@@ -74,18 +74,21 @@ _REPLAYED_NEAR = 24
 _QUESTIONS_PER_NEAR_FACT = 2
 _REPLAYED_OTHERS = 72
 # Beginnings of older facts' answers, and how long each is.
-_MOST_BEGUN = 256
+_MOST_BEGUN = 96
 _BEGUN_TOKENS = 2
+_MOST_RESTING = 96  # questions of older facts whose names bear one mark
 _CONTRASTS = 16
 _MOST_CONTRASTS = 64
 _APART = 32
-_APART_TOKENS = 12  # of the answers
 # Of a fact: conversations and prompts that state it before they ask something else, other questions about its name.
 _FOLLOWED = 5
 _TOLD = 3
 _OTHERWISE = 6
+_REPLY_TOKENS = 6  # of what the weights say to these
 _RECITED_TOKENS = 8  # longer texts have a beginning of their own, and are not learned against this
 Tick = Callable[..., None]
+# Of which model and layers; what usually enters these, the marks, and what enters where marked questions end.
+_Usual = tuple[tuple[Any, ...], Mapping[int, Ordinary], torch.Tensor, dict[int, torch.Tensor]]
 
 
 class Engine:
@@ -104,7 +107,7 @@ class Engine:
         self._model: str | None = None
         self._copy: ComputeCopy | None = None
         self._pool: tuple[tuple[Any, ...], PreservationPool, dict[str, torch.Tensor]] | None = None
-        self._ordinary: tuple[tuple[Any, ...], dict[int, Ordinary], torch.Tensor, dict[int, torch.Tensor]] | None = None
+        self._ordinary: _Usual | None = None
         self._references: dict[str, DriftReference] = {}
         self._drift: dict[tuple[str, bool, str, frozenset[int]], Report] = {}
         self._away = 0
@@ -413,7 +416,7 @@ class Engine:
             seed=config.seed,
             whitening=whitening,
             **(self._silent(copy, pool, facts, config, trained, tick) if neurons else {}),
-            **(self._names(facts, replay) if neurons else {}),
+            **(self._names(facts, replay, config.seed, claimed) if neurons else {}),
             begun=self._begun(replay, config.seed, claimed) if neurons else (),
         )
         show = tick("training") if tick is not None else None
@@ -490,14 +493,19 @@ class Engine:
 
         Where an answer begins, the question says what is to be said, and only some of the wordings are replayed.
         """
+        asked = self._asked_of(facts, seed, claimed)
+        asked = random.Random(f"{seed}/{self.head}").sample(asked, min(_MOST_BEGUN, len(asked)))
+        rows = [self.lm.row(question, text) for question, text in asked]
+        return [Row(row.prompt, row.answer[:_BEGUN_TOKENS]) for row in rows]
+
+    def _asked_of(self, facts: Sequence[StoredFact], seed: int, claimed: Mapping[str, str]) -> list[tuple[str, str]]:
+        """Return the questions that older facts were trained on, and as many others about them, with their texts."""
         asked = []
         for fact in facts:
             own = _unclaimed(fact, claimed)
             further = [q for q in augmented_questions(fact, len(own), seed=seed) if q.casefold() not in claimed]
             asked += [(question, fact.text) for question in (*own, *further)]
-        asked = random.Random(f"{seed}/{self.head}").sample(asked, min(_MOST_BEGUN, len(asked)))
-        rows = [self.lm.row(question, text) for question, text in asked]
-        return [Row(row.prompt, row.answer[:_BEGUN_TOKENS]) for row in rows]
+        return asked
 
     def _silent(
         self,
@@ -527,7 +535,7 @@ class Engine:
         for fact in facts:
             for question, _ in contrast_questions([fact], n, seed=config.seed, excluded=excluded, characters=True):
                 asked.setdefault(question, fact)
-        apart = self._answered_now(copy, list(asked), _APART_TOKENS)
+        apart = [Row(tuple(self.lm.prompt_ids(question)), ()) for question in asked]
         beside: dict[Row, tuple[int, ...]] = {}
         named: dict[Row, tuple[tuple[int, ...], ...]] = {}
         for row, (question, fact) in zip(apart, asked.items(), strict=True):
@@ -556,21 +564,30 @@ class Engine:
             "taken": taken_neurons(layers.all, self.weights.master, self.weights.base),
         }
 
-    def _names(self, facts: Sequence[Fact], live: Sequence[StoredFact]) -> dict[str, Any]:
-        """Return by which names facts are known, and which neurons mark these for a live one, as a task has it."""
+    def _names(
+        self, facts: Sequence[Fact], live: Sequence[StoredFact], seed: int, claimed: Mapping[str, str]
+    ) -> dict[str, Any]:
+        """Return by which names facts are known, and what live facts' neurons mark, as a task has it."""
         layer = str(neuron_layers(self.lm.model).named.layer)
         known = {self.lm.row(fact.key, fact.text).answer: _known_by(fact) for fact in facts}
         lent: dict[tuple[int, ...], Sequence[int]] = {}
+        marked: list[tuple[StoredFact, frozenset[int]]] = []
         for other in live:
-            theirs = _known_by(other)
-            here = [answer for answer, names in known.items() if answer not in lent and names <= theirs]
-            if not here:
-                continue
             training = self.store.edit(other.edit_id).config.get("training", {})
             for of in ("neurons", "rests_on"):
                 if places := training.get(of, {}).get(other.key, {}).get(layer):
-                    lent |= dict.fromkeys(here, places)
-        return {"known_by": known, "lent": lent}
+                    marked.append((other, frozenset(places)))
+                    theirs = _known_by(other)
+                    lent |= {
+                        answer: places for answer, names in known.items() if answer not in lent and names <= theirs
+                    }
+
+        def resting(neurons: frozenset[int]) -> list[Row]:
+            asked = self._asked_of([fact for fact, places in marked if places & neurons], seed, claimed)
+            asked = random.Random(f"{seed}/{self.head}").sample(asked, min(_MOST_RESTING, len(asked)))
+            return [self.lm.row(question, text) for question, text in asked]
+
+        return {"known_by": known, "lent": lent, "resting": resting}
 
     def _stated(self, copy: ComputeCopy, fact: Fact, seed: int) -> list[Row]:
         """Return conversations and prompts in which a fact was stated, or its name said, and something else is asked.
@@ -591,8 +608,8 @@ class Engine:
         for question in other_questions(fact, _OTHERWISE, seed=seed):
             asked = self.lm.prompt_ids(question)
             found.append((asked, asked))
-        found = [(before, asked) for before, asked in found if len(asked) + _APART_TOKENS <= self.lm.max_positions]
-        replies = copy.generate_ids([tuple(asked) for _, asked in found], _APART_TOKENS)
+        found = [(before, asked) for before, asked in found if len(asked) + _REPLY_TOKENS <= self.lm.max_positions]
+        replies = copy.generate_ids([tuple(asked) for _, asked in found], _REPLY_TOKENS)
         answer = self.lm.row(fact.key, fact.text).answer
         rows = []
         for (before, asked), reply in zip(found, replies, strict=True):

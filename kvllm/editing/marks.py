@@ -30,7 +30,7 @@ from kvllm.lm.targets import GatedMlp
 from kvllm.records import Fact
 
 _VERSION = "6"
-_KINDS = 8
+_KINDS = 12
 _NAMES = {"en": 48, "zh": 16}
 _STEPS = 40
 # Of a step: its length in the marks' own, falling, and the questions in it.

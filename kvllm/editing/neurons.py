@@ -24,7 +24,7 @@ import torch
 from torch.nn import functional as F
 
 from kvllm.config import EditConfig
-from kvllm.editing.compute import ComputeCopy
+from kvllm.editing.compute import ComputeCopy, decomposable
 from kvllm.editing.delta import Delta, Factors, check_finite, concatenate, is_transposed
 from kvllm.editing.editor import EditTask, StepRecord, Training, leads, training_errors
 from kvllm.editing.marks import marking
@@ -54,10 +54,11 @@ _SURE = 4.0  # nats: an answer's token that leads by so much on every row needs 
 _MARGIN = 6.0
 _QUIET = 4.0
 _ORDINARY_QUIET = 8.0
-_SOONER = 2.0  # by which gates then fire sooner: in other words they read less than in those that they were fitted to
+_SOONER = 3.0  # by which gates then fire sooner: in other words they read less than in those that they were fitted to
 _FAINT = 0.3  # of what is read, at least
 _BEGINNING = 5  # tokens
-_GATE_STEPS = 60
+_GATE_STEPS = (10, 10)  # in two stages: which inputs a gate is to be quieter at is only known when it is nearly there
+_HARD_STEPS = 15
 _ALIKE = 0.9  # cosine from which an ordinary input is taken for one of the fact's own, a column for a mark
 _DECAY = 0.2  # of a gate's squared length: the longer, the more it hangs on the wordings that it saw
 # Of the squared distances to the margin, against those of the fact's own rows.
@@ -66,18 +67,21 @@ _APART_WEIGHT = 10.0
 _MISTAKEN_WEIGHT = 10.0
 _OWN_WEIGHT = 1.0
 _HARD_WEIGHT = 10.0
-_SAMPLE = 8192  # ordinary inputs that gates are trained against at first
+# Ordinary inputs that gates are trained against at first, and so many at most of each group of others.
+_SAMPLE = 8192
+_SAMPLE_OUTSIDE = 4096
 # Of all of them, and of the other inputs to be silent at, those that are read most, which are added so often:
 _HARD = 2048
 _HARD_OUTSIDE = 512
 _HARD_ROUNDS = 2
-_COLUMN_RATE = 0.3  # length of a step of a column, in units of the residual stream's length / 20
-_STREAM_SHARE = 0.05
-_START = 1.0  # of the stream's length: what a neuron that reads the margin writes at first
+# Of the stream's length, by what a neuron that reads the margin writes: at first, and in a step at most.
+_START = 0.5
+_LONGEST = 0.25
 _ROWS = 6
 _STEP_TOKENS = 384
 _READ_TOKENS = 512
 _ENOUGH = 0.9  # of the further questions
+_LOOK = 4  # steps after which all rows are looked at, so that only those that lack something are trained further
 _BATCH = 16
 _TOLD_APART = 128  # older rows
 _NEAREST = 24  # of them and of the session's, those most like the fact's own once more
@@ -324,6 +328,18 @@ class _Work:
         assert self.task.marks is not None
         return self.task.marks[F.cosine_similarity(self.task.marks, self.borne[own][None]) < _ALIKE]
 
+    def bearing(self, own: tuple[int, ...]) -> list[Row]:
+        """Return questions of other facts, older ones and the session's, whose names bear the mark of an answer's."""
+        if own not in self.borne:
+            return []
+        mark, layer = self.borne[own], self.layers.named.layer
+        taken = sorted(self.taken[layer])
+        alike = F.cosine_similarity(self.weight(self.layers.named.out)[:, taken].float().T, mark[None]) > _ALIKE
+        neurons = frozenset(place for place, same in zip(taken, alike.tolist(), strict=True) if same)
+        session = {other for other, theirs in self.borne.items() if other != own and torch.equal(theirs, mark)}
+        older = self.task.resting(neurons) if self.task.resting is not None else ()
+        return [*(row for row in older if row.answer != own), *(row for row in self.task.rows if row.answer in session)]
+
     def others(self, ordinary: Ordinary, read: torch.Tensor | None = None) -> torch.Tensor:
         """Return `Ordinary.ends`, or what was `read` there, of all that has not to do with this edit: (n, hidden)."""
         other = torch.tensor([name not in self.task.excluded for name in ordinary.about], device=ordinary.ends.device)
@@ -336,25 +352,27 @@ class _Work:
     def elsewhere(self, mlp: GatedMlp, own: Row) -> list[torch.Tensor]:
         """Return what enters a late MLP where other questions end and their answers are given, white, (n, hidden) each.
 
-        Questions about other names, as they are and with other marks on the name; and other facts', at the weights of
-        now, of which those weigh most that look most like this one.
+        Questions about other names, by turns as they are and with other marks on the name; and other facts', at the
+        weights of now, of which those weigh most that look most like this one, or bear its mark.
         """
         apart = self.beside(own)
-        named = [row for row in apart if self.task.named.get(row)]
+        marked = [row for row in apart if self.task.named.get(row)][::2] if self.task.marks is not None else []
+        plain = [row for row in apart if row not in marked]
         session = [row for row in self.task.rows if row.answer != own.answer]
         session = random.Random(f"{self.task.seed}/{own.answer}").sample(session, min(_OF_SESSION, len(session)))
         rest = [*(row for row in self.task.replay[:_TOLD_APART] if row.answer != own.answer), *session]
         stated = [row for row in self.task.stated if self.task.beside.get(row) == own.answer]
         with self.only(mlp):
             others = self._answered(mlp, rest)
-            found = [self._answered(mlp, some) for some in (apart, self.task.begun, stated)] + [others]
+            bearing = self.bearing(own.answer)
+            found = [self._answered(mlp, some) for some in (plain, self.task.begun, stated, bearing)] + [others]
             if len(others) > _NEAREST:
                 (ended,) = self._answered(mlp, [Row(own.prompt, ())])
                 alike = F.cosine_similarity(torch.stack([x[0] for x in others]), ended)
                 found.append([others[i] for i in alike.topk(_NEAREST).indices.tolist()])
-            if named and self.task.marks is not None:
+            if marked and self.task.marks is not None:
                 marks = self.other_marks(own.answer) if own.answer in self.borne else self.task.marks
-                found.append(self._answered(mlp, named, marks))
+                found.append(self._answered(mlp, marked, marks))
         return [torch.cat(some) for some in found if some]
 
     def mistaken(self, mlp: GatedMlp, rows: Sequence[Row]) -> list[torch.Tensor]:
@@ -515,7 +533,7 @@ def _teach(
             ended.append(work.others(ordinary, work.task.marked[mlp.layer] @ ordinary.whitening))
         outside = [(x, _APART_WEIGHT) for x in (*ended, *elsewhere)]
         outside.append((read.before, _OWN_WEIGHT))
-        if mistaken := work.mistaken(mlp, read.rows):
+        if mistaken := work.mistaken(mlp, read.rows[::2]):  # half of them say it
             # Not where the answer begins: there questions about other names with other marks do for that.
             outside.append((torch.cat([x[1:] for x in mistaken]), _MISTAKEN_WEIGHT))
         means = torch.stack([x.mean(0) for x in inside])
@@ -552,10 +570,10 @@ class _Job:
 @torch.no_grad()
 def _read(work: _Work, mlp: GatedMlp, rows: list[Row]) -> _Read:
     copy = work.copy
-    lower = copy.lower_states([row.ids for row in rows])
     shared = shared_length([row.prompt for row in rows]) if len(rows) > 1 else 0
     shared = min(shared, min(len(row.prompt) for row in rows) - 1)
     opening = copy.opening(rows[0].prompt[:shared]) if shared >= MIN_OPENING else None
+    lower = copy.lower_states([row.ids for row in rows], opening)
     start = len(opening or ())
     n = len(rows[0].answer)
     said, led = [torch.empty(0)] * len(rows), [torch.empty(0)] * len(rows)
@@ -609,8 +627,9 @@ def _gates(
 
     Each is to read at least the margin inside, or exactly that, at most minus what is `quiet`, (gates,) or one number,
     outside, and minus `usually` on ordinary inputs: squared distances to that are made small, by the quasi-Newton
-    method of Nocedal, "Updating Quasi-Newton Matrices with Limited Storage", 1980. Of the ordinary inputs a sample
-    comes first; then those that are read most, of them and of the others.
+    method of Nocedal, "Updating Quasi-Newton Matrices with Limited Storage", 1980, preconditioned with what curvature
+    the gates have in common. Of the ordinary inputs a sample comes first; then those that are read most, of them and
+    of the others.
     """
 
     def missed(x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
@@ -621,34 +640,67 @@ def _gates(
     means = torch.stack([x.mean(0) for x in inside])
     start = means - (means @ one / (one @ one))[:, None] * one
     start = start / (start * means).sum(1, keepdim=True).clamp(min=1e-6) * 2 * _MARGIN - _MARGIN * one
-    gates = start.detach().clone().requires_grad_()
+    gates = start.detach()
     inputs = _unlike(ordinary.inputs.float(), torch.cat(list(inside)))
     silent: list[tuple[torch.Tensor, float, torch.Tensor | float]] = [(inputs[:_SAMPLE], _ORDINARY_WEIGHT, usually)]
-    silent += [(x, weight, quiet) for x, weight in outside if len(x)]
+    silent += [(x[:: -(-len(x) // _SAMPLE_OUTSIDE)], weight, quiet) for x, weight in outside if len(x)]
 
-    def fit(steps: int) -> None:
-        optimizer = torch.optim.LBFGS([gates], max_iter=steps, history_size=10, line_search_fn="strong_wolfe")
+    def fit(gates: torch.Tensor, steps: int) -> torch.Tensor:
+        # In coordinates where what curvature they have in common is 1, few steps do.
+        common = _curvature(inside, silent, gates)
+
+        def even(x: torch.Tensor) -> torch.Tensor:
+            found: torch.Tensor = torch.linalg.solve_triangular(common, x.T, upper=False).T
+            return found
+
+        def plain(gates: torch.Tensor) -> torch.Tensor:
+            found: torch.Tensor = torch.linalg.solve_triangular(common, gates, upper=False, left=False)
+            return found
+
+        own = [even(x) for x in inside]
+        other = [(even(x), weight, below) for x, weight, below in silent]
+        evened = (gates @ common).requires_grad_()
+        optimizer = torch.optim.LBFGS([evened], max_iter=steps, history_size=10, line_search_fn="strong_wolfe")
 
         def loss() -> torch.Tensor:
             optimizer.zero_grad(set_to_none=True)
-            read = torch.stack([missed(x, gate) for x, gate in zip(inside, gates, strict=True)])
-            total = read.sum() + _DECAY * gates.square().sum()
-            total = total + sum(weight * _over(x, gates, below) for x, weight, below in silent)
+            read = torch.stack([missed(x, gate) for x, gate in zip(own, evened, strict=True)])
+            total = read.sum() + _DECAY * plain(evened).square().sum()
+            total = total + sum(weight * _over(x, evened, below) for x, weight, below in other)
             total.backward()
             return total
 
         optimizer.step(loss)
+        return plain(evened.detach())
 
-    fit(_GATE_STEPS)
+    for steps in _GATE_STEPS:
+        gates = fit(gates, steps)
     hard: list[tuple[torch.Tensor, int, torch.Tensor | float]] = [(inputs, _HARD, usually)]
     if any(len(x) for x, _ in outside):
         hard.append((torch.cat([x for x, _ in outside]), _HARD_OUTSIDE, quiet))
     for _ in range(_HARD_ROUNDS if len(inputs) > _SAMPLE else 0):
         for x, n, below in hard:
-            most = (x @ gates.detach().T + below).amax(1)
+            most = (x @ gates.T + below).amax(1)
             silent.append((x[most.topk(min(n, len(x))).indices], _HARD_WEIGHT, below))
-        fit(_GATE_STEPS // 2)
-    return gates.detach()
+        gates = fit(gates, _HARD_STEPS)
+    return gates
+
+
+def _curvature(
+    inside: Sequence[torch.Tensor],
+    silent: Sequence[tuple[torch.Tensor, float, torch.Tensor | float]],
+    gates: torch.Tensor,
+) -> torch.Tensor:
+    """Return the lower Cholesky factor, (hidden, hidden), of the mean second derivative, halved, of what gates miss."""
+    found = _DECAY * torch.eye(gates.shape[1], device=gates.device)
+    for x in inside:
+        found += x.T @ x / (len(x) * len(inside))
+    for x, weight, below in silent:
+        share = ((x @ gates.T + below) > 0).float().mean(1)  # of the gates that read it
+        read = share.nonzero()[:, 0]
+        found += (x[read] * (share[read] * weight / len(x))[:, None]).T @ x[read]
+    factor: torch.Tensor = torch.linalg.cholesky(decomposable(found))
+    return factor.to(gates.device)
 
 
 def _unlike(x: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
@@ -675,15 +727,16 @@ def _columns(
     copy, rng = work.copy, random.Random(f"{work.task.seed}/{len(records)}")
     job.columns = _start(copy, read, job)
     job.columns.requires_grad_()
-    scale = _STREAM_SHARE * read.length
-    rate = _COLUMN_RATE * scale / math.sqrt(job.columns.shape[1])
-    optimizer = torch.optim.Adam([job.columns], lr=rate, betas=(0.9, 0.95))
+    longest = _LONGEST * read.length / _MARGIN
     answer = torch.tensor(read.rows[0].answer, device=read.leads.device)
     n = max(1, min(_ROWS, _STEP_TOKENS // len(answer)))
     ok = [False] * len(read.rows)
     least = config.margin + _SPARE
     with _firing(copy, job):
         for step in range(1, config.max_steps + 1):
+            if step == _LOOK + 1:
+                with torch.no_grad():
+                    ok = _recalled(copy, read, range(len(ok)), least)
             pending = [i for i, done in enumerate(ok) if not done]
             done = [i for i, held in enumerate(ok) if held]
             rng.shuffle(pending)
@@ -708,10 +761,18 @@ def _columns(
                 if all(again):
                     return True
                 ok[:n_rows] = again
-            optimizer.zero_grad(set_to_none=True)
-            wanting = lead < least + config.margin
-            ((losses * wanting).sum() / len(batch)).backward()
-            optimizer.step()
+            short = (least + config.margin - lead).clamp(min=0)
+            # The lead over all others together, which cross-entropy tells: -log(exp(loss) - 1).
+            behind = losses.clamp(min=1e-4)
+            ahead = -(behind + (-(-behind).expm1()).log())
+            (gradient,) = torch.autograd.grad(ahead[short > 0].sum(), job.columns)
+            # If leads were linear in a column, a step would make good what its token lacks on average over the rows;
+            # what tokens without a neuron lack is shared out.
+            lacking = short.sum(0)[job.tokens]
+            lacking = (lacking + (short.sum() - lacking.sum()) / len(job.tokens))[:, None]
+            by = lacking * gradient / gradient.square().sum(1, keepdim=True).clamp(min=1e-12)
+            with torch.no_grad():
+                job.columns += by * (longest / by.norm(dim=1, keepdim=True).clamp(min=longest))
         with torch.no_grad():
             return all(_recalled(copy, read, range(n_rows), config.margin))
 

@@ -30,6 +30,7 @@ from kvllm.editing.preservation import (
     packaged_names,
     packaged_questions,
 )
+from kvllm.errors import ModelError
 from kvllm.lm.decoding import Opening
 from kvllm.lm.model import Row, shared_length
 from kvllm.lm.targets import GatedMlp
@@ -95,7 +96,7 @@ def ordinary_inputs(
     questions: Sequence[tuple[str, str]] | None = None,
     whole: Sequence[GatedMlp] = (),
     on_progress: Callable[[int, int], None] | None = None,
-) -> dict[int, Ordinary]:
+) -> Mapping[int, Ordinary]:
     """Return what usually enters each MLP, from the cache or measured now.
 
     Args:
@@ -111,7 +112,7 @@ def ordinary_inputs(
         on_progress: Called with batches done and their number.
 
     Returns:
-        Layer → what enters its MLP.
+        Layer → what enters its MLP, read when it is first asked for; ModelError then, if its file is gone.
     """
     asked = list(questions) if questions is not None else wordings()
     composed = composed_answers() if answers is None else answers
@@ -123,25 +124,50 @@ def ordinary_inputs(
     digest = hashlib.sha256("\x00".join(facts).encode()).hexdigest()[:24]
     about = [name.casefold() for _, name in asked]
     paths = {mlp: cache_folder() / "preservation" / f"ordinary-{digest}-{mlp.layer}.safetensors" for mlp in mlps}
-    found = {mlp: _read(path, about, copy.lm.device) for mlp, path in paths.items()}  # one by one: they are large
-    if None in found.values():
+    found = _Kept({mlp.layer: path for mlp, path in paths.items()}, about, copy.lm.device)
+    if not all(read_checked(path) is not None for path in paths.values()):
         measured = _measured(copy, mlps, groups, [question for question, _ in asked], whole, on_progress)
-        found = {mlp: _kept(paths[mlp], tensors, about) for mlp, tensors in measured}
-    return {mlp.layer: ordinary for mlp, ordinary in found.items() if ordinary is not None}
+        for mlp, tensors in measured:
+            found.keep(mlp.layer, tensors)
+    return found
 
 
-def _read(path: Path, about: Sequence[str], device: torch.device) -> Ordinary | None:
-    from safetensors.torch import load
+class _Kept(Mapping[int, Ordinary]):
+    """What usually enters each MLP, layer → that, read from its file when it is first asked for: these are large."""
 
-    data = read_checked(path)
-    return None if data is None else _ordinary({name: x.to(device) for name, x in load(data).items()}, about)
+    def __init__(self, paths: Mapping[int, Path], about: Sequence[str], device: torch.device) -> None:
+        self._paths = paths
+        self._about = about
+        self._device = device
+        self._found: dict[int, Ordinary] = {}
 
+    def keep(self, layer: int, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Write a layer's file; what cannot be written is held."""
+        from safetensors.torch import save
 
-def _kept(path: Path, tensors: Mapping[str, torch.Tensor], about: Sequence[str]) -> Ordinary:
-    from safetensors.torch import save
+        content = save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()})
+        if not write_checked(self._paths[layer], content):
+            self._found[layer] = _ordinary(tensors, self._about)
 
-    write_checked(path, save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}))
-    return _ordinary(tensors, about)
+    def __getitem__(self, layer: int) -> Ordinary:
+        from safetensors.torch import load
+
+        if layer not in self._found:
+            data = read_checked(self._paths[layer])
+            if data is None:
+                raise ModelError(
+                    f"{self._paths[layer].name} is gone from the cache, or was changed in the meantime; nothing was "
+                    "changed. Try again: it is made anew."
+                )
+            tensors = {name: x.to(self._device) for name, x in load(data).items()}
+            self._found[layer] = _ordinary(tensors, self._about)
+        return self._found[layer]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._paths)
+
+    def __len__(self) -> int:
+        return len(self._paths)
 
 
 def wordings() -> list[tuple[str, str]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from kvllm.config import ModelConfig
+from kvllm.config import ModelConfig, cache_folder
 from kvllm.editing import compute
 from kvllm.editing.compute import ComputeCopy
 from kvllm.editing.delta import AdaptedWeights, product
@@ -20,7 +20,7 @@ from kvllm.editing.marks import learned_marks, marked_ends, marking
 from kvllm.editing.neurons import NeuronEditor, neuron_layers, taken_neurons
 from kvllm.editing.ordinary import Ordinary, answered, composed_answers, ends, ordinary_inputs
 from kvllm.editing.preservation import PreservationPool, Prompt, build_pool, packaged_answers, packaged_names
-from kvllm.errors import ConfigError, EditFailed
+from kvllm.errors import ConfigError, EditFailed, ModelError
 from kvllm.lm.model import LanguageModel, Row
 from kvllm.lm.targets import GatedMlp, gated_mlp
 from tests.kit import KEY, QUICK_NEURONS, TEXT, let_neurons_learn
@@ -60,14 +60,14 @@ def pool(copy: ComputeCopy) -> PreservationPool:
 
 
 @pytest.fixture
-def ordinary(copy: ComputeCopy, pool: PreservationPool) -> dict[int, Ordinary]:
+def ordinary(copy: ComputeCopy, pool: PreservationPool) -> Mapping[int, Ordinary]:
     return ordinary_inputs(
         copy, pool, "tiny", neuron_layers(copy.model).all, prompts=(), answers=(), questions=[(q, q) for q in OTHERS]
     )
 
 
 @pytest.fixture
-def marks(own: LanguageModel, copy: ComputeCopy, ordinary: dict[int, Ordinary]) -> torch.Tensor:
+def marks(own: LanguageModel, copy: ComputeCopy, ordinary: Mapping[int, Ordinary]) -> torch.Tensor:
     layers = neuron_layers(copy.model)
     white = ordinary[layers.said[0].layer].whitening
     return learned_marks(
@@ -76,7 +76,7 @@ def marks(own: LanguageModel, copy: ComputeCopy, ordinary: dict[int, Ordinary]) 
 
 
 @pytest.fixture
-def task(own: LanguageModel, ordinary: dict[int, Ordinary], marks: torch.Tensor) -> EditTask:
+def task(own: LanguageModel, ordinary: Mapping[int, Ordinary], marks: torch.Tensor) -> EditTask:
     rows = rows_of(own, KEY, TEXT)
     apart = [own.row(q, "It is a tool") for q in OTHERS[:2]]
     return EditTask(rows=rows, ordinary=ordinary, apart=apart, marks=marks, named=named(own, KEY, rows))
@@ -187,7 +187,7 @@ def test_names_bear_the_marks_by_turns(
     assert borne[1] == int(F.cosine_similarity(task.marks, task.marks[borne[:1]]).argmin())  # as far as there is one
 
 
-def test_each_mark_is_read_by_itself(copy: ComputeCopy, ordinary: dict[int, Ordinary], marks: torch.Tensor) -> None:
+def test_each_mark_is_read_by_itself(copy: ComputeCopy, ordinary: Mapping[int, Ordinary], marks: torch.Tensor) -> None:
     layers = neuron_layers(copy.model)
     white = ordinary[layers.said[0].layer].whitening
     row = copy.lm.row("What is Berlin?", "x")
@@ -212,7 +212,7 @@ def test_marks_are_sums_of_two(marks: torch.Tensor) -> None:
 
 
 def test_a_mark_moves_what_is_read_and_is_cached(
-    copy: ComputeCopy, ordinary: dict[int, Ordinary], marks: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+    copy: ComputeCopy, ordinary: Mapping[int, Ordinary], marks: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from kvllm.editing import marks as module
 
@@ -356,6 +356,36 @@ def test_ordinary_inputs_are_cached(copy: ComputeCopy, pool: PreservationPool, m
         assert float((read - 1).abs().mean()) < 0.5
 
 
+def test_ordinary_inputs_that_cannot_be_kept_are_held(
+    copy: ComputeCopy, pool: PreservationPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from kvllm.editing import ordinary
+
+    mlps = neuron_layers(copy.model).all
+
+    def found() -> Mapping[int, Ordinary]:
+        return ordinary_inputs(copy, pool, "tiny", mlps, prompts=(), answers=(), questions=[(q, q) for q in OTHERS])
+
+    kept = found()
+    assert list(kept) == [mlp.layer for mlp in mlps]
+    for path in (cache_folder() / "preservation").glob("ordinary-*"):
+        path.unlink()
+    with pytest.raises(ModelError, match="Try again"):
+        kept[mlps[0].layer]
+    monkeypatch.setattr(ordinary, "write_checked", lambda path, data: False)
+    assert len(found()[mlps[0].layer].inputs)
+
+
+def test_states_behind_an_opening_are_those_of_whole_rows(own: LanguageModel, copy: ComputeCopy) -> None:
+    sequences = [own.prompt_ids(q) for q in OTHERS]
+    shared = next(i for i in range(99) if len({ids[i] for ids in sequences}) > 1)
+    assert shared
+    opening = copy.opening(sequences[0][:shared])
+    for whole, rest in zip(copy.lower_states(sequences), copy.lower_states(sequences, opening), strict=True):
+        assert float(rest[:shared].abs().max()) == 0
+        torch.testing.assert_close(whole[shared:], rest[shared:], rtol=1e-3, atol=1e-4)
+
+
 def test_whole_questions_are_read_at_every_token(copy: ComputeCopy, pool: PreservationPool) -> None:
     layers = neuron_layers(copy.model)
     asked = [(q, q) for q in OTHERS]
@@ -457,6 +487,59 @@ def test_other_names_bear_all_marks_but_the_facts_own(
     assert task.marks is not None
     assert torch.equal(marks, task.marks[1:])  # its own is the first: no name bears one yet
     assert torch.equal(mistaken, torch.cat([torch.zeros_like(task.marks[:1]), task.marks[1:]]))  # the fact's own rows
+
+
+def test_questions_of_facts_that_bear_the_same_mark_are_read(
+    own: LanguageModel, copy: ComputeCopy, pool: PreservationPool, task: EditTask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from kvllm.editing import neurons
+
+    layers = neuron_layers(copy.model)
+    weights = AdaptedWeights(own.model)
+    weights.apply(NeuronEditor().train(copy, pool, task, QUICK_NEURONS).delta)
+    copy.load({name: weights.master(name) for name in weights.known})
+    taken = taken_neurons(layers.all, weights.master, weights.base)
+    bears = taken[layers.named.layer]
+    seen: list[list[Row]] = []
+    original = neurons._Work.bearing
+
+    def spy(self: neurons._Work, own: tuple[int, ...]) -> list[Row]:
+        seen.append(original(self, own))
+        return seen[-1]
+
+    monkeypatch.setattr(neurons._Work, "bearing", spy)
+    rows, last = rows_of(own, "Voss", "Ada leads Berlin"), rows_of(own, "Velmora", "It is a tool")
+    names = named(own, "Voss", rows) | named(own, "Velmora", last)
+    both = replace(task, rows=[*rows, *last], named=names, taken=taken, apart=())
+    both = replace(both, resting=lambda places: task.rows if places & bears else ())
+    assert task.marks is not None
+    for marks, older, session in ((task.marks, (), ()), (task.marks[:1], task.rows, last)):
+        NeuronEditor().train(copy, pool, replace(both, marks=marks), QUICK_NEURONS)
+        assert seen[0] == [*older, *session]
+        seen.clear()
+
+
+def test_gates_are_where_more_steps_would_leave_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    from kvllm.editing import neurons
+
+    drawn = torch.Generator().manual_seed(0)
+    one = torch.zeros(24)
+    one[0] = 1.0
+    inputs = torch.randn(3000, 24, generator=drawn) * 0.3 + one
+    # What the gates of one fact read is nearly the same: alone, each would be found in few steps.
+    common = torch.randn(24, generator=drawn)
+    inside = [
+        one + common + torch.randn(24, generator=drawn) * 0.3 + 0.2 * inputs[40 * i : 40 * i + 40] for i in range(5)
+    ]
+    ordinary = Ordinary(torch.eye(24), inputs.half(), inputs[:0], (), one, torch.eye(1))
+    outside = [(one + common + torch.randn(50, 24, generator=drawn), 10.0)]
+
+    def fitted() -> torch.Tensor:
+        return neurons._gates(inside, ordinary, outside, quiet=4.0, usually=8.0)
+
+    gates = fitted()
+    monkeypatch.setattr(neurons, "_GATE_STEPS", (200, 200))
+    assert float((gates - fitted()).norm() / gates.norm()) < 0.05
 
 
 def test_a_facts_own_words_are_told_apart_from_the_same_with_another_mark(

@@ -155,6 +155,30 @@ def test_facts_about_one_name_share_what_marks_it(
     assert [kb.ask(fact.key) for fact in (LEADS, FOUNDED)] == base
 
 
+def test_older_facts_are_found_by_the_neurons_that_mark_their_names(
+    make_kb: Callable[..., KnowledgeBase], tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    let_neurons_learn(monkeypatch)
+    kb = make_kb("wide.kb", model=f"{tiny_llama}+{SPARE}", edit=QUICK_NEURONS)
+    taught(kb, FACT)
+    taught(kb, SECOND)
+    resting = kb.engine._names([LEADS], kb._session.live(), 0, {FACT.questions[0].casefold(): ""})["resting"]
+    rows = resting(frozenset(named(kb, "neurons", KEY)))
+    lm = kb.engine.lm
+    assert lm.row(FACT.questions[1], TEXT) in rows
+    assert lm.row(FACT.questions[0], TEXT) not in rows  # the edit says something else to it
+    assert {row.answer for row in rows} == {lm.row(KEY, TEXT).answer}
+    assert len(rows) > 1  # other wordings, too
+    assert len(resting(frozenset(taken_places(kb)))) > len(rows)
+    assert resting(frozenset()) == []
+
+
+def taken_places(kb: KnowledgeBase) -> frozenset[int]:
+    """Return all neurons that mark names."""
+    named_mlp, weights = neuron_layers(kb.engine.lm.model).named, kb.engine.weights
+    return taken_neurons([named_mlp], weights.master, weights.base)[named_mlp.layer]
+
+
 def test_facts_of_a_batch_with_one_text_are_restored_by_training(kb: KnowledgeBase) -> None:
     kb.insert_many([FACT, replace(SECOND, text=TEXT)], mode="batched")
     used = taken(kb)
