@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from kvllm.lm.decoding import Opening
-from kvllm.lm.model import LanguageModel, Row
+from kvllm.lm.decoding import MIN_OPENING, Opening
+from kvllm.lm.model import LanguageModel, Row, shared_length
 from kvllm.lm.targets import Targets, decoder_layers
 
 # On a CPU each new shape of a bf16 product is compiled, which takes as long as a dozen products: few widths recur. And
@@ -215,6 +215,12 @@ class ComputeCopy:
         """Run what several rows begin with through the weights as they are, for `answer_states`."""
         with self.precision():
             return self._lm.opening(ids)
+
+    def common_opening(self, rows: Sequence[Row]) -> Opening | None:
+        """Run what all rows' prompts begin with, none of them whole; None of a single row, or where that is short."""
+        shared = shared_length([row.prompt for row in rows]) if len(rows) > 1 else 0
+        shared = min(shared, min((len(row.prompt) for row in rows), default=0) - 1)
+        return self.opening(rows[0].prompt[:shared]) if shared >= MIN_OPENING else None
 
     def answer_states(
         self,

@@ -194,7 +194,9 @@ def _learned(
     on_progress: Callable[[int, int], None] | None,
 ) -> torch.Tensor:
     rows, places = _answered_rows(copy, asked)
-    lower = copy.lower_states([row.ids for row in rows])
+    opening = copy.common_opening(rows)
+    start = len(opening or ())
+    lower = copy.lower_states([row.ids for row in rows], opening)
     streams = torch.cat([states[list(some)] for states, some in zip(lower, places, strict=True)])
     length = float(streams.norm(dim=1).median()) * _SHARE
     caught: dict[str, torch.Tensor] = {}
@@ -202,12 +204,12 @@ def _learned(
     def read(some: Sequence[int]) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """Return what enters the late MLPs where answers begin, (MLPs, tokens, hidden), and the answers' states."""
         with copy.caught([mlp.gate for mlp, _ in said], caught):
-            states = copy.answer_states([(lower[i], rows[i]) for i in some])
+            states = copy.answer_states([(lower[i], rows[i]) for i in some], opening)
         found = []
         for mlp, whitening in said:
             entered = caught[mlp.gate]
             entered = entered.reshape(len(some), -1, entered.shape[-1]).float() @ whitening
-            ends = [len(rows[i].prompt) - 1 for i in some]
+            ends = [len(rows[i].prompt) - 1 - start for i in some]
             found.append(torch.cat([x[end : end + n_read[i]] for x, end, i in zip(entered, ends, some, strict=True)]))
         return torch.stack(found), list(states.split([len(rows[i].answer) for i in some]))
 
@@ -225,7 +227,7 @@ def _learned(
         some = rng.sample(everyone, min(_ROWS, len(everyone)))
         borne = parts[[rng.randrange(len(parts)) for _ in some]]
         marks = marks.detach().requires_grad_()
-        with torch.enable_grad(), marked(copy, named.out, _sums(marks, borne), [places[i] for i in some]):
+        with torch.enable_grad(), marked(copy, named.out, _sums(marks, borne), [places[i] for i in some], start):
             now, states = read(some)
             moved = now - torch.cat([before[i] for i in some], dim=1)
             of = borne.repeat_interleave(torch.tensor([n_read[i] for i in some], device=borne.device), dim=0)

@@ -31,8 +31,8 @@ from kvllm.editing.marks import marking
 from kvllm.editing.ordinary import Ordinary, answered, tokens
 from kvllm.editing.preservation import PreservationPool
 from kvllm.errors import ConfigError, EditFailed, ModelError
-from kvllm.lm.decoding import MIN_OPENING, Opening
-from kvllm.lm.model import Row, shared_length
+from kvllm.lm.decoding import Opening
+from kvllm.lm.model import Row
 from kvllm.lm.targets import GatedMlp, Targets, decoder_layers, gated_mlp
 
 # Shares of the depth: where a name is recognised, and where the answer is given.
@@ -570,9 +570,7 @@ class _Job:
 @torch.no_grad()
 def _read(work: _Work, mlp: GatedMlp, rows: list[Row]) -> _Read:
     copy = work.copy
-    shared = shared_length([row.prompt for row in rows]) if len(rows) > 1 else 0
-    shared = min(shared, min(len(row.prompt) for row in rows) - 1)
-    opening = copy.opening(rows[0].prompt[:shared]) if shared >= MIN_OPENING else None
+    opening = copy.common_opening(rows)
     lower = copy.lower_states([row.ids for row in rows], opening)
     start = len(opening or ())
     n = len(rows[0].answer)

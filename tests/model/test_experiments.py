@@ -14,7 +14,7 @@ from kvllm.experiments.report import experiment_document
 from kvllm.experiments.runner import run_experiment
 from tests.kit import ROOT
 
-pytestmark = [pytest.mark.model, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.model, pytest.mark.timeout(3600)]
 EXPERIMENTS = ROOT / "benchmarks" / "experiments"
 ARMS = [{"mode": "unedited"}, {"mode": "in-context"}, {"mode": "sequential"}]
 
