@@ -157,7 +157,7 @@ class _Kept(Mapping[int, Ordinary]):
             if data is None:
                 raise ModelError(
                     f"{self._paths[layer].name} is gone from the cache, or was changed in the meantime; nothing was "
-                    "changed. Try again: it is made anew."
+                    "changed. Try again with the knowledge base opened anew: then it is made again."
                 )
             tensors = {name: x.to(self._device) for name, x in load(data).items()}
             self._found[layer] = _ordinary(tensors, self._about)
