@@ -149,7 +149,10 @@ def check(given: argparse.Namespace, sources: Sequence[str], columns: Sequence[s
 def chosen(given: argparse.Namespace, sources: Sequence[str]) -> list[Item]:
     """Return the run's items; a sequence mixes its sources."""
     if given.sequence:
-        found = select(sources, half=given.half, n=math.ceil(given.sequence / len(sources)), seed=given.seed)
+        n, found = math.ceil(given.sequence / len(sources)), []
+        while len(found) < given.sequence and n <= given.sequence:  # where a source has fewer, the others have more
+            found = select(sources, half=given.half, n=n, seed=given.seed)
+            n += 1
         random.Random(given.seed).shuffle(found)
         return found[: given.sequence]
     found = select(sources, half=given.half, n=given.n, seed=given.seed)

@@ -12,8 +12,9 @@ facts; peft adapters may be injected into `model`.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -43,6 +44,24 @@ class _Passthrough(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         return hidden_states
+
+
+@dataclass(frozen=True)
+class Entered:
+    """What enters a layer, computed before, so that nothing below it is run again.
+
+    Attributes:
+        layer: Its number.
+        states: One (tokens, hidden) for each sequence, of what follows the opening.
+    """
+
+    layer: int
+    states: Sequence[torch.Tensor]
+
+    def of(self, places: Sequence[int], lengths: Iterable[int]) -> Entered:
+        """Return that of some sequences, so many tokens of each."""
+        some = zip(places, lengths, strict=True)
+        return Entered(self.layer, [self.states[place][:length] for place, length in some])
 
 
 def rounded_up(n: int, step: int) -> int:
@@ -114,11 +133,20 @@ class ComputeCopy:
 
     @torch.no_grad()
     def lower_states(
-        self, sequences: Sequence[Sequence[int]], opening: Opening | None = None, *, batch_size: int = 32
+        self,
+        sequences: Sequence[Sequence[int]],
+        opening: Opening | None = None,
+        entered: Entered | None = None,
+        *,
+        batch_size: int = 32,
     ) -> list[torch.Tensor]:
         """Return what enters the lowest adapted layer for each sequence: (seq, hidden), fp32.
 
-        With an opening, all sequences begin with it; what would be there is left at 0.
+        Args:
+            sequences: All their ids.
+            opening: What all of them begin with; what would be there is left at 0.
+            entered: What enters a lower layer; else the sequences are run from the first on.
+            batch_size: Sequences at a time, those together whose lengths are alike.
         """
         begin = len(opening or ())
         found: list[torch.Tensor] = [torch.empty(0)] * len(sequences)
@@ -133,14 +161,9 @@ class ComputeCopy:
         try:
             for start in range(0, len(order), batch_size):
                 batch = order[start : start + batch_size]
-                ids, _ = self.lm.pad([sequences[i][begin:] for i in batch])
-                cached = {"past_key_values": opening.for_rows(len(batch))} if opening else {}
                 caught.clear()
-                try:
-                    with self.precision():
-                        self.model.get_decoder()(input_ids=ids, use_cache=bool(opening), **cached)
-                except _StatesReady:
-                    pass
+                rest = [sequences[i][begin:] for i in batch]
+                self._run(rest, opening, entered and entered.of(batch, map(len, rest)))
                 for place, i in enumerate(batch):
                     states = caught[0][place, : len(sequences[i]) - begin].float()
                     found[i] = torch.cat([states.new_zeros(begin, states.shape[1]), states])
@@ -167,10 +190,12 @@ class ComputeCopy:
         names: Sequence[str],
         read: Callable[[str, torch.Tensor], None],
         opening: Opening | None = None,
+        entered: Entered | None = None,
     ) -> None:
         """Hand what enters each of the named modules, (batch, seq, in), to `read`, for a right-padded batch.
 
-        Runs up to the highest adapted layer only. With an opening, the sequences are what follows it.
+        Runs up to the highest adapted layer only. With an opening, the sequences are what follows it; what enters one
+        of the layers spares those below it.
         """
 
         def reader(name: str) -> Any:
@@ -181,16 +206,33 @@ class ComputeCopy:
 
         handles = [self.model.get_submodule(name).register_forward_pre_hook(reader(name)) for name in names]
         handles.append(self._layers[self._last_layer()].register_forward_hook(stop))
-        ids, _ = self.lm.pad(sequences)
-        cached = {"past_key_values": opening.for_rows(len(sequences))} if opening else {}
         try:
-            with self.precision():
-                self.model.get_decoder()(input_ids=ids, use_cache=bool(opening), **cached)
-        except _StatesReady:
-            pass
+            self._run(sequences, opening, entered)
         finally:
             for handle in handles:
                 handle.remove()
+
+    def _run(self, sequences: Sequence[Sequence[int]], opening: Opening | None, entered: Entered | None) -> None:
+        """Run a right-padded batch of what follows an opening, until a hook has what it wanted."""
+        more: dict[str, Any] = {"past_key_values": opening.for_rows(len(sequences))} if opening else {}
+        try:
+            if entered is not None:
+                self._upper(self._stacked(entered.states, len(opening or ())), opening, entered.layer, more)
+                return
+            ids, _ = self.lm.pad(sequences)
+            with self.precision():
+                self.model.get_decoder()(input_ids=ids, use_cache=bool(opening), **more)
+        except _StatesReady:
+            pass
+
+    def _stacked(self, states: Sequence[torch.Tensor], start: int) -> torch.Tensor:
+        """Return states that begin at a position as one right-padded batch, (batch, seq, hidden).
+
+        Causal attention keeps padding from every real position.
+        """
+        width = max(map(len, states))
+        width = max(width, min(rounded_up(width, WIDTHS), self.lm.max_positions - start))  # padding has positions, too
+        return torch.stack([padded(some.to(self.lm.device), width) for some in states])
 
     def _last_layer(self) -> int:
         """Return the highest adapted layer."""
@@ -242,15 +284,12 @@ class ComputeCopy:
         """
         length = len(opening or ())
         starts = [length if follows is None or follows[place] else 0 for place in range(len(items))]
-        device = self.lm.device  # cached states come from a file
-        width = max(states.shape[0] - start for (states, _), start in zip(items, starts, strict=True))
-        room = self.lm.max_positions - max(starts)  # padding, too, has a position
-        width = max(width, min(rounded_up(width, WIDTHS), room))
-        # Right-padded: causal attention keeps padding from every real position.
-        batch = torch.stack(
-            [padded(states[start:].to(device), width) for (states, _), start in zip(items, starts, strict=True)]
-        )
-        hidden = self._upper(batch, opening, starts)  # (batch, seq, hidden)
+        rest = [states[start:] for (states, _), start in zip(items, starts, strict=True)]
+        batch = self._stacked(rest, max(starts))
+        more: dict[str, Any] = {"past_key_values": opening.for_rows(len(batch))} if opening else {}
+        if opening and min(starts) < length:  # all else needs no mask
+            more |= self._lm.placed(starts, length, batch.shape[1])
+        hidden = self._upper(batch, opening, self.targets.first_layer, more)  # (batch, seq, hidden)
         picked = []
         for place, ((_, row), start) in enumerate(zip(items, starts, strict=True)):
             first = len(row.prompt) - 1 - start
@@ -263,13 +302,16 @@ class ComputeCopy:
             projected: torch.Tensor = self.model.get_output_embeddings()(states)
         return self.lm.finished(projected.float())
 
-    def _upper(self, batch: torch.Tensor, opening: Opening | None, starts: Sequence[int]) -> torch.Tensor:
-        """Run the layers from the lowest adapted one on, over a batch (batch, seq, hidden).
+    def _upper(
+        self, batch: torch.Tensor, opening: Opening | None, layer: int, more: Mapping[str, Any]
+    ) -> torch.Tensor:
+        """Run the layers from one on, over a batch (batch, seq, hidden) that enters it.
 
         Args:
-            batch: What enters them.
+            batch: What enters it.
             opening: What comes before.
-            starts: At which position each row starts: behind the opening, or at 0, to attend to itself only.
+            layer: Its number.
+            more: Of the decoder's arguments those that the opening asks for.
         """
 
         def inject(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -278,11 +320,9 @@ class ComputeCopy:
                 return (batch, *args[1:]), kwargs
             return args, {**kwargs, "hidden_states": batch}
 
-        more: dict[str, Any] = {"past_key_values": opening.for_rows(len(batch))} if opening else {}
-        if opening and min(starts) < len(opening):  # all else needs no mask
-            more |= self._lm.placed(starts, len(opening), batch.shape[1])
-        with self._without_lower_layers() as first, self.precision():
-            handle = first.register_forward_pre_hook(inject, with_kwargs=True)
+        with self._without_lower_layers(layer), self.precision():
+            # Before all other hooks, which may read what enters.
+            handle = self._layers[layer].register_forward_pre_hook(inject, with_kwargs=True, prepend=True)
             try:
                 output = self.model.get_decoder()(inputs_embeds=batch, use_cache=bool(opening), **more)
             finally:
@@ -291,13 +331,12 @@ class ComputeCopy:
         return hidden
 
     @contextmanager
-    def _without_lower_layers(self) -> Iterator[nn.Module]:
-        first = self.targets.first_layer
+    def _without_lower_layers(self, first: int) -> Iterator[None]:
         originals = [self._layers[i] for i in range(first)]
         for i, layer in enumerate(originals):
             self._layers[i] = _Passthrough(layer)
         try:
-            yield self._layers[first]
+            yield
         finally:
             for i, layer in enumerate(originals):
                 self._layers[i] = layer

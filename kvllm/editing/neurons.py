@@ -24,11 +24,11 @@ import torch
 from torch.nn import functional as F
 
 from kvllm.config import EditConfig
-from kvllm.editing.compute import ComputeCopy, decomposable
+from kvllm.editing.compute import ComputeCopy, Entered, decomposable
 from kvllm.editing.delta import Delta, Factors, check_finite, concatenate, is_transposed
 from kvllm.editing.editor import EditTask, StepRecord, Training, leads, training_errors
 from kvllm.editing.marks import marking
-from kvllm.editing.ordinary import Ordinary, answered, tokens
+from kvllm.editing.ordinary import Ordinary, answered, from_where_they_differ
 from kvllm.editing.preservation import PreservationPool
 from kvllm.errors import ConfigError, EditFailed, ModelError
 from kvllm.lm.decoding import Opening
@@ -86,6 +86,7 @@ _BATCH = 16
 _TOLD_APART = 128  # older rows
 _NEAREST = 24  # of them and of the session's, those most like the fact's own once more
 _OF_SESSION = 48  # rows of the same session's other facts
+_MOST_HELD = 32768  # tokens of a session of which is kept what enters the layer of names
 _UNTOUCHED = 1e-3  # relative change of a neuron's gate that rounding may leave
 _SILENT = 1e-6  # of a layer's largest weight: what rounding may leave of a column that was taken back
 
@@ -234,16 +235,20 @@ class _Work:
         owned: Answer to layer to the neurons that this session gave it.
         borrowed: The same of those that other facts' names were given, and that mark this answer's, too.
         borne: Answer to the mark that its names bear.
+        opening: What all rows begin with, in ids.
+        entered: Ids of a row to what enters the layer of names behind that, (tokens, hidden): nothing below is changed.
     """
 
     copy: ComputeCopy
     layers: Layers
     task: EditTask
     taken: dict[int, set[int]]
+    opening: tuple[int, ...] = ()
     changed: list[Delta] = field(default_factory=list)
     owned: dict[tuple[int, ...], dict[int, list[int]]] = field(default_factory=dict)
     borrowed: dict[tuple[int, ...], dict[int, list[int]]] = field(default_factory=dict)
     borne: dict[tuple[int, ...], torch.Tensor] = field(default_factory=dict)
+    entered: dict[tuple[int, ...], torch.Tensor] = field(default_factory=dict)
 
     @contextmanager
     def only(self, mlp: GatedMlp) -> Iterator[None]:
@@ -255,6 +260,22 @@ class _Work:
         finally:
             self.copy.targets = before
 
+    def below(self, rows: Sequence[Row]) -> tuple[Opening | None, Entered]:
+        """Return what all rows begin with, run at the weights of now, and what the rest makes enter the named layer."""
+        opening = self.copy.opening(self.opening) if self.opening else None
+        start = len(self.opening)
+        missing = [ids for ids in dict.fromkeys(row.ids for row in rows) if ids not in self.entered]
+        with self.only(self.layers.named):
+            states = self.copy.lower_states(missing, opening) if missing else []
+        found = {ids: some[start:].clone() for ids, some in zip(missing, states, strict=True)}
+        held = sum(map(len, self.entered.values()))
+        for ids, some in found.items():
+            held += len(some)
+            if held <= _MOST_HELD:
+                self.entered[ids] = some
+        both = self.entered | found
+        return opening, Entered(self.layers.named.layer, [both[row.ids] for row in rows])
+
     def name(self, rows: Sequence[Row]) -> None:
         """Let the names that the rows of a fact are known by be marked where they were said.
 
@@ -265,9 +286,9 @@ class _Work:
         if marks is None or not n_names:
             return
         ordinary, own = self.task.ordinary[mlp.layer], rows[0].answer
-        apart = [Row(row.ids, ()) for row in (*self.beside(rows[0]), *self.task.replay[:_TOLD_APART])]
+        read = [*rows, *self.beside(rows[0]), *self.task.replay[:_TOLD_APART]]
         with self.only(mlp):
-            found = tokens(self.copy, [mlp.gate], [row.ids for row in (*rows, *apart)])[mlp.gate]
+            found = answered(self.copy, [mlp.gate], from_where_they_differ(read), behind=self.below(read))[mlp.gate]
         inside: list[list[torch.Tensor]] = [[] for _ in range(n_names)]
         outside = list(found[len(rows) :])
         for x, row in zip(found, rows, strict=False):
@@ -405,8 +426,12 @@ class _Work:
         if marks is not None:
             places = [[place for some in self.task.named.get(row, ()) for place in some] for row in rows]
             during = marking(self.copy, self.layers.named.out, marks, places)
-        found = answered(self.copy, [mlp.gate], rows, None, during)
+        behind = self.below(rows) if all(self._begins(row) for row in rows) else None
+        found = answered(self.copy, [mlp.gate], rows, during=during, behind=behind)
         return [x @ self.task.ordinary[mlp.layer].whitening for x in found[mlp.gate]]
+
+    def _begins(self, row: Row) -> bool:
+        return len(row.prompt) > len(self.opening) and row.ids[: len(self.opening)] == self.opening
 
     def weight(self, name: str) -> torch.Tensor:
         return self.copy.model.get_submodule(name).weight  # type: ignore[no-any-return]
@@ -477,7 +502,8 @@ def _work(copy: ComputeCopy, task: EditTask) -> Iterator[_Work]:
     if any(is_transposed(copy.model.get_submodule(name)) for mlp in layers.all for name in (mlp.gate, mlp.out)):
         raise ConfigError("The editor 'neurons' does not know matrices that are stored transposed; use another.")
     taken = {mlp.layer: set(task.taken.get(mlp.layer, ())) for mlp in layers.all}
-    work = _Work(copy, layers, task, taken)
+    opening = copy.common_opening([*task.rows, *task.augmented, *task.apart, *task.replay, *task.begun, *task.stated])
+    work = _Work(copy, layers, task, taken, opening.ids if opening else ())
     before = {name: work.weight(name).detach().clone() for mlp in layers.all for name in (mlp.gate, mlp.up, mlp.out)}
     try:
         yield work
@@ -570,8 +596,8 @@ class _Job:
 @torch.no_grad()
 def _read(work: _Work, mlp: GatedMlp, rows: list[Row]) -> _Read:
     copy = work.copy
-    opening = copy.common_opening(rows)
-    lower = copy.lower_states([row.ids for row in rows], opening)
+    opening, entered = work.below(rows)
+    lower = copy.lower_states([row.ids for row in rows], opening, entered)
     start = len(opening or ())
     n = len(rows[0].answer)
     said, led = [torch.empty(0)] * len(rows), [torch.empty(0)] * len(rows)

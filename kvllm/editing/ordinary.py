@@ -20,7 +20,7 @@ import torch
 
 from kvllm.cachefile import read_checked, write_checked
 from kvllm.config import cache_folder
-from kvllm.editing.compute import ComputeCopy, decomposable
+from kvllm.editing.compute import ComputeCopy, Entered, decomposable
 from kvllm.editing.inputs import ordinary_sequences, read_inputs
 from kvllm.editing.preservation import (
     PRESERVATION_VERSION,
@@ -234,12 +234,11 @@ def ends(
     return {name: torch.cat(parts) for name, parts in found.items()}
 
 
-def tokens(
-    copy: ComputeCopy, names: Sequence[str], sequences: Sequence[Sequence[int]]
-) -> dict[str, list[torch.Tensor]]:
-    """Return what enters each of the named modules at each token that not all sequences begin with: (tokens, in)."""
+def from_where_they_differ(rows: Sequence[Row]) -> list[Row]:
+    """Return rows of which `answered` returns what is read at each token that not all of them begin with."""
+    sequences = [row.ids for row in rows]
     shared = min(shared_length(sequences), min(map(len, sequences)) - 1)
-    return answered(copy, names, [Row(tuple(ids[: shared + 1]), (*ids[shared + 1 :], 0)) for ids in sequences])
+    return [Row(ids[: shared + 1], (*ids[shared + 1 :], 0)) for ids in sequences]
 
 
 def answered(
@@ -248,6 +247,7 @@ def answered(
     rows: Sequence[Row],
     on_batch: Callable[[int, int], None] | None = None,
     during: Callable[[Sequence[int], int], AbstractContextManager[None]] | None = None,
+    behind: tuple[Opening | None, Entered] | None = None,
 ) -> dict[str, list[torch.Tensor]]:
     """Return what enters each of the named modules from the last token of each row's prompt on.
 
@@ -260,10 +260,13 @@ def answered(
         rows: Read together where their lengths are alike.
         on_batch: Called with batches done and their number.
         during: Makes what is open while a batch is run, from its rows' places and the position that it begins at.
+        behind: What all rows' prompts begin with, none of them whole, and what the rest of each row makes enter a
+            layer, at so many tokens at least: then nothing below it is run.
     """
     prompts = [row.ids[: max(len(row.prompt), len(row.ids) - 1)] for row in rows]
     found: dict[str, list[torch.Tensor]] = {name: [torch.empty(0)] * len(rows) for name in names}
-    opening: Opening | None = copy.shared_opening(prompts)
+    opening: Opening | None
+    opening, entered = behind if behind is not None else (copy.shared_opening(prompts), None)
     start = len(opening or ())
     if start >= min(len(row.prompt) for row in rows):  # nothing would be left to read
         opening, start = None, 0
@@ -271,15 +274,14 @@ def answered(
     for done in range(0, len(order), _BATCH):
         batch = order[done : done + _BATCH]
 
-        def read(name: str, entered: torch.Tensor, batch: Sequence[int] = batch) -> None:
-            entered = entered.reshape(len(batch), -1, entered.shape[-1])
+        def read(name: str, x: torch.Tensor, batch: Sequence[int] = batch) -> None:
+            x = x.reshape(len(batch), -1, x.shape[-1])
             for place, i in enumerate(batch):
-                found[name][i] = (
-                    entered[place, len(rows[i].prompt) - 1 - start : len(prompts[i]) - start].float().clone()
-                )
+                found[name][i] = x[place, len(rows[i].prompt) - 1 - start : len(prompts[i]) - start].float().clone()
 
         with during(batch, start) if during is not None else nullcontext():
-            copy.read_inputs([prompts[i][start:] for i in batch], names, read, opening)
+            rest = [prompts[i][start:] for i in batch]
+            copy.read_inputs(rest, names, read, opening, entered and entered.of(batch, map(len, rest)))
         if on_batch is not None:
             on_batch(done // _BATCH + 1, -(-len(order) // _BATCH))
     return found
@@ -308,7 +310,10 @@ def _measured(
     read_inputs(copy, [*inputs, *counts], groups, take, but=())
     prompts = [copy.lm.prompt_ids(question) for question in asked]
     last = {name: [x[None] for x in found] for name, found in ends(copy, list(inputs), prompts, on_progress).items()}
-    every = tokens(copy, [mlp.gate for mlp in whole], prompts) if whole and prompts else {}
+    every: dict[str, list[torch.Tensor]] = {}
+    if whole and prompts:
+        rows = from_where_they_differ([Row(tuple(prompt), ()) for prompt in prompts])
+        every = answered(copy, [mlp.gate for mlp in whole], rows)
     drawn = torch.Generator().manual_seed(0)
     for mlp in mlps:
         all_inputs = torch.cat(inputs.pop(mlp.gate))
