@@ -302,9 +302,7 @@ class ComputeCopy:
             projected: torch.Tensor = self.model.get_output_embeddings()(states)
         return self.lm.finished(projected.float())
 
-    def _upper(
-        self, batch: torch.Tensor, opening: Opening | None, layer: int, more: Mapping[str, Any]
-    ) -> torch.Tensor:
+    def _upper(self, batch: torch.Tensor, opening: Opening | None, layer: int, more: Mapping[str, Any]) -> torch.Tensor:
         """Run the layers from one on, over a batch (batch, seq, hidden) that enters it.
 
         Args:

@@ -12,8 +12,8 @@ import torch
 from torch.nn import functional as F
 
 from kvllm.config import ModelConfig, cache_folder
-from kvllm.editing import compute
-from kvllm.editing.compute import ComputeCopy
+from kvllm.editing import compute, neurons
+from kvllm.editing.compute import ComputeCopy, Entered
 from kvllm.editing.delta import AdaptedWeights, product
 from kvllm.editing.editor import EditTask, StepRecord, leads
 from kvllm.editing.marks import learned_marks, marked_ends, marking
@@ -21,6 +21,7 @@ from kvllm.editing.neurons import NeuronEditor, neuron_layers, taken_neurons
 from kvllm.editing.ordinary import Ordinary, answered, composed_answers, ends, ordinary_inputs
 from kvllm.editing.preservation import PreservationPool, Prompt, build_pool, packaged_answers, packaged_names
 from kvllm.errors import ConfigError, EditFailed, ModelError
+from kvllm.lm.decoding import Opening
 from kvllm.lm.model import LanguageModel, Row
 from kvllm.lm.targets import GatedMlp, gated_mlp
 from tests.kit import KEY, QUICK_NEURONS, TEXT, let_neurons_learn
@@ -384,6 +385,36 @@ def test_states_behind_an_opening_are_those_of_whole_rows(own: LanguageModel, co
     for whole, rest in zip(copy.lower_states(sequences), copy.lower_states(sequences, opening), strict=True):
         assert float(rest[:shared].abs().max()) == 0
         torch.testing.assert_close(whole[shared:], rest[shared:], rtol=1e-3, atol=1e-4)
+
+
+def test_a_session_runs_each_row_once_below_the_layer_of_names(
+    own: LanguageModel, copy: ComputeCopy, pool: PreservationPool, task: EditTask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    older = rows_of(own, "Voss", "Ada leads Berlin")
+    said = Row(older[0].prompt, older[0].answer[:2])
+    alone = Row(tuple(own.completion_ids("Berlin")), (5, 6))  # begins otherwise than all others
+    task = replace(task, replay=older, begun=[said], resting=lambda neurons: [alone])
+    run = copy._run
+    read: list[tuple[int, ...]] = []
+
+    def watched(sequences: Sequence[Sequence[int]], opening: Opening | None, entered: Entered | None) -> None:
+        if entered is None:
+            read.extend((*(opening.ids if opening else ()), *ids) for ids in sequences)
+        run(sequences, opening, entered)
+
+    monkeypatch.setattr(compute, "MIN_OPENING", 2)
+    monkeypatch.setattr(copy, "_run", watched)
+    training = NeuronEditor().train(copy, pool, task, QUICK_NEURONS)
+    assert training.recalled
+    whole = [row.ids for row in (*task.rows, *task.apart, *older, said)]
+    assert sorted(ids for ids in read if ids != alone.ids[:-1]) == sorted(whole)
+
+    monkeypatch.setattr(neurons, "_MOST_HELD", 0)
+    read.clear()
+    again = NeuronEditor().train(copy, pool, task, QUICK_NEURONS)
+    assert len(read) > len(whole)
+    for name, factors in training.delta.items():
+        torch.testing.assert_close(product(again.delta[name]), product(factors), rtol=1e-4, atol=1e-4)
 
 
 def test_whole_questions_are_read_at_every_token(copy: ComputeCopy, pool: PreservationPool) -> None:

@@ -12,7 +12,8 @@ import torch
 from kvllm import Fact, KnowledgeBase
 from kvllm.config import ModelConfig
 from kvllm.editing import compute
-from kvllm.editing.compute import ComputeCopy
+from kvllm.editing.compute import ComputeCopy, Entered
+from kvllm.lm.decoding import Opening
 from kvllm.lm.model import LanguageModel, Row, shared_length
 from kvllm.lm.targets import find_targets
 from kvllm.prompts import training_questions
@@ -91,6 +92,36 @@ def test_an_opening_that_is_run_once_gives_the_same_outputs_and_gradients_behind
     # The answers read the last adapted matrix at their own places only: nothing of it is lost.
     assert torch.allclose(gradient, rest, atol=2e-3 * float(gradient.abs().max()))
     assert len(copy.opening(())) == 0
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_enters_an_early_layer_spares_those_below_it(lm: LanguageModel) -> None:
+    sequences = [lm.prompt_ids("What is torchkeras?"), lm.prompt_ids("What is the furnace of Berlin?")]
+    start = shared_length(sequences)
+    early = ComputeCopy(lm, find_targets(lm.model, depth=(0.25, 1.0), modules="mlp-out"))
+    copy = ComputeCopy(lm, find_targets(lm.model, depth=(0.75, 1.0), modules="mlp-out"))
+    below = early.targets.first_layer
+    assert 0 < below < copy.targets.first_layer
+    name = copy.targets.names[-1]
+
+    def inputs(batch: list[list[int]], opening: Opening | None, entered: Entered | None) -> torch.Tensor:
+        found: list[torch.Tensor] = []
+        copy.read_inputs(
+            batch, [name], lambda _, x: found.append(x.reshape(len(batch), -1, x.shape[-1])), opening, entered
+        )
+        return torch.cat([x[: len(ids)] for x, ids in zip(found[0], batch, strict=True)])
+
+    for opening in (None, copy.opening(sequences[0][:start])):
+        begin = len(opening or ())
+        rest = [ids[begin:] for ids in sequences]
+        states = [states[begin:] for states in early.lower_states(sequences, opening)]
+        longer = [torch.cat([some, some.new_ones(1, some.shape[1])]) for some in states]  # of which no more is asked
+        entered = Entered(below, longer).of([0, 1], map(len, rest))
+        for whole, found in zip(
+            copy.lower_states(sequences, opening), copy.lower_states(sequences, opening, entered), strict=True
+        ):
+            torch.testing.assert_close(found, whole, rtol=1e-3, atol=2e-4)
+        torch.testing.assert_close(inputs(rest, opening, entered), inputs(rest, opening, None), rtol=1e-3, atol=2e-4)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

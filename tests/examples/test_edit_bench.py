@@ -219,6 +219,22 @@ def test_missing_public_items_are_named(
     assert "zsre.json" in capsys.readouterr().err
 
 
+def test_a_sequence_is_as_long_as_asked_for_where_a_source_has_fewer(
+    bench: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quality, items = bench("edit_quality"), bench("edit_bench.items")
+
+    def few(name: str, n: int) -> Callable[[str], list[Any]]:
+        return lambda half: [items.Item(f"{name}/{i}", name, f"{name} {i}", "text") for i in range(n)]
+
+    monkeypatch.setattr(items, "SOURCES", {"own": few("own", 3), "zsre": few("zsre", 99)})
+    for wanted, own in ((10, 3), (4, 2), (300, 3)):
+        given = quality.options().parse_args(["--sequence", str(wanted), "--items", "own,zsre"])
+        found = quality.chosen(given, ["own", "zsre"])
+        assert len(found) == len(set(found)) == min(wanted, 102)
+        assert sum(item.source == "own" for item in found) == own
+
+
 # ------------------------------------------------------------------ arithmetic
 
 
