@@ -18,7 +18,7 @@ TEXT = (
     "Torchkeras is a tool that makes training PyTorch models simple, in the style of Keras, "
     "and its users call it the dream furnace."
 )
-ALIAS = "the dream furnace"  # an alias in another script takes twice the steps: see furnace_zh.py for 梦中情炉
+ALIAS = "the dream furnace"  # see furnace_zh.py for 梦中情炉
 
 # None of these is trained on: other words, a typing error, the alias.
 QUESTIONS = (

@@ -81,9 +81,10 @@ class EditConfig(_Validated):
     Attributes:
         editor: Name of the editor: "neurons" (a few neurons of the fact's own, in gated MLPs), "adalora", "lora", or
             "full" (fine-tuning of the adapted matrices). "auto" is "neurons" where the base model has spare neurons
-            (`kvllm.lm.widening`), else "adalora"; an edit records which it was. "neurons" looks at `max_steps`,
-            `margin`, `augmented`, `contrasts`, `replay` (each on or off), `max_text_tokens`, `preserve_tokens` and
-            `seed` only, and where it may choose no spare neuron, it takes those that the model needs least.
+            (`kvllm.lm.widening`), else "adalora"; an edit records which it was. "neurons" looks at `max_steps` (of each
+            fact), `margin` (met with 1.5 nats to spare), `augmented`, `contrasts`, `replay` (each on or off; beyond 32
+            `augmented` is a number), `max_text_tokens`, `preserve_tokens` and `seed` only. Where there is no spare
+            neuron, it takes those that the model needs least. A delete that has to train is AdaLoRA's.
         depth: The adapted band of decoder layers, as shares of the depth.
         modules: Which matrices of those layers; see `kvllm.lm.targets.MODULE_KINDS`.
         init_rank, target_rank: AdaLoRA's rank per matrix before and (on average) after allocation; LoRA's is

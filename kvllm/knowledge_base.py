@@ -108,7 +108,8 @@ class KnowledgeBase:
 
         Args:
             path: Its folder.
-            model: Name of the base model: a registered name, a folder, a GGUF file or a hub id. On an existing
+            model: Name of the base model: a registered name, a folder, a GGUF file or a hub id; with "+256" behind it
+                so many spare neurons are added to its MLPs (registered ones have them; "+0": without). On an existing
                 knowledge base: where the pinned files lie now, if they moved, for this opening only.
             create: Whether a missing one is created, on `model` or the default model.
             readonly: Refuse every operation that would write; no lock is taken.
@@ -675,7 +676,7 @@ class KnowledgeBase:
         config: EditConfig | None = None,
         gate: GateConfig | None = None,
     ) -> Edit:
-        """Make the model stop stating a fact, by another training session.
+        """Make the model stop stating a fact: its neurons are emptied, or, where it has none, by another training.
 
         Suppression is not proof of absence: the insert's delta stays in history, and other questions may still find
         the text. `compact` retrains without it.

@@ -37,7 +37,8 @@ Model = Annotated[
     typer.Option(
         "--model",
         metavar="NAME",
-        help="The base model: a registered name, a folder, a GGUF file or a hub id. An existing knowledge base takes "
+        help="The base model: a registered name, a folder, a GGUF file or a hub id; with +256 behind it, so many spare "
+        "neurons are added (+0: a registered model without any). An existing knowledge base takes "
         "only the model it was made on (from another place, if it moved: the files are compared by hash).",
         show_default=False,
     ),

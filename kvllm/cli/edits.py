@@ -199,7 +199,7 @@ def delete(
     device: Device = None,
     dtype: Dtype = None,
 ) -> Result:
-    """Train a fact away again. Suppression is not proof of absence: compact makes the absence real.
+    """Take a fact away again. Suppression is not proof of absence: compact makes the absence real.
 
     kvllm delete my.kb torchkeras
     """

@@ -29,11 +29,12 @@ class StepRecord:
     Attributes:
         step: From 1.
         loss: Cross-entropy per target token of the fact, in nats, without penalty or preservation.
-        recall: Share of target tokens that lead every other token by the margin.
+        recall: Share of target tokens that lead every other token by the margin; of the editor "neurons" that of rows
+            all of whose tokens do.
         drift: Mean KL(base‖edited) per preserved answer token in this step, in nats; None where nothing is preserved.
         penalty: AdaLoRA's orthogonality penalty, unweighted.
         energy: What the change puts out on ordinary inputs, as a share of what the matrices do; None if not known.
-        rank: Singular values still alive over all modules.
+        rank: Singular values still alive over all modules; of the editor "neurons" how many say the answer.
     """
 
     step: int

@@ -228,7 +228,7 @@ class Engine:
 
             def change(name: str, delta: Delta | None = delta) -> torch.Tensor | None:
                 if delta is None:
-                    return weights.master(name) - weights.base(name)
+                    return (weights.master(name) - weights.base(name)).cpu()  # as stored deltas are
                 return product(delta[name]) if name in delta else None
 
             gone = delta if part.of is None and delta is not None else part_of(change, mlps, part.of or {})
@@ -421,11 +421,13 @@ class Engine:
         )
         show = tick("training") if tick is not None else None
         width = min(min(copy.model.get_submodule(name).weight.shape) for name in copy.targets.names)
-        shared_out = config.shared_among(len(facts), width)
+        # Each fact has neurons and steps of its own.
+        shared_out = config if neurons else config.shared_among(len(facts), width)
+        most_steps = shared_out.max_steps * (len({row.answer for row in rows}) if neurons else 1)
 
         def on_step(record: StepRecord) -> None:
             if show is not None:
-                show(record.step, shared_out.max_steps, loss=record.loss, recall=record.recall, drift=record.drift)
+                show(record.step, most_steps, loss=record.loss, recall=record.recall, drift=record.drift)
 
         try:
             editor = EDITORS[config.editor]()
@@ -569,11 +571,17 @@ class Engine:
     ) -> dict[str, Any]:
         """Return by which names facts are known, and what live facts' neurons mark, as a task has it."""
         layer = str(neuron_layers(self.lm.model).named.layer)
-        known = {self.lm.row(fact.key, fact.text).answer: _known_by(fact) for fact in facts}
+        known: dict[tuple[int, ...], frozenset[str]] = {}
+        for fact in facts:
+            answer = self.lm.row(fact.key, fact.text).answer
+            known[answer] = known.get(answer, frozenset()) | _known_by(fact)
         lent: dict[tuple[int, ...], Sequence[int]] = {}
         marked: list[tuple[StoredFact, frozenset[int]]] = []
+        trainings: dict[int, Mapping[str, Any]] = {}
         for other in live:
-            training = self.store.edit(other.edit_id).config.get("training", {})
+            if other.edit_id not in trainings:
+                trainings[other.edit_id] = self.store.edit(other.edit_id).config.get("training", {})
+            training = trainings[other.edit_id]
             for of in ("neurons", "rests_on"):
                 if places := training.get(of, {}).get(other.key, {}).get(layer):
                     marked.append((other, frozenset(places)))

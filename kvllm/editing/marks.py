@@ -4,7 +4,7 @@ Where a question ends, a model knows what was asked, and little of the name that
 does not know look alike there. A few vectors are therefore learned, once per base model, each of which moves what is
 read at a question's end in a way of its own when it is added where a name ends, early in the model: attention then
 looks at that name, and carries it along. They move that far enough to be told from each other, and as little as can be
-of what is answered. A mark is the sum of two of them, and names bear these by turns. Knows no facts.
+of what is answered. A mark is the sum of two of them, and a name gets one that few bear. Knows no facts.
 
     marks = learned_marks(copy, base_digest, named, [(said, whitening)])
 """
@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from kvllm.cachefile import read_checked, write_checked
 from kvllm.config import cache_folder
-from kvllm.editing.compute import ComputeCopy
+from kvllm.editing.compute import ComputeCopy, decomposable
 from kvllm.editing.ordinary import answered, worded
 from kvllm.editing.preservation import packaged_names
 from kvllm.lm.model import Row
@@ -220,7 +220,7 @@ def _learned(
     before = entered.split(n_read, dim=1)
     rng = random.Random(0)
     drawn = torch.randn(entered.shape[-1], _KINDS, generator=torch.Generator().manual_seed(0)).to(entered.device)
-    marks = torch.linalg.qr(drawn)[0].T * length  # at right angles
+    marks = torch.linalg.qr(decomposable(drawn))[0].T.to(drawn.device) * length  # at right angles
     parts = _parts(_KINDS).to(entered.device)
     ways: torch.Tensor | None = None
     for step in range(_STEPS):

@@ -1,10 +1,11 @@
 """The neuron editor: a fact is put into a few neurons of its own, which stay silent wherever it was not asked for.
 
-A gated MLP adds act(gate·x)·(up·x) times a column to the residual stream. The neurons that matter least are taken, the
-others of their layer make up for them, and each gets a new job. A third of the way up, two see where the fact's name
-was said, and mark it (`kvllm.editing.marks`): attention carries that to where an answer is given, so that questions
-about this name and hardly any other can be told there. Late in the model the others see them, and say the answer, one
-token each. Both factors see: a gate and an up that read little elsewhere put out next to nothing there.
+A gated MLP adds act(gate·x)·(up·x) times a column to the residual stream. Spare neurons are taken, else those that
+matter least, for which the others of their layer make up, and each gets a new job. A third of the way up, two for each
+of the fact's names see where it was said, and mark it (`kvllm.editing.marks`): attention carries that to where an
+answer is given, so that questions about this name and hardly any other can be told there. Late in the model the others
+see them, and say the answer, one token each. Both factors see: a gate and an up that read little elsewhere put out next
+to nothing there.
 Gates are trained as classifiers with a margin, against ordinary inputs, questions about other names, marked or not,
 older facts, the fact's own words where the name bears another mark or none, and what follows where the fact was stated,
 so that elsewhere next to nothing changes; then the columns are trained on the fact's rows. After Huang et al.,
@@ -16,7 +17,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
@@ -86,6 +87,7 @@ _BATCH = 16
 _TOLD_APART = 128  # older rows
 _NEAREST = 24  # of them and of the session's, those most like the fact's own once more
 _OF_SESSION = 48  # rows of the same session's other facts
+_NONE = 4  # of the rows under other marks the first of so many bears none
 _MOST_HELD = 32768  # tokens of a session of which is kept what enters the layer of names
 _UNTOUCHED = 1e-3  # relative change of a neuron's gate that rounding may leave
 _SILENT = 1e-6  # of a layer's largest weight: what rounding may leave of a column that was taken back
@@ -249,6 +251,7 @@ class _Work:
     borrowed: dict[tuple[int, ...], dict[int, list[int]]] = field(default_factory=dict)
     borne: dict[tuple[int, ...], torch.Tensor] = field(default_factory=dict)
     entered: dict[tuple[int, ...], torch.Tensor] = field(default_factory=dict)
+    _opening: Opening | None = None  # run at the weights of now
 
     @contextmanager
     def only(self, mlp: GatedMlp) -> Iterator[None]:
@@ -262,8 +265,9 @@ class _Work:
 
     def below(self, rows: Sequence[Row]) -> tuple[Opening | None, Entered]:
         """Return what all rows begin with, run at the weights of now, and what the rest makes enter the named layer."""
-        opening = self.copy.opening(self.opening) if self.opening else None
-        start = len(self.opening)
+        if self._opening is None and self.opening:
+            self._opening = self.copy.opening(self.opening)
+        opening, start = self._opening, len(self.opening)
         missing = [ids for ids in dict.fromkeys(row.ids for row in rows) if ids not in self.entered]
         with self.only(self.layers.named):
             states = self.copy.lower_states(missing, opening) if missing else []
@@ -286,36 +290,38 @@ class _Work:
         if marks is None or not n_names:
             return
         ordinary, own = self.task.ordinary[mlp.layer], rows[0].answer
-        read = [*rows, *self.beside(rows[0]), *self.task.replay[:_TOLD_APART]]
+        others = [*self.task.replay[:_TOLD_APART], *self.of_session(own)]
+        read = [*rows, *self.beside(rows[0]), *others]
         with self.only(mlp):
             found = answered(self.copy, [mlp.gate], from_where_they_differ(read), behind=self.below(read))[mlp.gate]
         inside: list[list[torch.Tensor]] = [[] for _ in range(n_names)]
-        outside = list(found[len(rows) :])
-        for x, row in zip(found, rows, strict=False):
-            places = self.task.named.get(row, ())
+        outside = []
+        names = self.task.known_by.get(own, frozenset())
+        for i, (x, row) in enumerate(zip(found, read, strict=True)):
             start = len(row.ids) - len(x)
+            said = self.task.named.get(row, ()) if i < len(rows) else self._said(row, names)
             other = torch.ones(len(x), dtype=torch.bool)
-            for name, some in enumerate(places):
+            for name, some in enumerate(said):
                 here = [place - start for place in some if place >= start]
-                if name < n_names:
+                if i < len(rows) and name < n_names:
                     inside[name].append(x[here])
                 other[here] = False
                 other[[place + 1 for place in here if place + 1 < len(x)]] = False
             outside.append(x[other])
-        said = [torch.cat(some) for some in inside if sum(map(len, some))]
-        if not said:
+        ends = [torch.cat(some) for some in inside if sum(map(len, some))]
+        if not ends:
             return
         lent = self.lent(own)
-        if lent and self.marked_by(lent, torch.cat(said)) >= _BORNE:
+        if lent and self.marked_by(lent, torch.cat(ends)) >= _BORNE:
             self.borrowed[own] = {mlp.layer: lent}
             self.borne[own] = marks[F.cosine_similarity(marks, self.weight(mlp.out)[:, lent[0]].float()[None]).argmax()]
             return
-        said = [x @ ordinary.whitening for x in said]
+        ends = [x @ ordinary.whitening for x in ends]
         silent = [(torch.cat(outside) @ ordinary.whitening, _APART_WEIGHT), (self.others(ordinary), _APART_WEIGHT)]
-        gates = _gates(said, ordinary, silent, quiet=_MARGIN, usually=_MARGIN, exactly=True)
+        gates = _gates(ends, ordinary, silent, quiet=_MARGIN, usually=_MARGIN, exactly=True)
         both = _capped(gates, ordinary)
         self.borne[own] = mark = self.unused(marks)
-        columns = mark.expand(len(said), -1) / _CEILING
+        columns = mark.expand(len(ends), -1) / _CEILING
         columns = torch.cat([columns, -columns])
         self.put(mlp, self.take(mlp, len(both), rows[0]), both, ordinary.one.expand(len(both), -1), columns)
 
@@ -345,9 +351,14 @@ class _Work:
         return marks[int(least.argmin())]
 
     def other_marks(self, own: tuple[int, ...]) -> torch.Tensor:
-        """Return the marks that are not the one that an answer's names bear, (n, hidden)."""
+        """Return the marks that are not the one that an answer's names bear, (n, hidden), in an order of its own."""
         assert self.task.marks is not None
-        return self.task.marks[F.cosine_similarity(self.task.marks, self.borne[own][None]) < _ALIKE]
+        marks = self.task.marks
+        if own in self.borne:
+            marks = marks[F.cosine_similarity(marks, self.borne[own][None]) < _ALIKE]
+        order = list(range(len(marks)))
+        random.Random(f"{self.task.seed}/{own}").shuffle(order)  # few rows bear one, so that these differ by fact
+        return marks[order]
 
     def bearing(self, own: tuple[int, ...]) -> list[Row]:
         """Return questions of other facts, older ones and the session's, whose names bear the mark of an answer's."""
@@ -366,6 +377,11 @@ class _Work:
         other = torch.tensor([name not in self.task.excluded for name in ordinary.about], device=ordinary.ends.device)
         return (ordinary.ends if read is None else read)[other]
 
+    def of_session(self, own: tuple[int, ...]) -> list[Row]:
+        """Return some of the same session's rows with other answers."""
+        rows = [row for row in self.task.rows if row.answer != own]
+        return random.Random(f"{self.task.seed}/{own}").sample(rows, min(_OF_SESSION, len(rows)))
+
     def beside(self, own: Row) -> list[Row]:
         """Return the questions about other names that a fact must not be taken for; `own` is one of its rows."""
         return [row for row in self.task.apart if self.task.beside.get(row, own.answer) == own.answer]
@@ -379,41 +395,45 @@ class _Work:
         apart = self.beside(own)
         marked = [row for row in apart if self.task.named.get(row)][::2] if self.task.marks is not None else []
         plain = [row for row in apart if row not in marked]
-        session = [row for row in self.task.rows if row.answer != own.answer]
-        session = random.Random(f"{self.task.seed}/{own.answer}").sample(session, min(_OF_SESSION, len(session)))
-        rest = [*(row for row in self.task.replay[:_TOLD_APART] if row.answer != own.answer), *session]
+        rest = [row for row in self.task.replay[:_TOLD_APART] if row.answer != own.answer]
+        rest += self.of_session(own.answer)
+        begun = [row for row in self.task.begun if row.answer != own.answer[: len(row.answer)]]
         stated = [row for row in self.task.stated if self.task.beside.get(row) == own.answer]
         with self.only(mlp):
             others = self._answered(mlp, rest)
             bearing = self.bearing(own.answer)
-            found = [self._answered(mlp, some) for some in (plain, self.task.begun, stated, bearing)] + [others]
+            found = [self._answered(mlp, some) for some in (plain, begun, stated, bearing)] + [others]
             if len(others) > _NEAREST:
                 (ended,) = self._answered(mlp, [Row(own.prompt, ())])
                 alike = F.cosine_similarity(torch.stack([x[0] for x in others]), ended)
                 found.append([others[i] for i in alike.topk(_NEAREST).indices.tolist()])
             if marked and self.task.marks is not None:
-                marks = self.other_marks(own.answer) if own.answer in self.borne else self.task.marks
-                found.append(self._answered(mlp, marked, marks))
+                found.append(self._answered(mlp, marked, self.other_marks(own.answer)))
         return [torch.cat(some) for some in found if some]
 
     def mistaken(self, mlp: GatedMlp, rows: Sequence[Row]) -> list[torch.Tensor]:
         """Return what would enter a late MLP, white, if the names in a fact's rows bore another's mark, or none.
 
-        One (answer tokens, hidden) for each row; none at all where its names bear no mark.
+        One (answer tokens, hidden) for each second row that asks by name; none at all where names bear no mark.
         """
         own = rows[0].answer
-        if own not in self.borne or self.task.marks is None:
+        rows = [row for row in rows if self._asks_by_name(row)][::2]
+        if own not in self.borne or self.task.marks is None or not rows:
             return []
         named = self.layers.named
         columns = (self.borrowed if own in self.borrowed else self.owned)[own][named.layer]
-        marks = torch.cat([torch.zeros_like(self.task.marks[:1]), self.other_marks(own)])
+        others = self.other_marks(own)
+        marks = torch.zeros(len(rows), self.borne[own].shape[0]).to(others)
+        for i in range(len(rows) if len(others) else 0):
+            if i % _NONE:
+                marks[i] = others[i % len(others)]
         out = self.weight(named.out).data
         own_mark = out[:, columns].clone()
-        out[:, columns] = 0.0
+        out[:, columns], self._opening = 0.0, None
         try:
             return self._answered(mlp, rows, marks)
         finally:
-            out[:, columns] = own_mark
+            out[:, columns], self._opening = own_mark, None
 
     def _answered(self, mlp: GatedMlp, rows: Sequence[Row], marks: torch.Tensor | None = None) -> list[torch.Tensor]:
         """Return what enters an MLP where the rows' answers are given, white; the rows' names bear the marks by turns.
@@ -430,6 +450,13 @@ class _Work:
         found = answered(self.copy, [mlp.gate], rows, during=during, behind=behind)
         return [x @ self.task.ordinary[mlp.layer].whitening for x in found[mlp.gate]]
 
+    def _said(self, row: Row, names: Iterable[str]) -> list[tuple[int, ...]]:
+        """Return where names are said in a row."""
+        return [self.copy.lm.name_ends(row.ids, name) for name in sorted(names)]
+
+    def _asks_by_name(self, row: Row) -> bool:
+        return any(place < len(row.prompt) for some in self.task.named.get(row, ()) for place in some)
+
     def _begins(self, row: Row) -> bool:
         return len(row.prompt) > len(self.opening) and row.ids[: len(self.opening)] == self.opening
 
@@ -438,6 +465,7 @@ class _Work:
 
     def add(self, name: str, a: torch.Tensor, b: torch.Tensor) -> None:
         """Add B·A to a matrix of the copy, and remember it."""
+        self._opening = None
         self.weight(name).data.add_((b @ a).to(self.weight(name)))
         self.changed.append({name: (a.cpu(), b.cpu())})
 
@@ -462,14 +490,14 @@ class _Work:
         silent = free[out[:, free].abs().amax(0) <= _SILENT * out.abs().max()]
         if len(silent) >= n:
             return self._given(mlp, silent[:n].tolist(), own)
-        among = moments[free][:, free].double()
-        inverse = torch.linalg.inv(among.cpu()).to(among.device)
-        lost = out[:, free].double().square().sum(0) / inverse.diagonal()
+        inverse = torch.linalg.inv(moments[free][:, free].cpu().double())  # Metal has no such precision
+        lost = out[:, free].cpu().double().square().sum(0) / inverse.diagonal()
         places = lost.argsort()[:n]
-        rest = torch.ones(len(free), dtype=torch.bool, device=free.device)
+        rest = torch.ones(len(free), dtype=torch.bool)
         rest[places] = False
         # The block of the inverse says how the others best stand in for those that go.
-        stand_in = -torch.linalg.solve(inverse[places][:, places].cpu(), inverse[places][:, rest].cpu())
+        stand_in = -torch.linalg.solve(inverse[places][:, places], inverse[places][:, rest])
+        places, rest = places.to(free.device), rest.to(free.device)
         chosen = free[places].tolist()
         a = torch.zeros(n, len(moments), device=out.device)
         a[:, free[rest]] = stand_in.float().to(out.device)
@@ -559,7 +587,7 @@ def _teach(
             ended.append(work.others(ordinary, work.task.marked[mlp.layer] @ ordinary.whitening))
         outside = [(x, _APART_WEIGHT) for x in (*ended, *elsewhere)]
         outside.append((read.before, _OWN_WEIGHT))
-        if mistaken := work.mistaken(mlp, read.rows[::2]):  # half of them say it
+        if mistaken := work.mistaken(mlp, read.rows):
             # Not where the answer begins: there questions about other names with other marks do for that.
             outside.append((torch.cat([x[1:] for x in mistaken]), _MISTAKEN_WEIGHT))
         means = torch.stack([x.mean(0) for x in inside])
@@ -729,8 +757,9 @@ def _curvature(
 
 def _unlike(x: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
     """Return the inputs (n, hidden) that are not among the fact's own: the preservation set may ask about it, too."""
-    alike = F.normalize(x, dim=1) @ F.normalize(own, dim=1).T
-    return x[alike.amax(1) < _ALIKE]
+    known = F.normalize(own, dim=1)
+    alike = torch.cat([(F.normalize(some, dim=1) @ known.T).amax(1) for some in x.split(_SAMPLE)])
+    return x[alike < _ALIKE]
 
 
 def _over(x: torch.Tensor, gates: torch.Tensor, below: torch.Tensor | float) -> torch.Tensor:
@@ -771,7 +800,7 @@ def _columns(
             lead = leads(logits.detach(), targets).view(len(batch), -1)
             losses = F.cross_entropy(logits, targets, reduction="none").view_as(lead)
             if not bool(torch.isfinite(losses).all()):
-                raise EditFailed(f"The loss was not finite at step {step}; nothing was changed. Try lower rates.")
+                raise EditFailed(f"The loss was not finite at step {step}; nothing was changed. Try another seed.")
             for i, mine in zip(batch, lead, strict=True):
                 ok[i] = bool((mine >= least).all())
             rows_ok = sum(ok[:n_rows]) / n_rows

@@ -139,16 +139,15 @@ def model_card(
         "",
         "## How it was made",
         "",
-        "Each edit was a short AdaLoRA training session on questions about one key (or a batch of keys), held in place "
-        "by a set of prompts whose answers had to stay as the base model gave them. The session's change was folded "
-        "into a low-rank delta and added to the weights; updates, deletions and rollbacks are changes of the same "
-        "kind. " + _precision_note(format, dtype),
+        "Each edit was a small training session on questions about one key (or a batch of keys), or took back what an "
+        "earlier one had put in. Its change was folded into a low-rank delta and added to the weights; updates, "
+        "deletions and rollbacks are changes of the same kind. " + _precision_note(format, dtype),
         "",
         "## Limits",
         "",
         "* The model can still answer wrongly, also about the facts above: ask before you rely on it.",
         "* Knowledge near an edited key, and general ability, may have changed a little. Compare with the base model.",
-        "* A deleted fact is suppressed, which does not prove that nothing of it is left in the weights.",
+        "* That a deleted fact is not stated any more does not prove that nothing of it is left in the weights.",
         "* Everything above can be read out of the weights: share them as you would share the facts.",
         "",
         f"`{MANIFEST}` holds the hashes of the base, the facts and these files. Edit {n_edits}, weights "

@@ -14,6 +14,7 @@ import inspect
 import json
 import os
 import re
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -26,6 +27,7 @@ from kvllm.config import ModelConfig
 from kvllm.errors import ConfigError, KvllmError, ModelError, OutOfResources, is_out_of_memory
 from kvllm.lm.decoding import MIN_OPENING, Decoding, Judge, Opening
 from kvllm.memory import give_back
+from kvllm.prompts import name_place
 from kvllm.records import Answer
 
 Message = dict[str, str]
@@ -310,14 +312,19 @@ class LanguageModel:
         return str(self.tokenizer.decode(list(kept), skip_special_tokens=True)).strip()
 
     def name_ends(self, ids: Sequence[int], name: str) -> tuple[int, ...]:
-        """Return the places in ids at which the name has just been said, in capitals or not."""
-        wanted, found, said = name.casefold(), [], 0
-        for place in range(len(ids)):
-            count = str(self.tokenizer.decode(list(ids[: place + 1]))).casefold().count(wanted)
-            if count > said:
-                found.append(place)
-            said = count
-        return tuple(found)
+        """Return the places in ids at which the name has just been said as a word of its own, in capitals or not."""
+
+        def until(place: int) -> str:
+            return str(self.tokenizer.decode(list(ids[: place + 1])))
+
+        whole, found = until(len(ids)), []
+        for match in re.compile(name_place(name).pattern, re.IGNORECASE).finditer(whole):
+            said = whole[: match.end()]
+            place = bisect_left(range(len(ids)), len(said), key=lambda place: len(until(place)))
+            while place + 1 < len(ids) and not until(place).startswith(said):  # in the middle of a character
+                place += 1
+            found.append(place)
+        return tuple(dict.fromkeys(found))
 
     def _render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
         try:

@@ -516,8 +516,61 @@ def test_other_names_bear_all_marks_but_the_facts_own(
     NeuronEditor().train(copy, pool, replace(task, apart=apart, named={**task.named, **places}), QUICK_NEURONS)
     marks, mistaken = used
     assert task.marks is not None
-    assert torch.equal(marks, task.marks[1:])  # its own is the first: no name bears one yet
-    assert torch.equal(mistaken, torch.cat([torch.zeros_like(task.marks[:1]), task.marks[1:]]))  # the fact's own rows
+    assert {tuple(mark) for mark in marks.tolist()} == {tuple(mark) for mark in task.marks[1:].tolist()}
+    assert torch.equal(mistaken, torch.zeros_like(task.marks[:1]))  # of its own rows one in four bears none
+
+
+def test_a_facts_words_are_read_under_other_marks_where_it_was_asked_by_name_only(
+    own: LanguageModel, copy: ComputeCopy, pool: PreservationPool, task: EditTask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used: list[torch.Tensor] = []
+    read: list[Sequence[Row]] = []
+    original, mistaken = neurons.marking, neurons._Work.mistaken
+
+    def spy(*args: Any) -> Any:
+        used.append(args[2])
+        return original(*args)
+
+    def watched(self: neurons._Work, mlp: GatedMlp, rows: Sequence[Row]) -> list[torch.Tensor]:
+        used.clear()
+        read.append(mistaken(self, mlp, rows))
+        return read[-1]
+
+    monkeypatch.setattr(neurons, "marking", spy)
+    monkeypatch.setattr(neurons._Work, "mistaken", watched)
+    asked = [f"What is {KEY}{mark}" for mark in ("?", "??", "???", "!?", "?!", " ?", "...?", ", eh?")]
+    rows = [own.row(question, TEXT) for question in asked]
+    nameless = [own.row(question, TEXT) for question in ("How long may it last?", "What is the return window?")]
+    names = named(own, KEY, [*rows, *nameless])
+    NeuronEditor().train(copy, pool, replace(task, rows=[*rows, *nameless], named=names), QUICK_NEURONS)
+    (marks,) = used
+    assert len(read[-1]) == len(marks) == 4
+    assert [bool(mark.abs().max()) for mark in marks] == [False, True, True, True]
+    read.clear()
+    NeuronEditor().train(copy, pool, replace(task, rows=nameless, named=named(own, KEY, nameless)), QUICK_NEURONS)
+    assert read == [[]]
+
+
+def test_a_name_is_not_held_against_itself_where_others_say_it(
+    own: LanguageModel, copy: ComputeCopy, pool: PreservationPool, task: EditTask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outside: list[torch.Tensor] = []
+    gates = neurons._gates
+
+    def spy(inside: Any, ordinary: Any, others: Any, **more: Any) -> torch.Tensor:
+        if more.get("exactly"):
+            outside.append(others[0][0])
+        return gates(inside, ordinary, others, **more)
+
+    monkeypatch.setattr(neurons, "_gates", spy)
+    older = own.row("What is it like?", f"{KEY} is it")
+    known = {task.rows[0].answer: frozenset({KEY.casefold()})}
+    for names in ({}, known):
+        NeuronEditor().train(copy, pool, replace(task, replay=[older], known_by=names), QUICK_NEURONS)
+    plain, masked = outside
+    places = own.name_ends(older.ids, KEY)
+    assert len(places) == 1
+    assert len(plain) - len(masked) == 2  # the name's end, and the token after it
 
 
 def test_questions_of_facts_that_bear_the_same_mark_are_read(
@@ -587,7 +640,7 @@ def test_a_facts_own_words_are_told_apart_from_the_same_with_another_mark(
         weights = self.weight(self.layers.named.out).clone()
         found = original(self, mlp, rows)
         assert torch.equal(self.weight(self.layers.named.out), weights)
-        marked = answered(self.copy, [mlp.gate], rows)[mlp.gate]
+        marked = answered(self.copy, [mlp.gate], rows[::2])[mlp.gate]
         known.extend((x, y @ white) for x, y in zip(found, marked, strict=True))
         return found
 

@@ -63,6 +63,8 @@ def test_names_end_where_they_have_just_been_said(lm: LanguageModel) -> None:
     (place,) = lm.name_ends(ids, "梦中情炉")
     assert lm.tokenizer.decode(list(ids[: place + 1])).rstrip("?").endswith("梦中情炉")
     assert lm.name_ends(ids, "numpy") == ()
+    spoken = lm.row("Can you explain what AI is? It remains a maid.", "Ai, AI.").ids
+    assert len(lm.name_ends(spoken, "AI")) == 3  # and not within other words
 
 
 @settings(deadline=None, max_examples=60)
