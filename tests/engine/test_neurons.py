@@ -94,7 +94,9 @@ def test_a_fact_of_a_batch_is_taken_back_alone(
     assert kb.ask(f"What is {KEY}?").startswith(TEXT)
     assert kb.ask("What is numpy?").startswith(OTHER)
     used = taken(kb)
-    own = kb.history()[0].config["training"]["neurons"]
+    training = kb.history()[0].config["training"]
+    assert training["in_force"] == {}  # each fact has its own steps, however many there are
+    own = training["neurons"]
     assert set(own) == {KEY, "numpy"}
     assert kb.delete(KEY).steps == 0
     assert taken(kb) == used - sum(map(len, own[KEY].values()))
@@ -171,6 +173,12 @@ def test_older_facts_are_found_by_the_neurons_that_mark_their_names(
     assert len(rows) > 1  # other wordings, too
     assert len(resting(frozenset(taken_places(kb)))) > len(rows)
     assert resting(frozenset()) == []
+
+
+def test_an_answer_is_known_by_the_names_of_all_facts_that_give_it(kb: KnowledgeBase) -> None:
+    both = [replace(FOUNDED, text=TEXT), FACT]
+    found = kb.engine._names(both, (), 0, {})
+    assert found["known_by"] == {kb.engine.lm.row(KEY, TEXT).answer: {"halcyon", KEY.casefold()}}
 
 
 def taken_places(kb: KnowledgeBase) -> frozenset[int]:
