@@ -527,8 +527,7 @@ class Engine:
                 show = tick("preservation") if tick is not None else None
                 base, ends = self.store.base.digest, layers.said[:: max(1, len(layers.said) - 1)]
                 found = ordinary_inputs(copy, pool, base, layers.all, whole=[layers.named], on_progress=show)
-                read = [(mlp, found[mlp.layer].whitening) for mlp in ends]
-                marks = learned_marks(copy, base, layers.named, read, on_progress=show)
+                marks = learned_marks(copy, base, layers.named, ends, found, on_progress=show)
                 marked = marked_ends(copy, base, marks, layers.named, layers.said, asked=wordings(), on_progress=show)
             self._load_copy()
             self._ordinary = (key, found, marks, marked)

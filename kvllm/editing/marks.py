@@ -6,7 +6,7 @@ read at a question's end in a way of its own when it is added where a name ends,
 looks at that name, and carries it along. They move that far enough to be told from each other, and as little as can be
 of what is answered. A mark is the sum of two of them, and a name gets one that few bear. Knows no facts.
 
-    marks = learned_marks(copy, base_digest, named, [(said, whitening)])
+    marks = learned_marks(copy, base_digest, named, [said], ordinary)
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import math
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 
 import torch
@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from kvllm.cachefile import read_checked, write_checked
 from kvllm.config import cache_folder
 from kvllm.editing.compute import ComputeCopy, decomposable
-from kvllm.editing.ordinary import answered, worded
+from kvllm.editing.ordinary import Ordinary, answered, worded
 from kvllm.editing.preservation import packaged_names
 from kvllm.lm.model import Row
 from kvllm.lm.targets import GatedMlp
@@ -55,7 +55,8 @@ def learned_marks(
     copy: ComputeCopy,
     base_digest: str,
     named: GatedMlp,
-    said: Sequence[tuple[GatedMlp, torch.Tensor]],
+    said: Sequence[GatedMlp],
+    ordinary: Mapping[int, Ordinary],
     *,
     names: Sequence[tuple[str, str]] | None = None,
     on_progress: Callable[[int, int], None] | None = None,
@@ -74,7 +75,8 @@ def learned_marks(
             base's weights.
         base_digest: Identity of the base model.
         named: Of the layer that puts marks on.
-        said: Where they are to be read, each with the whitening of what enters there, (hidden, hidden).
+        said: Where they are to be read.
+        ordinary: Layer to what usually enters its MLP: looked at only where nothing is cached.
         names: Asked about, each with its language; packaged ones by default.
         on_progress: Called with steps done and their number.
     """
@@ -88,14 +90,15 @@ def learned_marks(
         str(copy.dtype),
         torch.__version__,
         named.out,
-        *(mlp.gate for mlp, _ in said),
+        *(mlp.gate for mlp in said),
         *map(repr, asked),
     ]
     digest = hashlib.sha256("\x00".join(facts).encode()).hexdigest()[:24]
     path = cache_folder() / "preservation" / f"marks-{digest}.safetensors"
     data = read_checked(path)
     if data is None:
-        vectors = _learned(copy, named, said, asked, on_progress)
+        white = [(mlp, ordinary[mlp.layer].whitening) for mlp in said]
+        vectors = _learned(copy, named, white, asked, on_progress)
         write_checked(path, save({"marks": vectors.cpu()}))
     else:
         vectors = load(data)["marks"]

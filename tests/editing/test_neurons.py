@@ -70,10 +70,8 @@ def ordinary(copy: ComputeCopy, pool: PreservationPool) -> Mapping[int, Ordinary
 @pytest.fixture
 def marks(own: LanguageModel, copy: ComputeCopy, ordinary: Mapping[int, Ordinary]) -> torch.Tensor:
     layers = neuron_layers(copy.model)
-    white = ordinary[layers.said[0].layer].whitening
-    return learned_marks(
-        copy, "tiny", layers.named, [(layers.said[0], white)], names=[("Berlin", "en"), ("numpy", "en")]
-    )
+    names = [("Berlin", "en"), ("numpy", "en")]
+    return learned_marks(copy, "tiny", layers.named, layers.said[:1], ordinary, names=names)
 
 
 @pytest.fixture
@@ -221,7 +219,7 @@ def test_a_mark_moves_what_is_read_and_is_cached(
     white = ordinary[layers.said[0].layer].whitening
     monkeypatch.setattr(module, "_learned", lambda *args: pytest.fail("learned again"))
     names = [("Berlin", "en"), ("numpy", "en")]
-    again = learned_marks(copy, "tiny", layers.named, [(layers.said[0], white)], names=names)
+    again = learned_marks(copy, "tiny", layers.named, layers.said[:1], {}, names=names)  # from the cache
     assert torch.equal(marks, again)
     rows = [copy.lm.row(f"What is {name}?", "x") for name, _ in names]
     places = [copy.lm.name_ends(row.prompt, name) for row, (name, _) in zip(rows, names, strict=True)]
