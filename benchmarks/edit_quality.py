@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 
 MODES = ("insert", "update", "delete", "batched")
 COLUMNS = ("kvllm", "article", "down_proj", "context", "unedited")
+_TOGETHER = 16  # items that are asked about at once, where many edits are scored in one model
 # Metric → the scored lists that it is the mean of; each has a twin without chat template.
 SHARES = {
     "reliability": ("trained",),
@@ -237,7 +238,7 @@ class Bench:
                 row = self.journal.get(*key)
                 if row is None or (due and "damage" not in row):
                     if not around:
-                        around.append(self._around(item))
+                        around += self._arounds([item])
                     row = self.journal.put(self._single(name, item, around[0], due), *key)
                 found[name]["items"][item.name] = row
                 self.bar.step(f"{name}: {item.key[:30]}")
@@ -291,13 +292,12 @@ class Bench:
 
     def _together(self, name: str, arounds: dict[str, Around]) -> dict[str, Any]:
         """Bring all items in, one after the other or in one batch, and score all of them at the end."""
-        from edit_bench.scoring import score
+        from edit_bench.scoring import score_all
 
         column, label = self.world.column(name), self._label(name)
         wanted = [item for item in self.items if self.journal.get(label, item.name) is None]
-        for item in wanted:  # before anything is edited
-            if item.name not in arounds:
-                arounds[item.name] = self._around(item)
+        for some in _chunks([item for item in wanted if item.name not in arounds]):  # before anything is edited
+            arounds |= dict(zip((item.name for item in some), self._arounds(some), strict=True))
         damage_wanted = self.journal.get(label, "damage") is None and bool(self.given.damage_every)
         if damage_wanted:
             self._prepared_damage()
@@ -306,13 +306,16 @@ class Bench:
         else:
             edits = {key: self.journal.get(label, "edit", key) or {} for key in self._edit_names(label)}
         found: dict[str, Any] = {"items": {}, "edits": edits}
+        for some in _chunks(wanted):
+            told = [(item, item.text, arounds[item.name]) for item in some]
+            scored = score_all(column.lm, told, prompts=column.prompts, plain=not self.given.no_plain)
+            for item, row in zip(some, scored, strict=True):
+                self.journal.put(row, label, item.name)
+                self.bar.step(f"{name}: {item.key[:30]}")
         for item in self.items:
-            row = self.journal.get(label, item.name)
-            if row is None:
-                asked = {"prompts": column.prompts, "plain": not self.given.no_plain}
-                row = self.journal.put(score(column.lm, item, item.text, arounds[item.name], **asked), label, item.name)
-            found["items"][item.name] = {**row, "edit": edits.get(item.name, {})}
-            self.bar.step(f"{name}: {item.key[:30]}")
+            found["items"][item.name] = {**(self.journal.get(label, item.name) or {}), "edit": edits.get(item.name, {})}
+            if item not in wanted:
+                self.bar.step(f"{name}: {item.key[:30]}")
         if self.given.damage_every:
             found["damage"] = self.journal.get(label, "damage") or self.journal.put(
                 self._measure_damage(name), label, "damage"
@@ -360,11 +363,11 @@ class Bench:
         self.journal.put(many.many(self.items), label, "edit", "batch")
         return {name: self.journal.get(label, "edit", name) or {} for name in self._edit_names(label)}
 
-    def _around(self, item: Item) -> Around:
-        from edit_bench.scoring import look_around
+    def _arounds(self, items: Sequence[Item]) -> list[Around]:
+        from edit_bench.scoring import look_around_all
 
         plain, own = not self.given.no_plain, self.given.mode == "delete"
-        return look_around(self.world.peer, item, seed=self.given.seed, plain=plain, own=own)
+        return look_around_all(self.world.peer, items, seed=self.given.seed, plain=plain, own=own)
 
     def _prepared_damage(self) -> Damage:
         from edit_bench.damage import Damage
@@ -381,6 +384,10 @@ class Bench:
         column = self.world.column(name)
         prompts = column.prompts if name == "context" else None
         return self._prepared_damage().measure(column.lm, prompts=prompts)
+
+
+def _chunks(items: Sequence[Item]) -> list[Sequence[Item]]:
+    return [items[start : start + _TOGETHER] for start in range(0, len(items), _TOGETHER)]
 
 
 # ------------------------------------------------------------------ from rows to numbers

@@ -89,6 +89,28 @@ def look_around(lm: LanguageModel, item: Item, *, seed: int, plain: bool = True,
         plain: Whether to ask as plain completions, too.
         own: Whether to ask the item's own questions, which a delete has to restore.
     """
+    return look_around_all(lm, [item], seed=seed, plain=plain, own=own)[0]
+
+
+def look_around_all(
+    lm: LanguageModel, items: Sequence[Item], *, seed: int, plain: bool = True, own: bool = False
+) -> list[Around]:
+    """Look around several items, all questions together."""
+    grouped = [_around(lm, item, seed, plain, own) for item in items]
+    wanted = [one for groups in grouped for group in groups for one in group]
+    ids = [_ids(lm, question, bare, earlier) for question, bare, earlier in wanted]
+    rooms = [_room(lm, item) for item, groups in zip(items, grouped, strict=True) for group in groups for _ in group]
+    answers = lm.generate_bounded(ids, rooms)
+    states = lm.answer_states([Row(tuple(i), a[:ANSWER_TOKENS]) for i, a in zip(ids, answers, strict=True)])
+    asked = iter(
+        Asked(question, bare, answer, state, earlier)
+        for (question, bare, earlier), answer, state in zip(wanted, answers, states, strict=True)
+    )
+    return [Around(*(tuple(islice(asked, len(group))) for group in groups)) for groups in grouped]
+
+
+def _around(lm: LanguageModel, item: Item, seed: int, plain: bool, own: bool) -> list[list[tuple[str, bool, Turns]]]:
+    """Return what is asked around an item, as `Around` has it: questions, whether plain, and what was said before."""
     taken = frozenset({item.key.casefold()})
     chosen = neighbour_sample(item.language, PACKAGED_NEIGHBOURS, seed=_number(item.name, seed), taken=taken)
     own_questions = (*item.trained(), *item.paraphrases) if own else ()
@@ -100,15 +122,7 @@ def look_around(lm: LanguageModel, item: Item, *, seed: int, plain: bool = True,
     stated = (("user", (*item.paraphrases, *item.trained())[0]), ("assistant", item.text))
     groups.append([(question, False, stated) for question in NEXT[item.language]] if converses(lm) else [])
     groups.append([(f"{item.text}\n{question}", False, ()) for question in NEXT[item.language]])
-    wanted = [one for group in groups for one in group]
-    ids = [_ids(lm, question, bare, earlier) for question, bare, earlier in wanted]
-    answers = lm.generate_ids(ids, max_new_tokens=_room(lm, item))
-    states = lm.answer_states([Row(tuple(i), a[:ANSWER_TOKENS]) for i, a in zip(ids, answers, strict=True)])
-    asked = iter(
-        Asked(question, bare, answer, state, earlier)
-        for (question, bare, earlier), answer, state in zip(wanted, answers, states, strict=True)
-    )
-    return Around(*(tuple(islice(asked, len(group))) for group in groups))
+    return groups
 
 
 def score(
@@ -135,13 +149,36 @@ def score(
     Returns:
         Lists of verdicts and of numbers by what was asked; those of plain completions end in "_plain".
     """
+    return score_all(lm, [(item, text, around)], prompts=prompts, plain=plain, old=old)[0]
+
+
+def score_all(
+    lm: LanguageModel,
+    told: Sequence[tuple[Item, str, Around]],
+    *,
+    prompts: Prompts = list,
+    plain: bool = True,
+    old: str | None = None,
+) -> list[dict[str, Any]]:
+    """Score several items with their texts and what the base said, as `score` does, all questions together."""
+    probes: list[list[Probe]] = []
+    for item, text, _ in told:
+        asked = prompts([*item.trained(), *item.paraphrases])
+        probes.append([Probe("trained", q, text, item.key) for q in asked])
+        if plain:
+            probes[-1] += [Probe("completion", q, text, item.key, plain=True) for q in asked]
+    said = iter(answer for answer, _ in ask_probes(lm, [probe for some in probes for probe in some]))
+    found = [
+        _verdicts(item, text, list(islice(said, len(some))), old)
+        for (item, text, _), some in zip(told, probes, strict=True)
+    ]
+    return [own | rest for own, rest in zip(found, _beside_all(lm, told, prompts), strict=True)]
+
+
+def _verdicts(item: Item, text: str, answers: Sequence[str], old: str | None) -> dict[str, Any]:
+    """Judge the answers to an item's own questions, in its chat format first."""
     kinds = [("trained", q) for q in item.trained()] + [("paraphrase", q) for q in item.paraphrases]
-    asked = prompts([q for _, q in kinds])
     found: dict[str, Any] = {}
-    probes = [Probe("trained", q, text, item.key) for q in asked]
-    if plain:
-        probes += [Probe("completion", q, text, item.key, plain=True) for q in asked]
-    answers = [answer for answer, _ in ask_probes(lm, probes)]
     failed: list[dict[str, Any]] = []
     for place, (kind, question) in enumerate(kinds):
         for suffix, at in (("", place), ("_plain", place + len(kinds))):
@@ -154,28 +191,38 @@ def score(
                 found.setdefault("old_stated" + suffix, []).append(stated)
             if not passed and not suffix:
                 failed.append({"kind": kind, "question": question, "answer": answers[at]})
-    found["failed"] = failed
-    return found | beside(lm, item, text, around, prompts=prompts)
+    return found | {"failed": failed}
 
 
 def beside(lm: LanguageModel, item: Item, text: str, around: Around, *, prompts: Prompts = list) -> dict[str, Any]:
     """Compare what stands around an item with the base: unchanged answers, leaks of the text, KL per answer token."""
-    found: dict[str, Any] = {"changed": []}
-    for group, questions in (("strict", around.strict), ("packaged", around.packaged)):
-        for one, answer, kl in _asked_again(lm, item, questions, prompts):
-            suffix = "_plain" if one.plain else ""
-            same = normalise(lm.decode(answer[:ANSWER_TOKENS])) == normalise(lm.decode(one.compared))
-            said, before = lm.decode(answer), lm.decode(one.answer)
-            leaked = leaks(said, text, key=item.key, question=one.question, before=before)
-            if group == "strict":
-                found.setdefault(f"strict{suffix}", []).append(same)
-            found.setdefault(f"leak_{group}{suffix}", []).append(leaked)
-            found.setdefault(f"kl_{group}{suffix}", []).append(round(kl, 6))
-            if not one.plain and (leaked or (group == "strict" and not same)):
-                found["changed"].append({"question": one.question, "before": before, "answer": said, "leaked": leaked})
-    for group, questions in (("next", around.next), ("told", around.told)):
-        if questions:
-            found[f"kl_{group}"] = [round(kl, 6) for _, _, kl in _asked_again(lm, item, questions, prompts)]
+    return _beside_all(lm, [(item, text, around)], prompts)[0]
+
+
+def _beside_all(lm: LanguageModel, told: Sequence[tuple[Item, str, Around]], prompts: Prompts) -> list[dict[str, Any]]:
+    groups = [(around.strict, around.packaged, around.next, around.told) for _, _, around in told]
+    asked = [(item, one) for (item, _, _), some in zip(told, groups, strict=True) for group in some for one in group]
+    again = iter(_asked_again(lm, asked, prompts))
+    found = []
+    for (item, text, _), (strict, packaged, following, stated) in zip(told, groups, strict=True):
+        row: dict[str, Any] = {"changed": []}
+        for name, group in (("strict", strict), ("packaged", packaged)):
+            for one, answer, kl in islice(again, len(group)):
+                suffix = "_plain" if one.plain else ""
+                same = normalise(lm.decode(answer[:ANSWER_TOKENS])) == normalise(lm.decode(one.compared))
+                said, before = lm.decode(answer), lm.decode(one.answer)
+                leaked = leaks(said, text, key=item.key, question=one.question, before=before)
+                if name == "strict":
+                    row.setdefault(f"strict{suffix}", []).append(same)
+                row.setdefault(f"leak_{name}{suffix}", []).append(leaked)
+                row.setdefault(f"kl_{name}{suffix}", []).append(round(kl, 6))
+                if not one.plain and (leaked or (name == "strict" and not same)):
+                    changed = {"question": one.question, "before": before, "answer": said, "leaked": leaked}
+                    row["changed"].append(changed)
+        for name, group in (("next", following), ("told", stated)):
+            kls = [round(kl, 6) for _, _, kl in islice(again, len(group))]
+            row |= {f"kl_{name}": kls} if kls else {}
+        found.append(row)
     return found
 
 
@@ -188,7 +235,7 @@ def unlearned(lm: LanguageModel, item: Item, around: Around) -> dict[str, Any]:
     n_trained = len(item.trained())
     chat = [one for one in around.own if not one.plain]
     order = {one.question: place for place, one in enumerate(chat)}
-    for one, answer, kl in _asked_again(lm, item, around.own, list):
+    for one, answer, kl in _asked_again(lm, [(item, one) for one in around.own], list):
         said, before = lm.decode(answer), lm.decode(one.answer)
         kind = "trained" if order[one.question] < n_trained else "paraphrase"
         suffix = f"_{kind}" + ("_plain" if one.plain else "")
@@ -204,16 +251,16 @@ def unlearned(lm: LanguageModel, item: Item, around: Around) -> dict[str, Any]:
 
 
 def _asked_again(
-    lm: LanguageModel, item: Item, questions: Sequence[Asked], prompts: Prompts
+    lm: LanguageModel, asked: Sequence[tuple[Item, Asked]], prompts: Prompts
 ) -> list[tuple[Asked, tuple[int, ...], float]]:
     """Return each question with its answer now and the KL from the base's answer; the base's answers are the drafts."""
-    if not questions:
+    if not asked:
         return []
-    asked = prompts([one.question for one in questions])
-    ids = [tuple(_ids(lm, q, one.plain, one.earlier)) for q, one in zip(asked, questions, strict=True)]
-    answers = lm.generate_ids(
-        ids, max_new_tokens=_room(lm, item), drafts=[one.answer for one in questions], batch_size=64
-    )
+    questions = [one for _, one in asked]
+    put = prompts([one.question for one in questions])
+    ids = [tuple(_ids(lm, q, one.plain, one.earlier)) for q, one in zip(put, questions, strict=True)]
+    rooms = [_room(lm, item) for item, _ in asked]
+    answers = lm.generate_bounded(ids, rooms, drafts=[one.answer for one in questions], batch_size=64)
     now = lm.answer_states([Row(i, one.compared) for i, one in zip(ids, questions, strict=True)])
     kls = [kl for kl, _ in lm.compare([one.states for one in questions], now)]
     return list(zip(questions, answers, kls, strict=True))

@@ -367,6 +367,33 @@ def test_nothing_is_found_changed_where_nothing_was(world: Any, bench: Callable[
     assert all(scoring.unlearned(lm, item, around)["restored_trained"])
 
 
+def test_items_that_are_asked_about_together_are_scored_as_each_alone(
+    world: Any, bench: Callable[[str], ModuleType]
+) -> None:
+    scoring, items = bench("edit_bench.scoring"), bench("edit_bench.items")
+    lm = world.column("unedited").lm
+    long = items.Item("own/z", "own", "Halcyon", "Ada leads it. " * 4, paraphrases=("So, Halcyon?",), language="en")
+    several = [world.items[0], long]
+    arounds = scoring.look_around_all(lm, several, seed=0, own=True)
+    alone = [scoring.look_around(lm, item, seed=0, own=True) for item in several]
+    for one, other in zip(arounds, alone, strict=True):
+        for group in ("strict", "packaged", "own", "next", "told"):
+            asked = [[(a.question, a.plain, a.earlier, a.answer) for a in getattr(x, group)] for x in (one, other)]
+            assert asked[0] == asked[1]
+    edited = world.column("down_proj")
+    edited.edit(world.items[0], world.items[0].text)
+    told = [(item, item.text, around) for item, around in zip(several, arounds, strict=True)]
+    for row, (item, text, around) in zip(scoring.score_all(edited.lm, told), told, strict=True):
+        single = scoring.score(edited.lm, item, text, around)
+        assert set(row) == set(single)
+        for name, values in row.items():
+            if name.startswith("kl_"):
+                assert values == pytest.approx(single[name], abs=1e-3), name
+            else:
+                assert values == single[name], name
+    edited.reset()
+
+
 def test_what_an_edit_changes_is_found(world: Any, bench: Callable[[str], ModuleType]) -> None:
     """A model that says one text to everything recalls it, and leaks it to every neighbour."""
     import torch
