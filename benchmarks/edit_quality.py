@@ -150,10 +150,12 @@ def check(given: argparse.Namespace, sources: Sequence[str], columns: Sequence[s
 def chosen(given: argparse.Namespace, sources: Sequence[str]) -> list[Item]:
     """Return the run's items; a sequence mixes its sources."""
     if given.sequence:
-        n, found = math.ceil(given.sequence / len(sources)), []
-        while len(found) < given.sequence and n <= given.sequence:  # where a source has fewer, the others have more
-            found = select(sources, half=given.half, n=n, seed=given.seed)
-            n += 1
+        found = select(sources, half=given.half, n=given.sequence, seed=given.seed)
+        groups = [[item for item in found if item.source == source] for source in sources]
+        shares = range(math.ceil(given.sequence / len(sources)), given.sequence)
+        # Where a source has fewer, the others have more.
+        n = next((n for n in shares if sum(len(some[:n]) for some in groups) >= given.sequence), given.sequence)
+        found = [item for some in groups for item in some[:n]]
         random.Random(given.seed).shuffle(found)
         return found[: given.sequence]
     found = select(sources, half=given.half, n=given.n, seed=given.seed)

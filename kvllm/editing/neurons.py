@@ -531,7 +531,7 @@ def _work(copy: ComputeCopy, task: EditTask) -> Iterator[_Work]:
         raise ConfigError("The editor 'neurons' does not know matrices that are stored transposed; use another.")
     taken = {mlp.layer: set(task.taken.get(mlp.layer, ())) for mlp in layers.all}
     opening = copy.common_opening([*task.rows, *task.augmented, *task.apart, *task.replay, *task.begun, *task.stated])
-    work = _Work(copy, layers, task, taken, opening.ids if opening else ())
+    work = _Work(copy, layers, task, taken, opening.ids if opening else (), _opening=opening)
     before = {name: work.weight(name).detach().clone() for mlp in layers.all for name in (mlp.gate, mlp.up, mlp.out)}
     try:
         yield work

@@ -544,6 +544,9 @@ def test_a_facts_words_are_read_under_other_marks_where_it_was_asked_by_name_onl
     (marks,) = used
     assert len(read[-1]) == len(marks) == 4
     assert [bool(mark.abs().max()) for mark in marks] == [False, True, True, True]
+    assert task.marks is not None
+    others = {tuple(mark) for mark in task.marks[1:].tolist()}  # its own is the first: no name bears one yet
+    assert {tuple(mark) for mark in marks[1:].tolist()} <= others
     read.clear()
     NeuronEditor().train(copy, pool, replace(task, rows=nameless, named=named(own, KEY, nameless)), QUICK_NEURONS)
     assert read == [[]]
